@@ -1,0 +1,379 @@
+"""Training steps that take their gradient at a perturbed point: S2AP for the mask search, AWP for finetuning.
+
+Both wrap a base optimizer and have the shape of SAM (Foret et al., arXiv 2010.01412)::
+
+    optimizer = S2AP(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), gamma=1e-3)
+    loss(model, x_adv, y).backward()
+    optimizer.ascend()  # the model now stands at the perturbed point
+    loss(model, x_adv, y).backward()
+    optimizer.descend()  # back, and one step of the base optimizer with the second gradient
+
+or, with a closure that clears the gradients, computes the loss and calls backward, ``optimizer.step(closure)``.
+Learning-rate schedulers act on the base optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import ops
+from .nn import _Pruned, buffers_of, group_layers, kept_of, refresh, sparse_layers
+from .reference import FLIPS, perturbed
+
+__all__ = ["AWP", "S2AP"]
+
+
+class _Ascent(ABC):
+    """What S2AP and AWP share: the order of a step, warm-up, BatchNorm statistics that move once, state."""
+
+    def __init__(
+        self, model: nn.Module, base_optimizer: torch.optim.Optimizer, *, gamma: float, eps: float, warmup_epochs: int = 0
+    ) -> None:
+        if not isinstance(base_optimizer, torch.optim.Optimizer):
+            raise TypeError(f"base_optimizer: expected a torch.optim.Optimizer, got {type(base_optimizer).__name__}")
+        for name, value in {"gamma": gamma, "eps": eps, "warmup_epochs": warmup_epochs}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        self.model = model
+        self.base_optimizer = base_optimizer
+        self.gamma = gamma
+        self.eps = eps
+        self.warmup_epochs = warmup_epochs
+        self.epoch: int | None = None
+        self._statistics: list[tuple[Tensor, Tensor]] | None = None  # BatchNorm buffers and their values, while ascended
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """The base optimizer's parameter groups."""
+        return self.base_optimizer.param_groups
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the epoch, counted from 0: the first ``warmup_epochs`` take plain steps."""
+        self.epoch = epoch
+
+    @property
+    def plain(self) -> bool:
+        """Whether a step is the base optimizer's own: ``gamma`` is 0, or the epoch is one of the warm-up."""
+        if self.warmup_epochs and self.epoch is None:
+            raise RuntimeError(f"warmup_epochs is {self.warmup_epochs}: call set_epoch(epoch) at the start of each epoch")
+        return self.gamma == 0 or (self.epoch is not None and self.epoch < self.warmup_epochs)
+
+    def zero_grad(self) -> None:
+        """Clears the gradients of the model and of everything the base optimizer holds."""
+        self.model.zero_grad()
+        self.base_optimizer.zero_grad()
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        """One training step.
+
+        Args:
+            closure: clears the gradients (:meth:`zero_grad`), computes the loss, calls backward and returns the loss. Called
+                twice on the same minibatch (once in a plain step), so craft the adversarial examples before.
+
+        Returns:
+            The loss at the unperturbed point.
+
+        Raises:
+            FloatingPointError: the loss is NaN. On the CPU it is raised before anything has changed; on CUDA, where looking waits
+                for the device, at the end of the step.
+        """
+        plain = self.plain
+        with torch.enable_grad():
+            loss = closure()
+        if loss.device.type == "cpu":
+            _check_loss(loss)
+        if plain:
+            self.base_optimizer.step()
+            self._end()
+        else:
+            self.ascend()
+            with torch.enable_grad():
+                closure()
+            self.descend()
+        if loss.device.type != "cpu":
+            _check_loss(loss)
+        return loss.detach()
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """Moves the model to the perturbed point, using the gradients that the first backward left, and clears them.
+
+        BatchNorm statistics have moved with the first forward; what the second adds is taken back by :meth:`descend`.
+
+        Raises:
+            RuntimeError: called twice, or without a backward before.
+        """
+        if self._statistics is not None:
+            raise RuntimeError("ascend() was called twice; call descend() first")
+        if not self.plain:
+            self._move()
+        self._statistics = [
+            (buffer, buffer.clone())
+            for module in self.model.modules()
+            if isinstance(module, _BatchNorm) and module.training
+            for buffer in module.buffers(recurse=False)
+        ]
+        self.zero_grad()
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """Moves the model back, exactly, and takes one step of the base optimizer with the gradients of the second backward.
+
+        Raises:
+            RuntimeError: called without :meth:`ascend`.
+        """
+        if self._statistics is None:
+            raise RuntimeError("descend() was called without ascend()")
+        for buffer, value in self._statistics:
+            buffer.copy_(value)
+        self._statistics = None
+        self._return_and_step()
+        self._end()
+
+    @abstractmethod
+    def _move(self) -> None:
+        """Moves the model to the perturbed point."""
+
+    @abstractmethod
+    def _return_and_step(self) -> None:
+        """Moves the model back (if it was moved) and steps."""
+
+    def _end(self) -> None:
+        """What remains to be looked at when the step is over."""
+
+    def state_dict(self) -> dict:
+        """The base optimizer's state and the epoch. ``gamma`` and the like are given anew at construction.
+
+        Raises:
+            RuntimeError: called between :meth:`ascend` and :meth:`descend`.
+        """
+        if self._statistics is not None:
+            raise RuntimeError("state_dict() was called between ascend() and descend(); call descend() first")
+        return {"base_optimizer": self.base_optimizer.state_dict(), "epoch": self.epoch}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what :meth:`state_dict` returned."""
+        self.base_optimizer.load_state_dict(state["base_optimizer"])
+        self.epoch = state["epoch"]
+
+
+class S2AP(_Ascent):
+    """Score-space sharpness-aware step for the mask search: the gradient is taken at the perturbed scores ``s + z``.
+
+    Per layer, ``z = gamma * ||s|| * g / (||g|| + eps)`` with ``g = dL/ds``, and 0 where ``g`` is 0. ``s + z`` is never
+    written: the layers' masked weights are made at ``s + z`` in one fused call, so restoring is free and exact.
+
+    Args:
+        model: a model with pruned layers (:func:`s2ap_ext.sparsify`).
+        base_optimizer: steps on whatever it holds, as a rule the scores and the BatchNorm parameters.
+        gamma: size of the perturbation relative to the scores, >= 0. 0 gives the plain step, bit for bit.
+        eps: added to ``||g||``.
+        warmup_epochs: plain steps in so many first epochs; :meth:`set_epoch` tells which it is.
+        restore: ``"before"`` the step, as SAM does it; ``"after"``, as AWP does it: step at ``s + z``, then take ``z`` off.
+
+    Raises:
+        ValueError: ``gamma``, ``eps`` or ``warmup_epochs`` negative or not finite; an unknown ``restore``; a model without pruned
+            layers. In :meth:`step` and :meth:`descend`: NaN scores, named by layer.
+        TypeError: ``base_optimizer`` is not a ``torch.optim.Optimizer``.
+
+    Source: S2AP, arXiv 2510.18381, Algorithm 1.
+
+    Equivalent to::
+
+        z = {s: gamma * s.norm() * s.grad / (s.grad.norm() + eps) for s in scores}
+        for s in scores: s.add_(z[s])
+        zero_grad(); loss(model, x_adv, y).backward()
+        for s in scores: s.copy_(saved[s])
+        base_optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        gamma: float = 1e-3,
+        eps: float = 1e-12,
+        warmup_epochs: int = 0,
+        restore: str = "before",
+    ) -> None:
+        super().__init__(model, base_optimizer, gamma=gamma, eps=eps, warmup_epochs=warmup_epochs)
+        if restore not in ("before", "after"):
+            raise ValueError(f"restore: expected 'before' or 'after', got {restore!r}")
+        if not sparse_layers(model):
+            raise ValueError("model: expected pruned layers, found none; call s2ap_ext.sparsify(model, sparsity) first")
+        self.restore = restore
+        self._layers: list[_Pruned] = []  # those that were moved by the last ascend()
+        self._seen: list[tuple[list[str], Tensor]] = []  # names and cuts at s + z of the layers of each fused call
+
+    @property
+    def flips(self) -> int:
+        """Mask entries that the last perturbation flipped, over all layers; 0 after a plain step. Reading it waits for the device."""
+        return sum(int(cuts[:, FLIPS].sum()) for _, cuts in self._seen)
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+        self._seen = []
+        return super().step(closure)
+
+    step.__doc__ = _Ascent.step.__doc__
+
+    def _move(self) -> None:
+        layers = [layer for layer in sparse_layers(self.model).values() if layer.scores.grad is not None]
+        if not layers:
+            raise RuntimeError("ascend(): no layer's scores have a gradient; call loss.backward() first")
+        refresh(layers)
+        self._seen = []
+        for group in group_layers(layers):
+            grads = [layer.scores.grad for layer in group]
+            _, cuts, scales = ops.perturb(
+                [layer.scores for layer in group],
+                grads,
+                [layer.weight for layer in group],
+                kept_of(group),
+                torch.stack([layer._selection.cut for layer in group]),
+                gamma=self.gamma,
+                eps=self.eps,
+                out=buffers_of(group),
+            )
+            self._seen.append(([layer._label for layer in group], cuts))
+            if cuts.device.type == "cpu":
+                self._end()
+            for layer, cut, grad, scale in zip(group, cuts, grads, scales, strict=True):
+                layer._stand_at((grad, scale), cut)
+        self._layers = layers
+
+    def _return_and_step(self) -> None:
+        layers, self._layers = self._layers, []
+        ascents = {layer.scores: layer._ascent for layer in layers}
+        for layer in layers:
+            layer._stand_at(None)
+        if self.restore == "before":
+            _sgd_step(self.base_optimizer, list(ascents))
+            return
+        moves = {}
+        for scores, ascent in ascents.items():
+            at = perturbed(scores, *ascent)
+            moves[scores] = at - scores
+            scores.copy_(at)
+        self.base_optimizer.step()
+        for scores, z in moves.items():
+            scores.sub_(z)
+
+    def _end(self) -> None:
+        # The selections of this step counted NaN. On the CPU they were looked at already; on CUDA this is the moment to wait for them.
+        for names, cuts in self._seen:
+            ops.check_finite(cuts, names)
+        for group in group_layers(sparse_layers(self.model).values()):
+            made = [(layer._label, layer._selection.cut) for layer in group if layer._selection is not None]
+            if made:
+                ops.check_finite(torch.stack([cut for _, cut in made]), [name for name, _ in made])
+
+
+class AWP(_Ascent):
+    """Adversarial weight perturbation for finetuning: the gradient is taken at perturbed weights ``w + v``.
+
+    Per weight tensor of more than one dimension, ``v = gamma * ||w*m|| * (g*m) / (||g*m|| + eps)``; the mask ``m`` is the pruned
+    layer's, and 1 elsewhere. Pruned weights are not perturbed and have no gradient.
+
+    Args:
+        model: any module.
+        base_optimizer: steps on whatever it holds, as a rule the weights.
+        gamma: size of the perturbation relative to the weights, >= 0. 0 gives the plain step, bit for bit.
+        eps: added to ``||g*m||``.
+        warmup_epochs: plain steps in so many first epochs; :meth:`set_epoch` tells which it is.
+
+    Raises:
+        ValueError: ``gamma``, ``eps`` or ``warmup_epochs`` negative or not finite.
+        TypeError: ``base_optimizer`` is not a ``torch.optim.Optimizer``.
+
+    Source: Wu et al., NeurIPS 2020, arXiv 2004.05884, equation 10, restricted to the kept weights.
+
+    Equivalent to::
+
+        for w in weights: w.add_(gamma * (w * m).norm() * w.grad / (w.grad.norm() + eps))
+        zero_grad(); loss(model, x_adv, y).backward()
+        for w in weights: w.copy_(saved[w])
+        base_optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        gamma: float = 5e-3,
+        eps: float = 1e-12,
+        warmup_epochs: int = 0,
+    ) -> None:
+        super().__init__(model, base_optimizer, gamma=gamma, eps=eps, warmup_epochs=warmup_epochs)
+        self._saved: dict[nn.Parameter, Tensor] = {}
+
+    def _move(self) -> None:
+        layers = sparse_layers(self.model).values()
+        refresh(layers)
+        scores = {layer.scores for layer in layers}
+        masked = {layer.weight: layer._masked for layer in layers}
+        weights = [w for w in self.model.parameters() if w.dim() > 1 and w.grad is not None and w not in scores]
+        if not weights:
+            raise RuntimeError("ascend(): no weight has a gradient; call loss.backward() first")
+        self._saved = {w: w.detach().clone() for w in weights}
+        for w in weights:
+            v = w.grad * (self.gamma * masked.get(w, w).norm() / (w.grad.norm() + self.eps))
+            w.add_(v)
+
+    def _return_and_step(self) -> None:
+        for w, value in self._saved.items():
+            w.copy_(value)
+        self._saved = {}
+        self.base_optimizer.step()
+
+
+def _sgd_step(optimizer: torch.optim.Optimizer, scores: list[nn.Parameter]) -> None:
+    """``optimizer.step()``, with the scores updated in one fused call where the optimizer is torch's SGD. Same bits."""
+    taken: dict[nn.Parameter, Tensor] = {}
+    if type(optimizer) is torch.optim.SGD:
+        for group in optimizer.param_groups:
+            taken |= _fused_sgd_group(optimizer, group, [p for p in group["params"] if any(p is s for s in scores)])
+    for p in taken:
+        p.grad = None  # so that the optimizer passes over it
+    optimizer.step()
+    for p, grad in taken.items():
+        p.grad = grad
+
+
+def _fused_sgd_group(optimizer: torch.optim.SGD, group: dict, params: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Updates what it can of ``params`` and returns those with their gradients."""
+    momentum = group["momentum"]
+    if group["maximize"] or group["differentiable"] or group["fused"] or isinstance(group["lr"], Tensor):
+        return {}  # steps of other arithmetic
+    taken = {}
+    for p in params:
+        # torch makes a momentum buffer in the first step, so that one is torch's.
+        if p.grad is not None and (momentum == 0 or optimizer.state.get(p, {}).get("momentum_buffer") is not None):
+            taken[p] = p.grad
+    kinds: dict[tuple, list[nn.Parameter]] = {}
+    for p in taken:
+        kinds.setdefault((p.device, p.dtype), []).append(p)
+    for same in kinds.values():
+        ops.update(
+            same,
+            [p.grad for p in same],
+            [optimizer.state[p]["momentum_buffer"] for p in same] if momentum else [],
+            lr=group["lr"],
+            momentum=momentum,
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+        )
+    return taken
+
+
+def _check_loss(loss: Tensor) -> None:
+    if torch.isnan(loss):
+        raise FloatingPointError("loss: expected a number, got NaN; lower the learning rate, or look at the data")
