@@ -46,7 +46,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(scores, weight, masked, mask, ascent_grad, ascent_scale):
-        return masked.view_as(masked)
+        return masked.detach()  # an alias with the same version counter, but no view in the eyes of autograd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -98,9 +98,7 @@ class _Selection:
 def _can_remember(tensor: Tensor) -> bool:
     """Whether version and address of ``tensor`` mean anything: not for fake, inference and functorch tensors."""
     return (
-        type(tensor) in (nn.Parameter, Tensor)
-        and not tensor.is_inference()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        type(tensor) in (nn.Parameter, Tensor) and not tensor.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
@@ -406,8 +404,8 @@ def sparsify(
         ``model``.
 
     Raises:
-        ValueError: ``sparsity`` outside [0, 1]; an unknown ``allocation`` or ``granularity``; an ``exclude`` that matches no module; a model
-            without a layer to prune, or with a layer that is pruned already. The model is unchanged then.
+        ValueError: ``sparsity`` outside [0, 1]; an unknown ``allocation`` or ``granularity``; an ``exclude`` that matches no module;
+            a model without a layer to prune, or with a layer that is pruned already. The model is unchanged then.
     """
     check_sparsity(sparsity)
     for argument, value, known in (("allocation", allocation, "uniform"), ("granularity", granularity, "weight")):

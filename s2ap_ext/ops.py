@@ -1,7 +1,7 @@
 """The fused ops, one call for all layers of a model.
 
-Each chooses its implementation by the device of the tensors: the CUDA kernel, the C++ kernel, or the reference (:func:`s2ap_ext.backend` tells
-which). All three give the same bits. The functions check their arguments, allocate what was not given and call
+Each chooses its implementation by the device of the tensors: the CUDA kernel, the C++ kernel, or the reference
+(:func:`s2ap_ext.backend` tells which). All three give the same bits. The functions check their arguments, allocate what was not given and call
 ``torch.ops.s2ap``; none of them is differentiable, since masks are piecewise constant. The straight-through gradient
 is the layers' (:mod:`s2ap_ext.nn`).
 
@@ -40,6 +40,14 @@ def _check(arguments: dict[str, Sequence[Tensor]]) -> None:
                 raise ValueError(f"{name}[{i}]: expected a tensor on {first[0].device} like {first_name}[0], got {t.device}")
             if t.shape != first[i].shape:
                 raise ValueError(f"{name}[{i}]: expected shape {tuple(first[i].shape)} like {first_name}[{i}], got {tuple(t.shape)}")
+
+
+def _check_distinct(name: str, tensors: Sequence[Tensor]) -> None:
+    """What is written must be written once."""
+    first: dict[int, int] = {}
+    for i, t in enumerate(tensors):
+        if t.numel() and first.setdefault(t.data_ptr(), i) != i:
+            raise ValueError(f"{name}[{i}]: expected memory of its own, got that of {name}[{first[t.data_ptr()]}]; a layer was given twice")
 
 
 def _kept_tensor(kept: Tensor | Sequence[int], scores: Sequence[Tensor]) -> Tensor:
@@ -124,6 +132,7 @@ def select(
     """
     masked = _outputs(out, weights)
     _check({"scores": scores, "weights": weights, "out": masked})
+    _check_distinct("out", masked)
     cuts = _cuts(cuts, "cuts", scores)
     if scores:
         result = _Contiguous(masked)
@@ -183,6 +192,7 @@ def perturb(
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     masked = _outputs(out, weights)
     _check({"scores": scores, "grads": grads, "weights": weights, "out": masked})
+    _check_distinct("out", masked)
     cuts = _cuts(cuts, "cuts", scores)
     new_cuts = _cuts(new_cuts, "new_cuts", scores)
     scales = torch.zeros(len(scores), dtype=torch.float64, device=cuts.device)
@@ -243,6 +253,8 @@ def update(
     if has_momentum:
         arguments["momentum_buffers"] = momentum_buffers
     _check(arguments)
+    for name in arguments.keys() - {"grads"}:
+        _check_distinct(name, arguments[name])
     if scores:
         new_scores, new_buffers = _Contiguous(scores), _Contiguous(momentum_buffers)
         torch.ops.s2ap.update(

@@ -145,7 +145,11 @@ class _Ascent(ABC):
         """Moves the model back (if it was moved) and steps."""
 
     def _end(self) -> None:
-        """What remains to be looked at when the step is over."""
+        """Looks at the NaN counts of the selections in force: on the CPU that was done already, on CUDA it waits for the device."""
+        for group in group_layers(sparse_layers(self.model).values()):
+            made = [(layer._label, layer._selection.cut) for layer in group if layer._selection is not None]
+            if made:
+                ops.check_finite(torch.stack([cut for _, cut in made]), [name for name, _ in made])
 
     def state_dict(self) -> dict:
         """The base optimizer's state and the epoch. ``gamma`` and the like are given anew at construction.
@@ -242,8 +246,8 @@ class S2AP(_Ascent):
                 out=buffers_of(group),
             )
             self._seen.append(([layer._label for layer in group], cuts))
-            if cuts.device.type == "cpu":
-                self._end()
+            if cuts.device.type == "cpu":  # before anything has changed
+                ops.check_finite(cuts, self._seen[-1][0])
             for layer, cut, grad, scale in zip(group, cuts, grads, scales, strict=True):
                 layer._stand_at((grad, scale), cut)
         self._layers = layers
@@ -266,13 +270,9 @@ class S2AP(_Ascent):
             scores.sub_(z)
 
     def _end(self) -> None:
-        # The selections of this step counted NaN. On the CPU they were looked at already; on CUDA this is the moment to wait for them.
         for names, cuts in self._seen:
             ops.check_finite(cuts, names)
-        for group in group_layers(sparse_layers(self.model).values()):
-            made = [(layer._label, layer._selection.cut) for layer in group if layer._selection is not None]
-            if made:
-                ops.check_finite(torch.stack([cut for _, cut in made]), [name for name, _ in made])
+        super()._end()
 
 
 class AWP(_Ascent):
