@@ -1,9 +1,9 @@
 """The fused ops, one call for all layers of a model.
 
 Each chooses its implementation by the device of the tensors: the CUDA kernel, the C++ kernel, or the reference
-(:func:`s2ap_ext.backend` tells which). All three give the same bits. The functions check their arguments, allocate what was not given and call
-``torch.ops.s2ap``; none of them is differentiable, since masks are piecewise constant. The straight-through gradient
-is the layers' (:mod:`s2ap_ext.nn`).
+(:func:`s2ap_ext.backend` tells which). All three give the same bits. The functions check their arguments, allocate what was
+not given and call ``torch.ops.s2ap``. None of them is differentiable, since masks are piecewise constant; the straight-through
+gradient is the layers' (:mod:`s2ap_ext.nn`).
 
 Strides are free: an operand that is not contiguous is copied, and a channels_last result is written back in its own layout.
 """
