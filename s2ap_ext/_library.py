@@ -1,8 +1,8 @@
 """Defines the ops in torch's dispatcher and loads their kernels.
 
-Every op has one schema, here. The reference implementation is registered for all devices, and the compiled
-libraries, where they load, register faster kernels for the CPU and CUDA keys, which the dispatcher prefers. So ``torch.ops.s2ap.*`` exists and
-works in every installation, and importing the package never fails because a library is missing or stale.
+Every op has one schema, here. The reference implementation is registered for all devices, and the compiled libraries, where
+they load, register faster kernels for the CPU and CUDA keys, which the dispatcher prefers. So ``torch.ops.s2ap.*`` exists and works
+in every installation, and importing the package never fails because a library is missing or stale.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ def _update(scores, grads, momentum_buffers, lr, momentum, dampening, weight_dec
         reference.update(s, g, buffer, lr, momentum, dampening, weight_decay, nesterov)
 
 
+IMPLEMENTATIONS = {"select": _select, "perturb": _perturb, "update": _update}
+
+
 def _define() -> torch.library.Library:
     library = torch.library.Library("s2ap", "DEF")
-    for name, implementation in {"select": _select, "perturb": _perturb, "update": _update}.items():
+    for name, implementation in IMPLEMENTATIONS.items():
         library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, implementation, "CompositeExplicitAutograd")
         # All three only write into buffers they are given, so there is no shape to infer.
@@ -63,7 +66,8 @@ class Backend:
         cpu: ``"C++"`` or ``"PyTorch"``: what runs on CPU tensors.
         cuda: ``"CUDA"``, ``"PyTorch"`` or ``"none"`` (no CUDA device): what runs on CUDA tensors.
         why: one line for each path that does not run its kernels, with the command that mends it.
-        build: what the kernels were built with (empty without them): ``torch``, ``cuda``, ``compiler``, ``why_no_cuda``, ...
+        build: what the loaded kernels were built with (empty without them): ``torch``, ``python``, ``compiler``, ``flags``, and for the
+            CUDA kernels ``cuda`` (the toolkit) and ``gpus`` (compute capabilities).
         torch: the version of torch found.
         torch_cuda: the CUDA version of the torch found, or None.
     """
@@ -80,52 +84,58 @@ class Backend:
         return "; ".join([line, *self.why])
 
 
-# Raised with every change of a schema or of a kernel's contract; csrc/ops.cpp and csrc/ops_cuda.cpp are compiled with the same number.
+# Raised with every change of a schema or of a kernel's contract. setup.py compiles it into both libraries and writes it into _build.json.
 INTERFACE = 1
-REBUILD = "reinstall with: pip install --force-reinstall --no-deps s2ap_ext (or pip install . in a checkout)"
+REBUILD = "to mend it, run in the checkout: pip install --force-reinstall --no-deps ."
 
 
-def _build_record() -> dict[str, str]:
-    """What setup.py wrote about the build: ``cpu`` and ``cuda``, each "built" or the reason why not."""
-    path = Path(__file__).with_name("_build.json")
-    if not path.exists():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+def build_record() -> dict[str, str]:
+    """What setup.py wrote when it built this package: ``interface``, and for ``cpu`` and ``cuda`` "built" or why not."""
+    reason = "not built: these are sources that were never installed"
+    record = {"interface": "unknown", "cpu": reason, "cuda": reason}
+    try:
+        return record | json.loads(Path(__file__).with_name("_build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):  # missing, or not what setup.py writes
+        return record
 
 
-def _load(name: str, record: dict[str, str], part: str) -> tuple[dict[str, str], str]:
+def _load(name: str, part: str, key: str) -> tuple[dict[str, str], str]:
     """Imports a compiled library. Returns its build info and why it does not run (one of the two is empty)."""
     if os.environ.get("S2AP_DISABLE_EXT", "0") not in ("", "0"):
         return {}, "disabled by S2AP_DISABLE_EXT"
+    record = build_record()
+    if record[part] != "built":
+        return {}, f"{record[part]}; {REBUILD}"
+    # Loading a library registers its kernels, and torch aborts the process if they do not fit the schemas. So look before.
+    if record["interface"] != str(INTERFACE):
+        return {}, f"stale (built for interface {record['interface']}, this is {INTERFACE}); {REBUILD}"
     try:
         info = dict(importlib.import_module(f"s2ap_ext.{name}").build_info())
-    except ModuleNotFoundError:
-        why = record.get(part, "not built")
-        return {}, f"{'not found' if why == 'built' else why}; {REBUILD}"
-    except ImportError as error:  # built against another torch, or a library it links to is gone
+    except Exception as error:  # lost, or built for another Python or torch, or a library that it links to is gone
         return {}, f"failed to load ({error}); {REBUILD}"
-    if info["interface"] != str(INTERFACE):
-        return {}, f"stale (interface {info['interface']}, this package needs {INTERFACE}); {REBUILD}"
+    if info["interface"] != str(INTERFACE):  # not the library that the record is about
+        for op, implementation in IMPLEMENTATIONS.items():
+            _LIBRARY.impl(op, implementation, key, allow_override=True)
+        return {}, f"stale (interface {info['interface']}, this is {INTERFACE}); {REBUILD}"
     return info, ""
 
 
 def _load_all() -> Backend:
-    record = _build_record()
-    why = []
-    build, why_no_cpp = _load("_C", record, "cpu")
-    if why_no_cpp:
-        why.append(f"C++ kernels {why_no_cpp}")
+    build, why_no_cpp = _load("_C", "cpu", "CPU")
+    why = [f"C++ kernels {why_no_cpp}"] if why_no_cpp else []
+    missed = list(why)
     cuda = "none"
     if torch.version.cuda is not None:
-        cuda_build, why_no_cuda = _load("_C_cuda", record, "cuda")
+        has_device = torch.cuda.device_count() > 0  # unlike is_available(), leaves CUDA usable in forked processes
+        cuda_build, why_no_cuda = _load("_C_cuda", "cuda", "CUDA")
         build |= cuda_build
-        if torch.cuda.is_available():
+        if has_device:
             cuda = "PyTorch" if why_no_cuda else "CUDA"
         if why_no_cuda:
             why.append(f"CUDA kernels {why_no_cuda}")
-    if why and "disabled by" not in why[0]:
-        for line in why:
-            warnings.warn(f"s2ap_ext runs without kernels: {line}", RuntimeWarning, stacklevel=2)
+            missed += why[-1:] if has_device else []
+    if missed and "disabled by" not in missed[0]:
+        warnings.warn(f"s2ap_ext runs without kernels: {'; '.join(missed)}", RuntimeWarning, stacklevel=2)
     return Backend(
         cpu="PyTorch" if why_no_cpp else "C++",
         cuda=cuda,

@@ -17,6 +17,8 @@ of threads or on the device.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -98,9 +100,10 @@ def ascent_scale(scores: Tensor, grad: Tensor, gamma: float, eps: float) -> Tens
 
     Source: S2AP, arXiv 2510.18381 (the layer-normalised perturbation).
     """
-    norm_s, norm_g = sum_of_squares(scores).sqrt(), sum_of_squares(grad).sqrt()
-    scale = (gamma * norm_s) / (norm_g + eps)
-    scale = torch.where(norm_g == 0, 0.0, scale)
+    # On the host, because torch's sqrt on the CPU (MKL's) is not always the correctly rounded one.
+    norm_s, norm_g = (math.sqrt(sum_of_squares(x).item()) for x in (scores, grad))
+    scale = 0.0 if norm_g == 0 else (gamma * norm_s) / (norm_g + eps)
+    scale = torch.tensor(scale, dtype=torch.float64, device=scores.device)
     return scale if scores.dtype == torch.float64 else scale.float().double()
 
 
@@ -147,11 +150,23 @@ def update(
 ) -> None:
     """One SGD step on ``scores`` and ``momentum_buffer`` (None where ``momentum`` is 0), both in place.
 
-    Operation for operation what ``torch.optim.SGD`` does once its momentum buffer exists. The scores were never moved to ``s + z``, so
+    Operation for operation what ``torch.optim.SGD`` does once its momentum buffer exists (but see :func:`_add_scaled`). The scores were never moved to ``s + z``, so
     there is nothing to restore.
     """
-    d = grad.add(scores, alpha=weight_decay) if weight_decay != 0 else grad
+    d = _add_scaled(grad, scores, weight_decay) if weight_decay != 0 else grad
     if momentum_buffer is not None:
-        momentum_buffer.mul_(momentum).add_(d, alpha=1 - dampening)
-        d = d.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
-    scores.add_(d, alpha=-lr)
+        momentum_buffer.mul_(momentum)
+        momentum_buffer.copy_(_add_scaled(momentum_buffer, d, 1 - dampening))
+        d = _add_scaled(d, momentum_buffer, momentum) if nesterov else momentum_buffer
+    scores.copy_(_add_scaled(scores, d, -lr))
+
+
+def _add_scaled(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """``a + alpha * b``. Half precision is computed in float32 with alpha in float32, as torch does on CUDA.
+
+    On the CPU torch rounds alpha to half precision first, and in the last few elements of each thread's share the product as
+    well, so that its own half-precision results depend on the number of threads.
+    """
+    if a.dtype in (torch.float16, torch.bfloat16):
+        return a.float().add(b.float(), alpha=alpha).to(a.dtype)
+    return a.add(b, alpha=alpha)

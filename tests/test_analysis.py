@@ -86,5 +86,5 @@ def test_errors():
         analysis.score_sharpness(net, loss, iterations=0)
     with pytest.raises(ValueError, match="points: expected at least 2, got 1"):
         analysis.landscape(net, loss, points=1)
-    with pytest.raises(ValueError, match="found none; call s2ap_ext.sparsify"):
+    with pytest.raises(ValueError, match=r"found none; call s2ap_ext\.sparsify"):
         analysis.score_sharpness(nn.Linear(2, 2), lambda m: m.weight.sum())
