@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops
-from .nn import _Pruned, buffers_of, group_layers, kept_of, refresh, sparse_layers
+from .nn.layers import Pruned, ascend, check_scores, descend, sparse_layers
 from .reference import FLIPS, perturbed
 
 __all__ = ["AWP", "S2AP"]
@@ -146,10 +146,7 @@ class _Ascent(ABC):
 
     def _end(self) -> None:
         """Looks at the NaN counts of the selections in force: on the CPU that was done already, on CUDA it waits for the device."""
-        for group in group_layers(sparse_layers(self.model).values()):
-            made = [(layer._label, layer._selection.cut) for layer in group if layer._selection is not None]
-            if made:
-                ops.check_finite(torch.stack([cut for _, cut in made]), [name for name, _ in made])
+        check_scores(sparse_layers(self.model).values())
 
     def state_dict(self) -> dict:
         """The base optimizer's state and the epoch. ``gamma`` and the like are given anew at construction.
@@ -186,7 +183,7 @@ class S2AP(_Ascent):
             layers. In :meth:`step` and :meth:`descend`: NaN scores, named by layer.
         TypeError: ``base_optimizer`` is not a ``torch.optim.Optimizer``.
 
-    Source: S2AP, arXiv 2510.18381, Algorithm 1.
+    Source: S2AP, arXiv 2510.18381.
 
     Equivalent to::
 
@@ -213,7 +210,7 @@ class S2AP(_Ascent):
         if not sparse_layers(model):
             raise ValueError("model: expected pruned layers, found none; call s2ap_ext.sparsify(model, sparsity) first")
         self.restore = restore
-        self._layers: list[_Pruned] = []  # those that were moved by the last ascend()
+        self._layers: list[Pruned] = []  # those that were moved by the last ascend()
         self._seen: list[tuple[list[str], Tensor]] = []  # names and cuts at s + z of the layers of each fused call
 
     @property
@@ -227,36 +224,22 @@ class S2AP(_Ascent):
 
     step.__doc__ = _Ascent.step.__doc__
 
+    def ascend(self) -> None:
+        self._seen = []
+        super().ascend()
+
+    ascend.__doc__ = _Ascent.ascend.__doc__
+
     def _move(self) -> None:
         layers = [layer for layer in sparse_layers(self.model).values() if layer.scores.grad is not None]
         if not layers:
             raise RuntimeError("ascend(): no layer's scores have a gradient; call loss.backward() first")
-        refresh(layers)
-        self._seen = []
-        for group in group_layers(layers):
-            grads = [layer.scores.grad for layer in group]
-            _, cuts, scales = ops.perturb(
-                [layer.scores for layer in group],
-                grads,
-                [layer.weight for layer in group],
-                kept_of(group),
-                torch.stack([layer._selection.cut for layer in group]),
-                gamma=self.gamma,
-                eps=self.eps,
-                out=buffers_of(group),
-            )
-            self._seen.append(([layer._label for layer in group], cuts))
-            if cuts.device.type == "cpu":  # before anything has changed
-                ops.check_finite(cuts, self._seen[-1][0])
-            for layer, cut, grad, scale in zip(group, cuts, grads, scales, strict=True):
-                layer._stand_at((grad, scale), cut)
+        self._seen = ascend(layers, gamma=self.gamma, eps=self.eps)
         self._layers = layers
 
     def _return_and_step(self) -> None:
-        layers, self._layers = self._layers, []
-        ascents = {layer.scores: layer._ascent for layer in layers}
-        for layer in layers:
-            layer._stand_at(None)
+        ascents = descend(self._layers)
+        self._layers = []
         if self.restore == "before":
             _sgd_step(self.base_optimizer, list(ascents))
             return
@@ -292,7 +275,7 @@ class AWP(_Ascent):
         ValueError: ``gamma``, ``eps`` or ``warmup_epochs`` negative or not finite.
         TypeError: ``base_optimizer`` is not a ``torch.optim.Optimizer``.
 
-    Source: Wu et al., NeurIPS 2020, arXiv 2004.05884, equation 10, restricted to the kept weights.
+    Source: Wu et al., NeurIPS 2020, arXiv 2004.05884, here restricted to the kept weights.
 
     Equivalent to::
 
@@ -316,9 +299,8 @@ class AWP(_Ascent):
 
     def _move(self) -> None:
         layers = sparse_layers(self.model).values()
-        refresh(layers)
         scores = {layer.scores for layer in layers}
-        masked = {layer.weight: layer._masked for layer in layers}
+        masked = {layer.weight: layer.masked_weight for layer in layers}
         weights = [w for w in self.model.parameters() if w.dim() > 1 and w.grad is not None and w not in scores]
         if not weights:
             raise RuntimeError("ascend(): no weight has a gradient; call loss.backward() first")

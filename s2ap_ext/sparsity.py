@@ -45,7 +45,7 @@ def score_init(weight: Tensor) -> Tensor:
     Raises:
         ValueError: ``weight`` has fewer than two dimensions.
 
-    Source: HYDRA, Sehwag et al., NeurIPS 2020, arXiv 2002.10509, section 3.
+    Source: HYDRA, Sehwag et al., NeurIPS 2020, arXiv 2002.10509.
     """
     if weight.dim() < 2:
         raise ValueError(f"weight: expected at least two dimensions, got shape {tuple(weight.shape)}")

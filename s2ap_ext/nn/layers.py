@@ -15,30 +15,15 @@ Under ``torch.compile`` the selection is part of the compiled graph and runs in 
 from __future__ import annotations
 
 import copy
-import fnmatch
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from . import ops
-from .reference import CUT_COLUMNS, perturbed
-from .sparsity import check_sparsity, kept_count, score_init
-
-__all__ = [
-    "PrunedWeight",
-    "S2APConv2d",
-    "S2APLinear",
-    "densify",
-    "refresh",
-    "sparse_layers",
-    "sparsify",
-    "train_scores",
-    "train_weights",
-]
+from .. import ops
+from ..reference import CUT_COLUMNS, NANS, perturbed
+from ..sparsity import check_sparsity, kept_count, score_init
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -83,26 +68,26 @@ class _Selection:
 
     __slots__ = ("cut", "kept", "mask", "scores", "weight")
 
-    def __init__(self, layer: _Pruned, cut: Tensor, mask: Tensor | None = None) -> None:
+    def __init__(self, layer: Pruned, cut: Tensor, mask: Tensor | None = None) -> None:
         self.scores, self.weight, self.kept = _Snapshot(layer.scores), _Snapshot(layer.weight), _Snapshot(layer.kept)
         self.cut = cut  # int64 [5], see reference.py
         self.mask = mask  # bool, made from the cut when first asked for
 
-    def matches(self, layer: _Pruned) -> bool:
+    def matches(self, layer: Pruned) -> bool:
         return self.mask_matches(layer) and self.weight.matches(layer.weight)
 
-    def mask_matches(self, layer: _Pruned) -> bool:
+    def mask_matches(self, layer: Pruned) -> bool:
         return self.scores.matches(layer.scores) and self.kept.matches(layer.kept)
 
 
-def _can_remember(tensor: Tensor) -> bool:
+def _has_identity(tensor: Tensor) -> bool:
     """Whether version and address of ``tensor`` mean anything: not for fake, inference and functorch tensors."""
     return (
         type(tensor) in (nn.Parameter, Tensor) and not tensor.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 
-class _Pruned:
+class Pruned:
     """What all pruned layers share: ``scores``, ``kept``, the mask and the masked weight. ``weight`` is the layer's own."""
 
     weight: Tensor
@@ -133,6 +118,8 @@ class _Pruned:
     @property
     def mask(self) -> Tensor:
         """The mask in force, bool, of weight's shape. A fresh tensor is made for each selection."""
+        if not self._can_remember():
+            return self._select_functionally()[1]
         refresh([self])
         return self._mask()
 
@@ -155,9 +142,10 @@ class _Pruned:
         """Forgets the selection, after a change that autograd cannot see (in place through ``.data`` or ``.numpy()``)."""
         self._selection = None
 
+    def _can_remember(self) -> bool:
+        return _has_identity(self.scores) and _has_identity(self.weight)
+
     def _stale(self) -> bool:
-        if not (_can_remember(self.scores) and _can_remember(self.weight)):
-            return True
         stale = self._selection is None or not self._selection.matches(self)
         if stale and self._ascent is not None:
             raise RuntimeError(f"{self._label}: scores, weight or kept changed between ascend() and descend()")
@@ -174,32 +162,29 @@ class _Pruned:
         """The scores the mask is taken at: ``s``, or ``s + z`` between ascend() and descend()."""
         return self.scores.detach() if self._ascent is None else perturbed(self.scores.detach(), *self._ascent)
 
-    def _stand_at(self, ascent: tuple[Tensor, Tensor] | None, cut: Tensor | None = None) -> None:
-        """Moves the layer to ``s + z`` (``ascent``: gradient and scale; the masked weight is there already), or back to ``s`` (None)."""
-        self._ascent = ascent
-        self._selection = None if ascent is None else _Selection(self, cut)
-
     def _masked_weight(self) -> Tensor:
         """The masked weight as the forward uses it. It shares memory with the next selection's: use it and let it go."""
         scores, weight = self.scores, self.weight
-        if torch.compiler.is_compiling() or not (_can_remember(scores) and _can_remember(weight)):
+        if torch.compiler.is_compiling() or not self._can_remember():
             masked, mask = self._select_functionally()
         else:
             refresh([self])
-            masked = self._masked
-            mask = self._mask() if weight.requires_grad else None
+            masked, mask = self._masked, None
         if not (torch.is_grad_enabled() and (scores.requires_grad or weight.requires_grad)):
             return masked
+        if not weight.requires_grad:
+            mask = None  # not needed then
+        elif mask is None:
+            mask = self._mask()
         return _StraightThrough.apply(scores, weight, masked, mask, *(self._ascent or (None, None)))
 
-    def _select_functionally(self) -> tuple[Tensor, Tensor | None]:
+    def _select_functionally(self) -> tuple[Tensor, Tensor]:
         """Masked weight and mask without remembering anything, in ops that a compiler can trace."""
         at, weight = self._position().contiguous(), self.weight.detach().contiguous()
         masked = torch.empty_like(weight)
         cuts = torch.zeros(1, CUT_COLUMNS, dtype=torch.int64, device=weight.device)
         torch.ops.s2ap.select([at], [weight], self.kept.view(1), [masked], cuts)
-        mask = ops.mask_from_cut(at, cuts[0]) if self.weight.requires_grad else None
-        return masked, mask
+        return masked, ops.mask_from_cut(at, cuts[0])
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, (super().extra_repr(), f"sparsity={self._sparsity:g}")))
@@ -225,7 +210,7 @@ class _Pruned:
             self._sparsity = 1 - int(self.kept) / numel
 
 
-class S2APConv2d(_Pruned, nn.Conv2d):
+class S2APConv2d(Pruned, nn.Conv2d):
     """``nn.Conv2d`` that computes with its ``kept`` highest scored weights.
 
     Args:
@@ -260,10 +245,10 @@ class S2APConv2d(_Pruned, nn.Conv2d):
 
     def to_dense(self) -> nn.Conv2d:
         """A plain ``nn.Conv2d`` with the zeros baked in; it shares nothing with this layer."""
-        return _densify_layer(copy.deepcopy(self))
+        return bake(copy.deepcopy(self))
 
 
-class S2APLinear(_Pruned, nn.Linear):
+class S2APLinear(Pruned, nn.Linear):
     """``nn.Linear`` that computes with its ``kept`` highest scored weights.
 
     Arguments, attributes and errors are those of :class:`S2APConv2d`, with ``nn.Linear``'s arguments in place of ``nn.Conv2d``'s.
@@ -287,10 +272,10 @@ class S2APLinear(_Pruned, nn.Linear):
 
     def to_dense(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the zeros baked in; it shares nothing with this layer."""
-        return _densify_layer(copy.deepcopy(self))
+        return bake(copy.deepcopy(self))
 
 
-class PrunedWeight(_Pruned, nn.Module):
+class PrunedWeight(Pruned, nn.Module):
     """The same for any other module's weight, as a ``torch.nn.utils.parametrize`` parametrization.
 
     :func:`sparsify` uses it where a subclass of a convolution or linear layer, or ``nn.MultiheadAttention``, reads its weight by name.
@@ -306,17 +291,15 @@ class PrunedWeight(_Pruned, nn.Module):
         return self._masked_weight()
 
 
-_CLASSES: dict[type, type] = {nn.Conv2d: S2APConv2d, nn.Linear: S2APLinear}
-_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
-_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+DENSE_TO_PRUNED: dict[type, type] = {nn.Conv2d: S2APConv2d, nn.Linear: S2APLinear}
 
 
-def sparse_layers(model: nn.Module) -> dict[str, _Pruned]:
+def sparse_layers(model: nn.Module) -> dict[str, Pruned]:
     """The pruned layers of ``model`` by name, in module order, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _Pruned)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Pruned)}
 
 
-def refresh(layers: nn.Module | Iterable[_Pruned]) -> None:
+def refresh(layers: nn.Module | Iterable[Pruned]) -> None:
     """Brings the masked weights of all given layers up to date, in one fused call for those whose scores changed.
 
     Layers do this by themselves, one by one, in their forward. At the start of a training step ``refresh(model)`` does it for all at once.
@@ -328,11 +311,9 @@ def refresh(layers: nn.Module | Iterable[_Pruned]) -> None:
         ValueError: NaN in the scores of a layer that is on the CPU. On CUDA looking would wait for the
             device; :class:`s2ap_ext.S2AP` looks at the end of a step.
     """
-    if isinstance(layers, nn.Module) and not isinstance(layers, _Pruned):
+    if isinstance(layers, nn.Module):
         layers = sparse_layers(layers).values()
-    elif isinstance(layers, _Pruned):
-        layers = [layers]
-    stale = [layer for layer in layers if _can_remember(layer.scores) and _can_remember(layer.weight) and layer._stale()]
+    stale = [layer for layer in layers if layer._can_remember() and layer._stale()]
     if not stale:
         return
     # What is remembered outlives this call, so it must not be born as inference tensors.
@@ -342,12 +323,12 @@ def refresh(layers: nn.Module | Iterable[_Pruned]) -> None:
             mask, cut = layer._mask(), layer._selection.cut
             layer._masked = torch.where(mask, layer.weight, 0)
             layer._selection = _Selection(layer, cut, mask)
-        for group in group_layers(layer for layer in stale if layer not in reweighted):
+        for group in _groups(layer for layer in stale if layer not in reweighted):
             _, cuts = ops.select(
                 [layer.scores for layer in group],
                 [layer.weight for layer in group],
-                kept_of(group),
-                out=buffers_of(group),
+                torch.stack([layer.kept for layer in group]),
+                out=_memory(group),
             )
             if cuts.device.type == "cpu":
                 ops.check_finite(cuts, [layer._label for layer in group])
@@ -355,20 +336,77 @@ def refresh(layers: nn.Module | Iterable[_Pruned]) -> None:
                 layer._selection = _Selection(layer, cut)
 
 
-def group_layers(layers: Iterable[_Pruned]) -> list[list[_Pruned]]:
+# Moving to s + z and back, for s2ap_ext.optim.
+
+
+@torch.no_grad()
+def ascend(layers: Iterable[Pruned], *, gamma: float, eps: float) -> list[tuple[list[str], Tensor]]:
+    """Moves the layers to ``s + z``, ``z`` along the gradients of their scores: masks, masked weights and gradients are those there.
+
+    Returns:
+        ``(names, cuts)`` for each fused call; ``cuts``, int64 [L, 5], hold the counts of NaN, of flipped mask entries and of changed signs.
+
+    Raises:
+        ValueError: NaN at ``s + z`` in a layer that is on the CPU; no layer has moved then.
+    """
+    layers = list(layers)
+    refresh(layers)
+    seen = []
+    for group in _groups(layers):
+        grads = [layer.scores.grad for layer in group]
+        _, cuts, scales = ops.perturb(
+            [layer.scores for layer in group],
+            grads,
+            [layer.weight for layer in group],
+            torch.stack([layer.kept for layer in group]),
+            torch.stack([layer._selection.cut for layer in group]),
+            gamma=gamma,
+            eps=eps,
+            out=_memory(group),
+        )
+        names = [layer._label for layer in group]
+        for layer, cut, grad, scale in zip(group, cuts, grads, scales, strict=True):
+            layer._ascent = (grad, scale)
+            layer._selection = _Selection(layer, cut)
+        seen.append((names, cuts))
+    for names, cuts in seen:
+        if cuts.device.type == "cpu" and not _finite(cuts):
+            descend(layers)
+            ops.check_finite(cuts, names)
+    return seen
+
+
+def descend(layers: Iterable[Pruned]) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
+    """Moves the layers back to ``s``, which was never overwritten.
+
+    Returns:
+        for the scores of each layer that had moved, the gradient and the scale whose product is ``z``.
+    """
+    moved = {layer.scores: layer._ascent for layer in layers if layer._ascent is not None}
+    for layer in layers:
+        layer._ascent = layer._selection = None
+    return moved
+
+
+def check_scores(layers: Iterable[Pruned]) -> None:
+    """Raises ValueError naming the layers whose last selection met NaN. Waits for a CUDA device."""
+    for group in _groups(layer for layer in layers if layer._selection is not None):
+        ops.check_finite(torch.stack([layer._selection.cut for layer in group]), [layer._label for layer in group])
+
+
+def _finite(cuts: Tensor) -> bool:
+    return not cuts[:, NANS].any()
+
+
+def _groups(layers: Iterable[Pruned]) -> list[list[Pruned]]:
     """The layers by device and dtype: what one call of an op can take."""
-    groups: dict[tuple, list[_Pruned]] = {}
+    groups: dict[tuple, list[Pruned]] = {}
     for layer in layers:
         groups.setdefault((layer.scores.device, layer.scores.dtype), []).append(layer)
     return list(groups.values())
 
 
-def kept_of(layers: Sequence[_Pruned]) -> Tensor:
-    """The counts of the layers, int64 [L], on their device."""
-    return torch.stack([layer.kept for layer in layers])
-
-
-def buffers_of(layers: Sequence[_Pruned]) -> list[Tensor]:
+def _memory(layers: Sequence[Pruned]) -> list[Tensor]:
     """The memory for the layers' masked weights, in the layout of their weights."""
     for layer in layers:
         buffer, weight = layer._masked, layer.weight
@@ -378,116 +416,7 @@ def buffers_of(layers: Sequence[_Pruned]) -> list[Tensor]:
     return [layer._masked for layer in layers]
 
 
-def sparsify(
-    model: nn.Module,
-    sparsity: float,
-    *,
-    allocation: str = "uniform",
-    granularity: str = "weight",
-    exclude: Sequence[str] = (),
-) -> nn.Module:
-    """Turns the convolutions and linear layers of ``model`` into pruned layers, in place.
-
-    ``nn.Conv2d`` and ``nn.Linear`` become :class:`S2APConv2d` and :class:`S2APLinear`: the same objects, with the same
-    weights, of another class. Their subclasses, other convolutions and the projections of ``nn.MultiheadAttention`` keep their class and
-    get a :class:`PrunedWeight`. Layers that share a weight share its scores. Scores start from the weights, so call this after
-    the weights are loaded.
-
-    Args:
-        model: any module; it may itself be a layer.
-        sparsity: the fraction of weights removed, in [0, 1].
-        allocation: how the kept weights are spread over the layers. ``"uniform"``: the same sparsity everywhere.
-        granularity: what is removed as one. ``"weight"``: single weights.
-        exclude: names of layers or modules to leave dense, as in ``named_modules()``; ``*`` and ``?`` match.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        ValueError: ``sparsity`` outside [0, 1]; an unknown ``allocation`` or ``granularity``; an ``exclude`` that matches no module;
-            a model without a layer to prune, or with a layer that is pruned already. The model is unchanged then.
-    """
-    check_sparsity(sparsity)
-    for argument, value, known in (("allocation", allocation, "uniform"), ("granularity", granularity, "weight")):
-        if value != known:
-            raise ValueError(f"{argument}: expected {known!r}, got {value!r}")
-    if already := list(sparse_layers(model)):
-        raise ValueError(f"model: layer {already[0] or '(the model itself)'} is pruned already; densify(model) first")
-    targets = _targets(model, [exclude] if isinstance(exclude, str) else exclude)
-    if not targets:
-        raise ValueError("model: expected a layer to prune (a convolution, linear or attention layer), found none")
-
-    shared: dict[int, _Pruned] = {}  # the first layer of each weight
-    for label, module, name in targets:
-        weight = getattr(module, name)
-        first = shared.get(id(weight))
-        same = {} if first is None else {"scores": first.scores, "kept": first.kept}
-        if type(module) in _CLASSES:
-            layer = module
-            layer.__class__ = _CLASSES[type(module)]
-            layer._start_pruning(sparsity, **same)
-        else:
-            layer = PrunedWeight(weight, sparsity=sparsity)
-            if same:
-                layer.scores, layer.kept = first.scores, first.kept
-            parametrize.register_parametrization(module, name, layer)
-        layer._label = label
-        if isinstance(weight, nn.Parameter):
-            shared.setdefault(id(weight), layer)
-    return model
-
-
-def _targets(model: nn.Module, exclude: Sequence[str]) -> list[tuple[str, nn.Module, str]]:
-    """What :func:`sparsify` prunes: (name of the layer, module, name of its weight), each module once."""
-    names = [name for name, _ in model.named_modules()]
-    for pattern in exclude:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"exclude: no module is named {pattern!r}; there are {', '.join(names[1:6])}, ...")
-
-    def excluded(name: str) -> bool:  # by its own name or that of a module around it
-        parents = itertools.accumulate(name.split("."), lambda a, b: f"{a}.{b}")
-        return any(fnmatch.fnmatchcase(parent, pattern) for parent in parents for pattern in exclude)
-
-    targets = []
-    for name, module in model.named_modules():
-        if excluded(name):
-            continue
-        weights = ["weight"] if isinstance(module, _WEIGHTED) else []
-        if isinstance(module, nn.MultiheadAttention):
-            weights = [w for w in _ATTENTION_WEIGHTS if getattr(module, w) is not None]
-        for weight in weights:
-            if isinstance(getattr(module, weight), nn.parameter.UninitializedParameter):
-                raise ValueError(f"model: layer {name} is lazy and has no weights yet; run one batch through the model first")
-            label = name if weight == "weight" else ".".join(filter(None, (name, weight)))
-            targets.append((label or type(module).__name__, module, weight))
-    return targets
-
-
-def densify(model: nn.Module) -> nn.Module:
-    """Turns pruned layers back into plain modules with the zeros baked in, in place; logits stay equal to the bit.
-
-    Nothing of this package is left: neither in the classes nor in the state_dict. A weight that a pruned layer shared with a dense
-    one (a tied embedding) is a parameter of its own afterwards.
-
-    Returns:
-        ``model``.
-
-    Raises:
-        RuntimeError: called between ``ascend()`` and ``descend()``.
-    """
-    refresh(model)
-    baked: dict[tuple[int, int], nn.Parameter] = {}
-    for module in list(model.modules()):
-        if isinstance(module, (S2APConv2d, S2APLinear)):
-            _densify_layer(module, baked)
-        elif parametrize.is_parametrized(module):
-            for name, plist in list(module.parametrizations.items()):
-                if any(isinstance(p, PrunedWeight) for p in plist):
-                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return model
-
-
-def _densify_layer(layer, baked: dict | None = None):
+def bake(layer, baked: dict | None = None):
     """Changes ``layer`` into its dense class; ``baked`` keeps shared weights shared."""
     if layer._ascent is not None:
         raise RuntimeError(f"{layer._label}: the layer stands at perturbed scores; call descend() first")
@@ -500,7 +429,7 @@ def _densify_layer(layer, baked: dict | None = None):
     del layer.scores, layer.kept
     for name in ("_sparsity", "_label", "_masked", "_selection", "_ascent"):
         del layer.__dict__[name]
-    layer.__class__ = next(dense for dense, pruned in _CLASSES.items() if isinstance(layer, pruned))
+    layer.__class__ = next(dense for dense, pruned in DENSE_TO_PRUNED.items() if isinstance(layer, pruned))
     return layer
 
 
@@ -511,20 +440,3 @@ def _from_dense(cls: type, dense: type, module: nn.Module, sparsity: float):
     layer.__dict__.update({key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()})
     layer._start_pruning(sparsity)
     return layer
-
-
-def train_scores(model: nn.Module) -> nn.Module:
-    """For a mask search: the scores of the pruned layers train, their weights are frozen. Returns ``model``."""
-    return _train(model, scores=True)
-
-
-def train_weights(model: nn.Module) -> nn.Module:
-    """For finetuning under a fixed mask: the weights of the pruned layers train, their scores are frozen. Returns ``model``."""
-    return _train(model, scores=False)
-
-
-def _train(model: nn.Module, *, scores: bool) -> nn.Module:
-    for layer in sparse_layers(model).values():
-        layer.scores.requires_grad_(scores)
-        layer.weight.requires_grad_(not scores)
-    return model

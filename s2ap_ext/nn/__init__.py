@@ -1,0 +1,17 @@
+"""Pruned layers, and the conversion of whole models."""
+
+from .convert import densify, sparsify, train_scores, train_weights
+from .layers import Pruned, PrunedWeight, S2APConv2d, S2APLinear, refresh, sparse_layers
+
+__all__ = [
+    "Pruned",
+    "PrunedWeight",
+    "S2APConv2d",
+    "S2APLinear",
+    "densify",
+    "refresh",
+    "sparse_layers",
+    "sparsify",
+    "train_scores",
+    "train_weights",
+]

@@ -1,0 +1,142 @@
+"""Whole models: dense to pruned and back, and which parameters train."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Sequence
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..sparsity import check_sparsity
+from .layers import DENSE_TO_PRUNED, Pruned, PrunedWeight, S2APConv2d, S2APLinear, bake, refresh, sparse_layers
+
+WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
+ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    allocation: str = "uniform",
+    granularity: str = "weight",
+    exclude: Sequence[str] = (),
+) -> nn.Module:
+    """Turns the convolutions and linear layers of ``model`` into pruned layers, in place.
+
+    ``nn.Conv2d`` and ``nn.Linear`` become :class:`S2APConv2d` and :class:`S2APLinear`: the same objects, with the same
+    weights, of another class. Their subclasses, other convolutions and the projections of ``nn.MultiheadAttention`` keep their class and
+    get a :class:`PrunedWeight`. Layers that share a weight share its scores. Scores start from the weights, so call this after
+    the weights are loaded.
+
+    Args:
+        model: any module; it may itself be a layer.
+        sparsity: the fraction of weights removed, in [0, 1].
+        allocation: how the kept weights are spread over the layers. ``"uniform"``: the same sparsity everywhere.
+        granularity: what is removed as one. ``"weight"``: single weights.
+        exclude: names of layers or modules to leave dense, as in ``named_modules()``; ``*`` and ``?`` match.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: ``sparsity`` outside [0, 1]; an unknown ``allocation`` or ``granularity``; an ``exclude`` that matches no module;
+            a model without a layer to prune, or with a layer that is pruned already. The model is unchanged then.
+    """
+    check_sparsity(sparsity)
+    for argument, value, known in (("allocation", allocation, "uniform"), ("granularity", granularity, "weight")):
+        if value != known:
+            raise ValueError(f"{argument}: expected {known!r}, got {value!r}")
+    if already := list(sparse_layers(model)):
+        raise ValueError(f"model: layer {already[0] or '(the model itself)'} is pruned already; densify(model) first")
+    targets = _targets(model, [exclude] if isinstance(exclude, str) else exclude)
+    if not targets:
+        raise ValueError("model: expected a layer to prune (a convolution, linear or attention layer), found none")
+
+    shared: dict[int, Pruned] = {}  # the first layer of each weight
+    for label, module, name in targets:
+        weight = getattr(module, name)
+        first = shared.get(id(weight))
+        same = {} if first is None else {"scores": first.scores, "kept": first.kept}
+        if type(module) in DENSE_TO_PRUNED:
+            layer = module
+            layer.__class__ = DENSE_TO_PRUNED[type(module)]
+            layer._start_pruning(sparsity, **same)
+        else:
+            layer = PrunedWeight(weight, sparsity=sparsity)
+            if same:
+                layer.scores, layer.kept = first.scores, first.kept
+            parametrize.register_parametrization(module, name, layer)
+        layer._label = label
+        if isinstance(weight, nn.Parameter):
+            shared.setdefault(id(weight), layer)
+    return model
+
+
+def _targets(model: nn.Module, exclude: Sequence[str]) -> list[tuple[str, nn.Module, str]]:
+    """What :func:`sparsify` prunes: (name of the layer, module, name of its weight), each module once."""
+    names = [name for name, _ in model.named_modules()]
+    for pattern in exclude:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"exclude: no module is named {pattern!r}; there are {', '.join(names[1:6])}, ...")
+
+    def excluded(name: str) -> bool:  # by its own name or that of a module around it
+        parents = itertools.accumulate(name.split("."), lambda a, b: f"{a}.{b}")
+        return any(fnmatch.fnmatchcase(parent, pattern) for parent in parents for pattern in exclude)
+
+    targets = []
+    for name, module in model.named_modules():
+        if excluded(name):
+            continue
+        weights = ["weight"] if isinstance(module, WEIGHTED) else []
+        if isinstance(module, nn.MultiheadAttention):
+            weights = [w for w in ATTENTION_WEIGHTS if getattr(module, w) is not None]
+        for weight in weights:
+            if isinstance(getattr(module, weight), nn.parameter.UninitializedParameter):
+                raise ValueError(f"model: layer {name} is lazy and has no weights yet; run one batch through the model first")
+            label = name if weight == "weight" else ".".join(filter(None, (name, weight)))
+            targets.append((label or type(module).__name__, module, weight))
+    return targets
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Turns pruned layers back into plain modules with the zeros baked in, in place; logits stay equal to the bit.
+
+    Nothing of this package is left: neither in the classes nor in the state_dict. A weight that a pruned layer shared with a dense
+    one (a tied embedding) is a parameter of its own afterwards.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        RuntimeError: called between ``ascend()`` and ``descend()``.
+    """
+    refresh(model)
+    baked: dict[tuple[int, int], nn.Parameter] = {}
+    for module in list(model.modules()):
+        if isinstance(module, (S2APConv2d, S2APLinear)):
+            bake(module, baked)
+        elif parametrize.is_parametrized(module):
+            for name, plist in list(module.parametrizations.items()):
+                if any(isinstance(p, PrunedWeight) for p in plist):
+                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    return model
+
+
+def train_scores(model: nn.Module) -> nn.Module:
+    """For a mask search: the scores of the pruned layers train, their weights are frozen. Returns ``model``."""
+    return _train(model, scores=True)
+
+
+def train_weights(model: nn.Module) -> nn.Module:
+    """For finetuning under a fixed mask: the weights of the pruned layers train, their scores are frozen. Returns ``model``."""
+    return _train(model, scores=False)
+
+
+def _train(model: nn.Module, *, scores: bool) -> nn.Module:
+    for layer in sparse_layers(model).values():
+        layer.scores.requires_grad_(scores)
+        layer.weight.requires_grad_(not scores)
+    return model
