@@ -150,8 +150,8 @@ def update(
 ) -> None:
     """One SGD step on ``scores`` and ``momentum_buffer`` (None where ``momentum`` is 0), both in place.
 
-    Operation for operation what ``torch.optim.SGD`` does once its momentum buffer exists (but see :func:`_add_scaled`). The scores were never moved to ``s + z``, so
-    there is nothing to restore.
+    Operation for operation what ``torch.optim.SGD`` does once its momentum buffer exists (but see :func:`_add_scaled`). The
+    scores were never moved to ``s + z``, so there is nothing to restore.
     """
     d = _add_scaled(grad, scores, weight_decay) if weight_decay != 0 else grad
     if momentum_buffer is not None:

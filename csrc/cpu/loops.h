@@ -1,0 +1,95 @@
+// The inner loops of the CPU kernels, each compiled for three instruction sets and chosen when the program runs (so one binary is
+// right for every machine and fast on new ones). The loops are in loops_body.h; everything else is ordinary code around them.
+#pragma once
+
+#include <cstdint>
+
+#include "../plan.h"
+#include "element.h"
+#include "machine.h"
+
+#ifdef S2AP_X86
+#include <immintrin.h>
+#endif
+
+namespace s2ap {
+
+struct SweepCounts {
+  int64_t above = 0;   // magnitudes >= hi
+  int64_t inside = 0;  // magnitudes in [lo, hi)
+};
+
+struct PerturbCounts {
+  int64_t nans = 0;
+  int64_t flips = 0;
+  int64_t signs = 0;
+};
+
+struct SgdParameters {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov;
+};
+
+// The compaction stores whole vectors: this many bytes past the last element may be overwritten.
+constexpr int64_t kStoreSlack = 64;
+
+// Loops over elements of type T. Inputs named x are bits of either sign; their magnitudes are taken on the way.
+template <class T>
+struct Loops {
+  using Bits = BitsOf<T>;
+  // Counts, and appends the magnitudes in [lo, hi) to `inside` in order. `inside` may be x itself.
+  SweepCounts (*sweep)(const Bits* x, int64_t n, Bits lo, Bits hi, Bits* inside);
+  // Counts magnitudes >= bound.
+  int64_t (*count_at_least)(const Bits* x, int64_t n, Bits bound);
+  // masked = |x| >= bound ? w : 0. Returns the number of NaN among x.
+  int64_t (*apply)(const Bits* x, const Bits* w, Bits* masked, int64_t n, Bits bound);
+  // moved = s + scale * g, every operation rounded.
+  void (*move)(const Bits* s, const Bits* g, ComputeOf<T> scale, Bits* moved, int64_t n);
+  // As apply with x = moved; compares the mask with |s| >= bound_now, and the signs with those of s.
+  PerturbCounts (*apply_moved)(const Bits* moved, const Bits* s, const Bits* w, Bits* masked, int64_t n, Bits bound, Bits bound_now);
+  // The sum of squares of up to kChunk elements, in the order of reference.sum_of_squares.
+  double (*chunk_of_squares)(const Bits* x, int64_t n);
+  // One SGD step; b is null without momentum. `fused`: a + alpha * b is rounded once, as torch does where the CPU can.
+  void (*update)(Bits* s, const Bits* g, Bits* b, int64_t n, const SgdParameters& p, bool fused);
+};
+
+}  // namespace s2ap
+
+#define S2AP_LOOPS plain
+#define S2AP_TARGET
+#define S2AP_WIDTH 16
+#include "loops_body.h"
+#undef S2AP_LOOPS
+#undef S2AP_TARGET
+#undef S2AP_WIDTH
+
+#ifdef S2AP_X86
+#define S2AP_LOOPS avx2
+#define S2AP_TARGET __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
+#define S2AP_WIDTH 32
+#include "loops_body.h"
+#undef S2AP_LOOPS
+#undef S2AP_TARGET
+#undef S2AP_WIDTH
+
+#define S2AP_LOOPS avx512
+#define S2AP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
+#define S2AP_WIDTH 64
+#include "loops_body.h"
+#undef S2AP_LOOPS
+#undef S2AP_TARGET
+#undef S2AP_WIDTH
+#endif
+
+namespace s2ap {
+
+template <class T>
+const Loops<T>& loops(Isa isa) {
+#ifdef S2AP_X86
+  if (isa == Isa::kAvx512) return avx512::kLoops<T>;
+  if (isa == Isa::kAvx2) return avx2::kLoops<T>;
+#endif
+  return plain::kLoops<T>;
+}
+
+}  // namespace s2ap

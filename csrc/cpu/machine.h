@@ -1,0 +1,69 @@
+// What the CPU kernels run on: an instruction set and some threads. The kernels get it as an argument, so that the same code runs on
+// torch's thread pool in the extension and on plain std::threads, at any instruction set, in the native tests.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+#define S2AP_X86 1
+#endif
+
+namespace s2ap {
+
+// Each is a superset of the one before.
+enum class Isa { kPlain, kAvx2, kAvx512 };
+
+inline Isa best_isa() {
+#ifdef S2AP_X86
+  static const Isa best = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
+    return avx2 && avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kPlain;
+  }();
+  return best;
+#else
+  return Isa::kPlain;
+#endif
+}
+
+struct Machine {
+  Isa isa;
+  int threads;
+  // Calls work(context) on up to `threads` threads at once, at least on one, and returns when all are done.
+  void (*run)(int threads, void (*work)(void*), void* context);
+};
+
+// Fewer elements than this are not worth waking a thread for.
+constexpr int64_t kElementsPerThread = 32768;
+
+// f(i) for every i in [0, count), in any order, on as many threads as `elements` elements of work are worth. Threads take the
+// next i when they are free, so uneven work balances.
+template <class F>
+void for_each(const Machine& machine, int64_t count, int64_t elements, const F& f) {
+  const int64_t threads = std::min({int64_t{machine.threads}, count, 1 + elements / kElementsPerThread});
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  struct Shared {
+    const F& f;
+    int64_t count;
+    int64_t step;  // taken at once, so that thousands of tiny items do not queue for the counter
+    std::atomic<int64_t> next{0};
+  } shared{f, count, std::max<int64_t>(1, count / (threads * 32))};
+  machine.run(
+      static_cast<int>(threads),
+      [](void* context) {
+        Shared& s = *static_cast<Shared*>(context);
+        for (int64_t begin; (begin = s.next.fetch_add(s.step, std::memory_order_relaxed)) < s.count;) {
+          for (int64_t i = begin; i < std::min(begin + s.step, s.count); ++i) s.f(i);
+        }
+      },
+      &shared);
+}
+
+}  // namespace s2ap

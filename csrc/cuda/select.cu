@@ -1,0 +1,97 @@
+// select: the masked weights of all layers at once, out[l] = weights[l] where |scores[l]| is among the kept[l] largest, else +0.
+//
+// The algorithm is that of radix.cuh: exact for every input, 3 digits for float32. Bytes per element, float32: the scores once per
+// digit and once more, the weights, the masked weights: 4 * 4 + 4 + 4 = 24. The floor is 12; but from the second time on, the scores of all
+// but the largest networks come out of the L2 cache.
+//
+// One cooperative launch for all layers, 5 grid barriers in it for float32. A launch per layer and phase would be 100 launches for a ResNet-18, most
+// of them too small to fill a GPU. Nothing is copied to the host, so nothing waits; `kept` is read on the device.
+#include "radix.cuh"
+
+namespace s2ap::cuda {
+
+template <class T>
+struct ScoreReader {
+  using Raw = T;
+  const T* scores;
+
+  S2AP_DEVICE Raw load(int64_t i) const { return scores[i]; }
+  S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(raw); }
+  S2AP_DEVICE void tally(Raw, Compute<T>, int64_t, bool, Tally&) const {}
+  S2AP_DEVICE void drop(Raw, int64_t, Tally&) const {}
+};
+
+template <class T>
+struct SelectArgs {
+  Selection<T> selection;
+
+  S2AP_DEVICE ScoreReader<T> reader(int layer) const { return {selection.table.rows[layer].scores}; }
+  static constexpr int phases() { return 1 + kSelectionPhases<T>; }
+};
+
+template <class T, class Array>
+void for_each_array(SelectArgs<T>& args, Array&& array) {
+  for_each_array(args.selection, array);
+}
+
+template <class Grid, class T>
+S2AP_DEVICE void select_phases(const Grid& grid, const SelectArgs<T>& args, int first, int last) {
+  auto& storage = grid.template shared<SelectionStorage<T>>();
+  for (int phase = first; phase < last; ++phase) {
+    if (phase > first) grid.grid_barrier();
+    if (phase == 0) {
+      prepare(grid, args.selection);
+    } else {
+      selection_phase(grid, args, storage, phase - 1);
+    }
+  }
+}
+
+}  // namespace s2ap::cuda
+
+#if defined(__CUDACC__)
+
+#include <torch/csrc/stable/library.h>
+
+#include "launch.cuh"
+
+namespace s2ap::cuda {
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    select_kernel(const __grid_constant__ SelectArgs<T> args, int first, int last) {
+  select_phases(CudaGrid{}, args, first, last);
+}
+
+void select_cuda(std::vector<Tensor> scores, std::vector<Tensor> weights, Tensor kept, std::vector<Tensor> masked, Tensor cuts) {
+  if (scores.empty()) return;
+  int64_t layers = static_cast<int64_t>(scores.size());
+  check_list("select", "scores", scores, scores);
+  check_list("select", "weights", weights, scores);
+  check_list("select", "masked", masked, scores);
+  check_array("select", "kept", kept, scores[0], layers, ScalarType::Long);
+  check_array("select", "cuts", cuts, scores[0], layers * kCutColumns, ScalarType::Long);
+  int device = scores[0].get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+
+  dispatch("select", scores[0], [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t begin = 0; begin < layers; begin += kMaxLayers) {
+      SelectArgs<T> args;
+      Selection<T>& s = args.selection;
+      for (int64_t i = begin; i < std::min(begin + kMaxLayers, layers); ++i) {
+        s.table.push({data<T>(scores[i]), nullptr, data<T>(weights[i]), data<T>(masked[i]), scores[i].numel()});
+      }
+      s.kept = data<int64_t>(kept) + begin;
+      s.cuts = data<int64_t>(cuts) + begin * kCutColumns;
+      Tensor workspace = allocate_workspace(args, scores[0]);
+      launch_phases("select", select_kernel<T>, args, s.table.chunks(), args.phases(), device);
+    }
+  });
+}
+
+}  // namespace s2ap::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(s2ap, CUDA, m) { m.impl("select", TORCH_BOX(&s2ap::cuda::select_cuda)); }
+
+#endif

@@ -1,0 +1,103 @@
+// Sums of squares in the order that reference.sum_of_squares pins, so that a norm has the same bits in every run, on every
+// grid and on the CPU. One warp sums one chunk; the chunks' sums are summed the same way, level by level, with a grid
+// barrier between levels. Summing a single number again gives the same number, so layers of all sizes go through the same levels.
+#pragma once
+
+#include "number.cuh"
+#include "table.cuh"
+
+namespace s2ap::cuda {
+
+// term(0) + ... + term(count - 1), count <= kChunk, in lane 0. Thread j of the warp carries the running sums j and j + 32.
+template <class Grid, class Term>
+S2AP_DEVICE double chunk_sum(const Grid& grid, int count, Term term) {
+  static_assert(kLanes == 2 * kWarp);
+  double low = 0, high = 0;
+  for (int base = static_cast<int>(grid.lane()); base - static_cast<int>(grid.lane()) < count; base += kUnroll * kLanes) {
+    double a[kUnroll], b[kUnroll];
+    S2AP_UNROLL
+    for (int u = 0; u < kUnroll; ++u) {
+      int i = base + u * kLanes, j = i + static_cast<int>(kWarp);
+      a[u] = i < count ? term(i) : 0;
+      b[u] = j < count ? term(j) : 0;
+    }
+    S2AP_UNROLL
+    for (int u = 0; u < kUnroll; ++u) {
+      low = add(low, a[u]);
+      high = add(high, b[u]);
+    }
+  }
+  double sum = add(low, high);
+  for (unsigned half = kWarp / 2; half > 0; half /= 2) sum = add(sum, grid.shuffle(sum, (grid.lane() + half) % kWarp));
+  return sum;
+}
+
+template <class T>
+S2AP_DEVICE double square(T x) {
+  double wide = widen(x);
+  return multiply(wide, wide);
+}
+
+// Two quantities per layer, the scores' and the gradients' norms. Level k's sums lie in level[k % 2], at
+// quantity * chunks + first chunk of the layer + j.
+struct Sums {
+  double* level[2];  // [2 * chunks] each
+  int levels;        // 1 + how often the chunks' sums must be summed again
+};
+
+template <class Row>
+inline int sum_levels(const Table<Row>& table) {
+  int levels = 1;
+  for (int layer = 0; layer < table.layers; ++layer) {
+    int needed = 1;
+    for (int64_t left = table.first_chunk[layer + 1] - table.first_chunk[layer]; left > 1; left = (left + kChunk - 1) / kChunk) ++needed;
+    if (needed > levels) levels = needed;
+  }
+  return levels;
+}
+
+// Level 0: each block sums the chunks of its own range. Layer rows have scores and grads.
+template <class Grid, class Row>
+S2AP_DEVICE void sum_squares(const Grid& grid, const Table<Row>& table, const Sums& sums) {
+  for_each_segment(grid, table, [&](Segment segment) {
+    const Row& row = table.rows[segment.layer];
+    int64_t first = table.first_chunk[segment.layer];
+    for (int64_t task = 2 * segment.begin + grid.warp(); task < 2 * segment.end; task += grid.warps()) {
+      int64_t chunk = task / 2;
+      bool second = task % 2 != 0;
+      auto x = (second ? row.grads : row.scores) + chunk * kChunk;
+      double sum = chunk_sum(grid, chunk_length(row.n, chunk), [&](int i) { return square(x[i]); });
+      if (grid.lane() == 0) sums.level[0][(second ? table.chunks() : 0) + first + chunk] = sum;
+    }
+  });
+}
+
+// Level 1 and above: the warps of the whole grid share the sums' chunks.
+template <class Grid, class Row>
+S2AP_DEVICE void sum_again(const Grid& grid, const Table<Row>& table, const Sums& sums, int level) {
+  const double* in = sums.level[(level - 1) % 2];
+  double* out = sums.level[level % 2];
+  int64_t warps = static_cast<int64_t>(grid.blocks()) * grid.warps();
+  int64_t turn = static_cast<int64_t>(grid.block()) * grid.warps() + grid.warp();  // counts down to this warp's next task
+  for (int layer = 0; layer < table.layers; ++layer) {
+    int64_t first = table.first_chunk[layer], count = table.first_chunk[layer + 1] - first;
+    for (int k = 1; k < level; ++k) count = (count + kChunk - 1) / kChunk;
+    int64_t groups = (count + kChunk - 1) / kChunk;
+    for (; turn < 2 * groups; turn += warps) {
+      int64_t group = turn / 2, at = (turn % 2 != 0 ? table.chunks() : 0) + first;
+      const double* terms = in + at + group * kChunk;
+      double sum = chunk_sum(grid, chunk_length(count, group), [&](int i) { return terms[i]; });
+      if (grid.lane() == 0) out[at + group] = sum;
+    }
+    turn -= 2 * groups;
+  }
+}
+
+// The finished sum of a layer; quantity 0 is the scores', 1 the gradients'.
+template <class Row>
+S2AP_DEVICE double sum_of_squares(const Table<Row>& table, const Sums& sums, int layer, int quantity) {
+  if (table.rows[layer].n == 0) return 0;
+  return sums.level[(sums.levels - 1) % 2][quantity * table.chunks() + table.first_chunk[layer]];
+}
+
+}  // namespace s2ap::cuda

@@ -1,0 +1,128 @@
+// The CPU perturbation against a naive one: sums in the specified order, s + z stored and sorted, flips and signs counted one by one.
+#include "cpu/perturb.h"
+
+#include "cpu_cases.h"
+
+using namespace cases;
+
+// reference.sum_of_squares, literally.
+double oracle_sum(std::vector<double> partial) {
+  while (partial.size() > 1) {
+    partial.resize((partial.size() + kChunk - 1) / kChunk * kChunk);
+    std::vector<double> sums;
+    for (size_t chunk = 0; chunk < partial.size(); chunk += kChunk) {
+      std::vector<double> lanes(kLanes);
+      for (int64_t i = 0; i < kChunk; ++i) lanes[i % kLanes] += partial[chunk + i];
+      while (lanes.size() > 1) {
+        const size_t half = lanes.size() / 2;
+        for (size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+        lanes.resize(half);
+      }
+      sums.push_back(lanes[0]);
+    }
+    partial = sums;
+  }
+  return partial.empty() ? 0 : partial[0];
+}
+
+template <class T>
+double oracle_norm(const std::vector<BitsOf<T>>& x) {
+  std::vector<double> squares;
+  for (auto bits : x) squares.push_back(value<T>(bits) * value<T>(bits));
+  return std::sqrt(oracle_sum(squares));
+}
+
+int sign(double x) { return (x > 0) - (x < 0); }
+
+template <class T>
+struct Case {
+  std::string what;
+  std::vector<BitsOf<T>> scores, grad, weight, masked;
+  int64_t kept;
+};
+
+template <class T>
+Case<T> make_case(const std::string& what, const std::vector<double>& scores, const std::vector<double>& grad, int64_t kept) {
+  const auto n = static_cast<int64_t>(scores.size());
+  return {what + ", n " + std::to_string(n) + ", kept " + std::to_string(kept), stored<T>(scores), stored<T>(grad), stored<T>(normal(n, 7)),
+          std::vector<BitsOf<T>>(n, BitsOf<T>{0x55}), kept};
+}
+
+template <class T>
+void expect_right(std::vector<Case<T>>& all, double gamma, const Machine& machine) {
+  const double eps = 1e-12;
+  std::vector<PerturbLayer<T>> layers;
+  std::vector<int64_t> cuts, new_cuts(all.size() * kCutColumns, -1);
+  std::vector<double> scales(all.size(), -1);
+  std::vector<Selected> now;
+  for (auto& c : all) {
+    layers.push_back({c.scores.data(), c.grad.data(), c.weight.data(), c.masked.data(), static_cast<int64_t>(c.scores.size()), c.kept});
+    now.push_back(oracle_select<T>(c.scores, c.kept));
+    cuts.insert(cuts.end(), {now.back().key, now.back().index, 0, 0, 0});
+  }
+  perturb(machine, layers, cuts.data(), gamma, eps, new_cuts.data(), scales.data());
+  for (size_t l = 0; l < all.size(); ++l) {
+    const Case<T>& c = all[l];
+    const std::string what = name<T>() + ", isa " + std::to_string(static_cast<int>(machine.isa)) + ", " + c.what;
+    const double norm_g = oracle_norm<T>(c.grad);
+    const auto scale = static_cast<ComputeOf<T>>(norm_g == 0 ? 0 : gamma * oracle_norm<T>(c.scores) / (norm_g + eps));
+    EXPECT(scales[l] == scale || (std::isnan(scale) && std::isnan(scales[l])), "%s: scale %a, not %a", what.c_str(), scales[l], double{scale});
+    std::vector<BitsOf<T>> moved;
+    for (size_t i = 0; i < c.scores.size(); ++i) {
+      const ComputeOf<T> z = Element<T>::widen(c.grad[i]) * scale;
+      moved.push_back(Element<T>::narrow(Element<T>::widen(c.scores[i]) + z));
+    }
+    const Selected expected = oracle_select<T>(moved, c.kept);
+    int64_t flips = 0, signs = 0;
+    for (size_t i = 0; i < moved.size(); ++i) {
+      EXPECT(c.masked[i] == (expected.mask[i] ? c.weight[i] : 0), "%s: element %zu", what.c_str(), i);
+      flips += expected.mask[i] != now[l].mask[i];
+      signs += sign(value<T>(moved[i])) != sign(value<T>(c.scores[i]));
+    }
+    const int64_t* row = &new_cuts[l * kCutColumns];
+    EXPECT(row[kKey] == expected.key && row[kIndex] == expected.index, "%s: cut", what.c_str());
+    EXPECT(row[kNans] == expected.nans, "%s: %lld NaN", what.c_str(), static_cast<long long>(row[kNans]));
+    EXPECT(row[kFlips] == flips, "%s: %lld flips, not %lld", what.c_str(), static_cast<long long>(row[kFlips]), static_cast<long long>(flips));
+    EXPECT(row[kSigns] == signs, "%s: %lld signs, not %lld", what.c_str(), static_cast<long long>(row[kSigns]), static_cast<long long>(signs));
+  }
+}
+
+template <class T>
+void test_dtype() {
+  for (Isa isa : instruction_sets()) {
+    for (int64_t n : {0, 1, 2, 17, 63, 64, 65, 4095, 4096, 4097, 16385, 50001}) {
+      for (const auto& [what, scores] : hard_scores(n, n + 1)) {
+        for (int64_t kept : hard_counts(n)) {
+          std::vector<Case<T>> one = {make_case<T>(what, scores, normal(n, n + 2, 1e-3), kept)};
+          expect_right(one, 0.05, machine(isa, 2));
+        }
+      }
+    }
+    for (double gamma : {0.0, 1e-3, 0.5}) {
+      for (int threads : {1, 2, 5}) {
+        std::vector<Case<T>> many;
+        for (int64_t i = 0; i < 40; ++i) many.push_back(make_case<T>("one of many", normal(i * i * 37, i), normal(i * i * 37, i + 1), 3 * i * i));
+        many.push_back(make_case<T>("no gradient", normal(30000, 1), std::vector<double>(30000), 3000));
+        many.push_back(make_case<T>("no scores", std::vector<double>(30000), normal(30000, 1), 3000));
+        expect_right(many, gamma, machine(isa, threads));
+      }
+    }
+  }
+  // Sums of more than a chunk of chunks.
+  const int64_t n = kChunk * kChunk + 12345;
+  if (sizeof(BitsOf<T>) == 4) {
+    const auto x = stored<T>(normal(n, 1));
+    std::vector<double> sums;
+    for (int64_t i = 0; i < n; i += kChunk) sums.push_back(loops<T>(best_isa()).chunk_of_squares(&x[i], std::min(kChunk, n - i)));
+    std::vector<double> squares;
+    for (auto bits : x) squares.push_back(value<T>(bits) * value<T>(bits));
+    EXPECT(sum_of_chunks(sums.data(), static_cast<int64_t>(sums.size())) == oracle_sum(squares), "sum of %lld", static_cast<long long>(n));
+  }
+}
+
+int main() {
+  test_dtype<float>();
+  test_dtype<double>();
+  test_dtype<Half>();
+  test_dtype<BFloat16>();
+}
