@@ -1,0 +1,250 @@
+"""The ``s2ap`` command.
+
+Exit codes: 0 done; 1 a defect of this program (with a traceback); 2 input that cannot be used, told in one line; 130 stopped by Ctrl-C,
+with the command that goes on. Only ``doctor`` works from the core install; the others ask for the ``train`` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__
+
+STOPPED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (the process's own if None) and returns the exit code."""
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.command(arguments)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        # These types are how the library reports input that it cannot use: recipes, files, devices, missing packages, losses that diverge.
+        print(f"s2ap: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("s2ap: interrupted", file=sys.stderr)
+        return STOPPED
+
+
+# --------------------------------------------------------------------------------------------------------------------- commands
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .pipeline import STAGES
+
+    return _train(arguments, tuple(STAGES))
+
+
+def _one_stage(arguments: argparse.Namespace) -> int:
+    return _train(arguments, (arguments.stage,))
+
+
+def _train(arguments: argparse.Namespace, stages: tuple[str, ...]) -> int:
+    """Everything is read and checked first; the folder is made when nothing is left that could be wrong with the input."""
+    from .pipeline import RunFolder, Session, Stopped, extras, progress, run
+    from .pipeline import stages as pipeline
+    from .pipeline.run_folder import read_recipe
+
+    extras.require()
+    start = getattr(arguments, "start", None)
+    recipe = read_recipe(arguments.resume) if arguments.resume else _recipe(arguments)
+    pipeline.pick_device(recipe.device)
+    data = pipeline.open_data(recipe)
+    if arguments.resume:
+        _refuse_with_resume(arguments)
+        folder = RunFolder.resume(arguments.resume)
+    elif start:
+        recipe = pipeline.start_from(recipe, stages[0], start, data)
+        folder = RunFolder.create(arguments.out or _free_folder(recipe.name), recipe)
+        shutil.copyfile(start, folder.path / f"{pipeline.model_before(stages[0])}.safetensors")
+    elif stages[0] == "pretrain":
+        folder = RunFolder.create(arguments.out or _free_folder(recipe.name), recipe)
+    else:
+        raise ValueError(f"{stages[0]}: expected --from CHECKPOINT, the model to start from")
+
+    show = progress.for_this_terminal()
+    show.say(f"{recipe.name}: writing to {folder.path}")
+    with folder, _stop_on_interrupt() as stop:
+        try:
+            run(Session(recipe, data, folder, show, stop), stages)
+        except Stopped:
+            command = "run" if len(stages) > 1 else stages[0]
+            print(f"s2ap: stopped; to go on: s2ap {command} --resume {shlex.quote(str(folder.path))}", file=sys.stderr)
+            return STOPPED
+    _show_report(folder.path)
+    return 0
+
+
+def _recipe(arguments: argparse.Namespace):
+    """The recipe of the command line."""
+    from .pipeline import load_recipe
+
+    if not arguments.recipe:
+        raise ValueError("expected a recipe, or --resume RUN_DIR")
+    return load_recipe(arguments.recipe, _overrides(arguments))
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """``--set`` and its short forms, the latter last."""
+    overrides = list(arguments.set)
+    if arguments.data_dir is not None:
+        overrides.append(f"data.dir={Path(arguments.data_dir).expanduser().absolute()}")
+    if arguments.seed is not None:
+        overrides.append(f"seed={arguments.seed}")
+    if arguments.device is not None:
+        overrides.append(f"device={arguments.device}")
+    return overrides
+
+
+def _refuse_with_resume(arguments: argparse.Namespace) -> None:
+    names = {"recipe": "the recipe", "out": "--out", "start": "--from", "set": "--set", "seed": "--seed", "device": "--device"}
+    names["data_dir"] = "--data-dir"
+    if given := [text for name, text in names.items() if getattr(arguments, name, None) not in (None, [])]:
+        raise ValueError(f"--resume: the run goes on with its own recipe; leave out {', '.join(given)}")
+
+
+def _free_folder(name: str) -> Path:
+    """``runs/NAME``, or the first of ``runs/NAME-2``, ``runs/NAME-3``, ... that does not exist."""
+    numbered = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+    return next(path for path in numbered if not path.exists())
+
+
+@contextlib.contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether Ctrl-C was pressed. A second Ctrl-C interrupts at once."""
+    pressed = False
+
+    def handle(signum: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        print("\ns2ap: stopping after this step (again to stop at once)", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from . import report
+    from .pipeline import evaluate, extras, load_model, progress
+    from .pipeline import stages as pipeline
+    from .pipeline.recipe import override
+
+    extras.require()
+    for text in arguments.set:
+        if text.partition(".")[0] in ("model", *pipeline.STAGES):
+            raise ValueError(f"--set {text}: the model is made already; evaluate takes keys of data, attack and evaluate")
+    _, recipe, _ = load_model(arguments.checkpoint)
+    recipe = override(recipe, _overrides(arguments))
+    device = pipeline.pick_device(recipe.device)
+    data = pipeline.open_data(recipe)
+    model, _, name = load_model(arguments.checkpoint, data=data, device=device)
+    with pipeline.reproducible(recipe):
+        row = evaluate(recipe, data, model, name, show=progress.for_this_terminal()) | {"seconds": 0.0}
+    report.print_table({"recipe": recipe.name, "attack": pipeline.describe_attack(recipe), "rows": [row]})
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .pipeline import extras
+
+    extras.require()
+    _show_report(arguments.run_dir)
+    return 0
+
+
+def _show_report(folder: Path) -> None:
+    from . import report
+
+    results = report.read_results(folder)
+    plots = report.write_plots(folder)
+    report.print_table(results)
+    if plots:
+        print(f"Plots: {', '.join(str(path) for path in plots)}")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import doctor
+
+    return doctor()
+
+
+# ----------------------------------------------------------------------------------------------------------------- command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"s2ap: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="s2ap", description="Adversarially robust pruning with S2AP: pretrain, prune, finetune, evaluate.")
+    parser.add_argument("--version", action="version", version=f"s2ap {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, function: Callable, summary: str, description: str = "", **options) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=description or f"{summary[0].upper()}{summary[1:]}.", **options)
+        sub.set_defaults(command=function)
+        return sub
+
+    sub = command("run", _run, "the whole pipeline: pretrain, prune, finetune, evaluate", **_recipe_help())
+    _training_options(sub)
+    for stage, summary, start in (
+        ("pretrain", "train a dense model robustly", ""),
+        ("prune", "search the mask of a dense model", "dense"),
+        ("finetune", "train a pruned model under its mask", "pruned"),
+    ):
+        sub = command(stage, _one_stage, summary, **_recipe_help())
+        sub.set_defaults(stage=stage)
+        _training_options(sub)
+        if start:
+            sub.add_argument("--from", dest="start", metavar="CHECKPOINT", type=Path, help=f"the {start} model to start from")
+    sub = command("evaluate", _evaluate, "clean and robust accuracy of a checkpoint")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="such as RUN_DIR/finetuned.safetensors")
+    _recipe_options(sub)
+    sub = command("report", _report, "the table and the plots of a finished run")
+    sub.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    command("doctor", _doctor, "which kernels run here, and why")
+    return parser
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe's name or the path of a TOML file")
+    _recipe_options(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a run that was stopped")
+
+
+def _recipe_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe; may be repeated")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data's parquet files (data.dir)")
+    parser.add_argument("--seed", metavar="N", help="everything random follows from it (seed)")
+    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (device)")
+
+
+def _recipe_help() -> dict:
+    """The recipes and their keys, for the end of a help page."""
+    from .pipeline.recipe import explained_keys, known_recipes
+
+    lines = [f"recipes: {', '.join(known_recipes())}", "", "keys of a recipe, with their defaults:"]
+    lines += [f"  {key:<28} {text}" for key, text in explained_keys()]
+    return {"epilog": "\n".join(lines), "formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

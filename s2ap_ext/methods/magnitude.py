@@ -1,0 +1,29 @@
+"""Magnitude (LWM): the mask keeps each layer's largest weights, which train under it.
+
+Scored: every weight, by its own magnitude. The weights train on the robust loss under their magnitude mask, and after each step the
+scores follow the weights. A pruned weight has no gradient, so it moves by weight decay alone and seldom comes back. With S2AP the
+scores are perturbed as in any method, and the weights take their gradient under the perturbed mask. Without any
+epochs this is least-weight-magnitude pruning of the pretrained model (Han et al., arXiv 1506.02626).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..nn import sparse_layers
+from .base import Method
+
+
+class Magnitude(Method):
+    def prepare(self, model: nn.Module, *, s2ap: bool) -> list[nn.Parameter]:
+        model.requires_grad_(True)
+        scores = {layer.scores for layer in sparse_layers(model).values()}
+        for s in scores:
+            s.requires_grad_(s2ap)  # wanted for the perturbation only; the optimizer does not hold them
+        return [p for p in model.parameters() if p not in scores]
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module) -> None:
+        for layer in sparse_layers(model).values():
+            layer.scores.copy_(layer.weight)

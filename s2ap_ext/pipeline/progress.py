@@ -1,0 +1,86 @@
+"""How a run shows where it is: bars on a terminal, one plain line per epoch elsewhere, nothing by default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .extras import optional
+
+
+class Silent:
+    """Shows nothing; what the others look like from the pipeline."""
+
+    def start(self, label: str, total: int, done: int = 0) -> None:
+        """A stage or an evaluation of ``total`` steps begins, of which ``done`` were done before."""
+
+    def advance(self, label: str, note: str) -> None:
+        """One more step is done; ``label`` and ``note`` describe it."""
+
+    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+        """An epoch is over; ``record`` is what metrics.jsonl gets."""
+
+    def stop(self) -> None:
+        """The stage or evaluation is over, or was interrupted."""
+
+    def say(self, line: str) -> None:
+        """One line worth telling."""
+
+
+class Lines(Silent):
+    """One plain line for each epoch."""
+
+    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+        self.say(describe(record, epochs))
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+
+
+class Bars(Silent):
+    """A bar for each stage, with the loss and the robust accuracy so far."""
+
+    def __init__(self) -> None:
+        optional("rich.progress")
+        self._bar = None
+
+    def start(self, label: str, total: int, done: int = 0) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = ("{task.description}", BarColumn(bar_width=24), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+        self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), refresh_per_second=4)
+        self._task = self._bar.add_task(f"{label:<15}", total=total, completed=done, note="")
+        self._bar.start()
+
+    def advance(self, label: str, note: str) -> None:
+        self._bar.update(self._task, advance=1, description=f"{label:<15}", note=note)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+
+
+def for_this_terminal() -> Silent:
+    """Bars where standard output is a terminal, lines where it is not."""
+    return Bars() if optional("rich.console").Console().is_terminal else Lines()
+
+
+def percent(fraction: float) -> str:
+    """``0.9012`` as ``"90.1 %"``."""
+    return f"{100 * fraction:.1f} %"
+
+
+def describe(record: dict[str, Any], epochs: int) -> str:
+    """An epoch's record in one line."""
+    parts = [
+        f"{record['stage']} {record['epoch']}/{epochs}",
+        f"loss {record['loss']:.3f}",
+        f"robust {percent(record['train_robust'])} (train)",
+    ]
+    parts += [f"{percent(record['robust'])} (test)", f"clean {percent(record['clean'])} (test)"]
+    if "mask_distance" in record and record["stage"] == "prune":
+        parts.append(f"mask moved {percent(record['mask_distance'])}")
+    return "  ".join([*parts, f"{record['seconds']:.1f} s"])

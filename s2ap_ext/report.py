@@ -1,0 +1,167 @@
+"""What a run found: the table and the plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .pipeline import checkpoint
+from .pipeline.extras import optional
+from .pipeline.run_folder import METRICS, RESULTS, read_metrics
+
+# A palette that colour-blind readers can tell apart (Okabe and Ito).
+COLOURS = {"pretrain": "#0072B2", "prune": "#D55E00", "finetune": "#009E73"}
+GREY = "#777777"
+
+
+def read_results(run_dir: str | Path) -> dict[str, Any]:
+    """The results.json of a finished run.
+
+    Raises:
+        ValueError: no such folder, a run that has not finished, or a file that is not JSON.
+    """
+    path = Path(run_dir) / RESULTS
+    if not path.is_file():
+        if (Path(run_dir) / METRICS).is_file():
+            raise ValueError(f"{run_dir}: the run has not finished; go on with: s2ap run --resume {run_dir}")
+        raise ValueError(f"{run_dir}: not the folder of a run (no {RESULTS} in it)")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Prints the models' accuracies, sparsity and training time, each compared with the dense model, and the outcome in a sentence."""
+    console_module, table_module = optional("rich.console"), optional("rich.table")
+    rows = results["rows"]
+    dense = next((row for row in rows if row["model"] == "dense"), None)
+    table = table_module.Table(title=f"{results['recipe']}: {rows[-1]['images']} test images, {results['attack']}", title_style="bold")
+    table.add_column("model")
+    for column in ("clean %", "robust %", "sparsity %", "weights kept", "seconds"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        against = dense if dense is not None and row is not dense else None
+        table.add_row(
+            row["model"],
+            _accuracy(row, against, "clean"),
+            _accuracy(row, against, "robust"),
+            f"{100 * row['sparsity']:.1f}",
+            f"{row['kept']:,}",
+            f"{row['seconds']:.1f}" if row["seconds"] else "-",
+        )
+    console = console_module.Console()
+    console.print(table)
+    if sentence := outcome(rows):
+        print(sentence)
+
+
+def outcome(rows: list[dict[str, Any]]) -> str:
+    """How the finetuned model compares with the dense one, in a sentence; empty if one of them is missing."""
+    by_name = {row["model"]: row for row in rows}
+    if not {"dense", "finetuned"} <= by_name.keys():
+        return ""
+    dense, finetuned = by_name["dense"], by_name["finetuned"]
+    clean, robust = (100 * (finetuned[kind] - dense[kind]) for kind in ("clean", "robust"))
+    return f"Finetuned at {100 * finetuned['sparsity']:.1f} % sparsity against dense: clean {clean:+.1f}, robust {robust:+.1f} points."
+
+
+def _accuracy(row: dict[str, Any], dense: dict[str, Any] | None, kind: str) -> str:
+    change = f" ({100 * (row[kind] - dense[kind]):+.1f})" if dense is not None else ""
+    return f"{100 * row[kind]:.1f}{change}"
+
+
+def write_plots(run_dir: str | Path) -> list[Path]:
+    """Draws curves.png, and where the run pruned mask_distance.png and density.png, into ``run_dir``.
+
+    Raises:
+        ValueError: as :func:`read_results`; a metrics.jsonl that is not JSON.
+    """
+    run_dir, results = Path(run_dir), read_results(run_dir)
+    records = [record for record in read_metrics(run_dir) if "epoch" in record]
+    figures = {}
+    if records:
+        figures["curves.png"] = _curves(records, results)
+    if moves := [record for record in records if record["stage"] == "prune"]:
+        figures["mask_distance.png"] = _mask_distance(moves)
+    if results["density"]:
+        figures["density.png"] = _density(results["density"])
+    paths = []
+    for name, figure in figures.items():
+        with checkpoint.replacing(run_dir / name) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+        paths.append(run_dir / name)
+    return paths
+
+
+def _figure(width: float, height: float, rows: int = 1, **options: Any):
+    """A figure and its axes, without pyplot and its global state."""
+    figure = optional("matplotlib.figure").Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, 1, **options)
+    for ax in axes if rows > 1 else [axes]:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _whole_numbers(axis) -> None:
+    axis.set_major_locator(optional("matplotlib.ticker").MaxNLocator(integer=True))
+
+
+def _curves(records: list[dict[str, Any]], results: dict[str, Any]):
+    """Loss and test accuracies by epoch, the stages one after the other."""
+    figure, (above, below) = _figure(8, 6, rows=2, sharex=True, height_ratios=(2, 3))
+    start = 0
+    for stage, colour in COLOURS.items():
+        part = [record for record in records if record["stage"] == stage]
+        if not part:
+            continue
+        epochs = [start + record["epoch"] for record in part]
+        above.plot(epochs, [record["loss"] for record in part], color=colour, marker="o", markersize=3)
+        below.plot(epochs, [100 * record["robust"] for record in part], color=colour, marker="o", markersize=3)
+        below.plot(epochs, [100 * record["clean"] for record in part], color=colour, linestyle="--")
+        for ax in (above, below):
+            if start:
+                ax.axvline(start + 0.5, color=GREY, linewidth=0.8)
+        above.text((epochs[0] + epochs[-1]) / 2, 1.02, stage, transform=above.get_xaxis_transform(), ha="center", color=colour)
+        start = epochs[-1]
+    below.plot([], [], color=GREY, linestyle="--", label="clean")
+    below.plot([], [], color=GREY, marker="o", markersize=3, label=f"robust ({results['attack']})")
+    below.legend(loc="lower right", frameon=False)
+    above.set_ylabel("training loss")
+    above.set_ylim(bottom=0)
+    below.set_ylabel("test accuracy, %")
+    below.set_ylim(0, 101)
+    below.set_xlabel("epoch")
+    _whole_numbers(below.xaxis)
+    return figure
+
+
+def _mask_distance(moves: list[dict[str, Any]]):
+    """How far the mask moves in each epoch of the search."""
+    figure, ax = _figure(7, 3.5)
+    epochs = [record["epoch"] for record in moves]
+    ax.plot(epochs, [100 * record["mask_distance"] for record in moves], color=COLOURS["prune"], marker="o", markersize=4)
+    ax.set_title("Mask distance over each epoch of the search", loc="left", fontsize="medium")
+    ax.set_ylabel("entries that changed, %")
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("epoch")
+    _whole_numbers(ax.xaxis)
+    return figure
+
+
+def _density(density: dict[str, float]):
+    """The fraction of weights that each layer keeps."""
+    names = list(density)
+    figure, ax = _figure(7, 1.2 + 0.28 * len(names))
+    values = [100 * value for value in density.values()]
+    bars = ax.barh(names, values, color=COLOURS["prune"], height=0.7)
+    ax.bar_label(bars, fmt="%.1f", padding=3, fontsize="small")
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    ax.margins(x=0.12)
+    ax.set_title("Weights kept, layer by layer", loc="left", fontsize="medium")
+    ax.set_xlabel("density, %")
+    return figure

@@ -1,0 +1,289 @@
+"""The CUDA kernels on a GPU: the same bits as the CPU, and the behaviour that only a GPU shows.
+
+What a GPU is not needed for (every kernel against an oracle, on many grids and schedules) is in tests/native/test_cuda_*.cpp.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from s2ap_ext import backend, ops
+from s2ap_ext.reference import CUT_COLUMNS
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SIZES = (1, 2, 33, 1000, 4095, 4096, 4097, 40_000, 0, 300_007)
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_there():
+    assert backend().cuda == "CUDA", backend().why
+
+
+def scores_of(kind: str, n: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    normal = torch.randn(n, generator=generator)
+    sign = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
+    values = {
+        "normal": normal,
+        "few values": torch.randint(-3, 4, (n,), generator=generator).float(),
+        "all equal": torch.full((n,), 0.25),
+        "zeros": torch.where(normal > 1, normal, sign * 0.0),
+        "tiny": sign * torch.randint(0, 5, (n,), generator=generator) * (6e-8 if dtype == torch.float16 else 1.5e-45),
+        "huge": torch.where(normal > 1, torch.inf, 60_000.0) * sign,
+        "increasing": torch.arange(n).float(),
+    }
+    return values[kind].to(dtype)
+
+
+KINDS = ("normal", "few values", "all equal", "zeros", "tiny", "huge", "increasing")
+
+
+def layers_of(kind: str, dtype: torch.dtype, seed: int = 0, sizes=SIZES):
+    """Scores, gradients, weights and counts on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = [scores_of(kind, n, dtype, generator) for n in sizes]
+    grads = [scores_of("normal", n, dtype, generator) for n in sizes]
+    weights = [scores_of("normal", n, dtype, generator) for n in sizes]
+    share = itertools.cycle((0.1, 0.5, 0.0, 0.9, 1.0, 0.01))
+    return scores, grads, weights, [int(n * p) for n, p in zip(sizes, share, strict=False)]
+
+
+def cuda(tensors, device="cuda"):
+    return [t.to(device) for t in tensors]
+
+
+def assert_same_bits(got, expected):
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8)), f"layer {i}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_select_is_the_cpus(kind, dtype):
+    scores, _, weights, kept = layers_of(kind, dtype)
+    expected, expected_cuts = ops.select(scores, weights, kept)
+    masked, cuts = ops.select(cuda(scores), cuda(weights), kept)
+    assert torch.equal(cuts.cpu(), expected_cuts)
+    assert_same_bits(masked, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "huge"])  # infinite norms: the scores become NaN, whose bits are anyone's
+def test_perturb_is_the_cpus(kind, dtype):
+    scores, grads, weights, kept = layers_of(kind, dtype)
+    _, now = ops.select(scores, weights, kept)
+    expected, expected_cuts, expected_scales = ops.perturb(scores, grads, weights, kept, now, gamma=0.05)
+    masked, cuts, scales = ops.perturb(cuda(scores), cuda(grads), cuda(weights), kept, now.cuda(), gamma=0.05)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(cuts.cpu(), expected_cuts)
+    assert_same_bits(masked, expected)
+
+
+def test_layers_beyond_16_million_elements_sum_in_three_levels():
+    scores, grads, weights, kept = layers_of("normal", torch.float32, sizes=(20_000_003, 5))
+    _, now = ops.select(scores, weights, kept)
+    expected, expected_cuts, expected_scales = ops.perturb(scores, grads, weights, kept, now, gamma=0.001)
+    masked, cuts, scales = ops.perturb(cuda(scores), cuda(grads), cuda(weights), kept, now.cuda(), gamma=0.001)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(cuts.cpu(), expected_cuts)
+    assert_same_bits(masked, expected)
+
+
+def test_more_layers_than_one_launch_takes():
+    sizes = [7 + i % 90 for i in range(600)]
+    scores, grads, weights, kept = layers_of("few values", torch.float32, sizes=sizes)
+    expected, now = ops.select(scores, weights, kept)
+    masked, cuts = ops.select(cuda(scores), cuda(weights), kept)
+    assert torch.equal(cuts.cpu(), now)
+    assert_same_bits(masked, expected)
+    expected, expected_cuts, expected_scales = ops.perturb(scores, grads, weights, kept, now, gamma=0.3)
+    masked, cuts, scales = ops.perturb(cuda(scores), cuda(grads), cuda(weights), kept, now.cuda(), gamma=0.3)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(cuts.cpu(), expected_cuts)
+    assert_same_bits(masked, expected)
+
+
+def test_unaligned_views():
+    scores, _, weights, kept = layers_of("few values", torch.float32, sizes=(10_001,))
+    expected, _ = ops.select([scores[0][1:]], [weights[0][1:]], kept)
+    masked, _ = ops.select([scores[0].cuda()[1:]], [weights[0].cuda()[1:]], kept)
+    assert_same_bits(masked, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 0.1},
+        {"lr": 0.1, "momentum": 0.9},
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True},
+        {"lr": 0.03, "momentum": 0.9, "weight_decay": 5e-4, "dampening": 0.3},
+    ],
+    ids=lambda s: " ".join(s),
+)
+def test_update_is_torchs_sgd(settings, dtype):
+    scores, grads, _, _ = layers_of("normal", dtype)
+    parameters = [torch.nn.Parameter(s) for s in cuda(scores)]
+    sgd = torch.optim.SGD(parameters, **settings)
+    ours, buffers = cuda(scores), [torch.zeros_like(s) for s in cuda(scores)]
+    for step in range(4):
+        gradients = [g * (step + 1) for g in cuda(grads)]
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g.clone()
+        if step == 0:  # torch starts its buffers as a copy of the gradient; the op continues from buffers that exist
+            sgd.step()
+            ours = [p.detach().clone() for p in parameters]
+            if "momentum" in settings:
+                buffers = [sgd.state[p]["momentum_buffer"].clone() for p in parameters]
+            continue
+        sgd.step()
+        ops.update(ours, gradients, buffers if "momentum" in settings else [], **settings)
+        assert_same_bits(ours, [p.detach() for p in parameters])
+
+
+class Static:
+    """Inputs and outputs that stay where they are, for graphs and for calls that must not wait."""
+
+    def __init__(self, kind="normal", dtype=torch.float32, sizes=SIZES):
+        scores, grads, weights, kept = layers_of(kind, dtype, sizes=sizes)
+        self.scores, self.grads, self.weights = cuda(scores), cuda(grads), cuda(weights)
+        self.buffers = [torch.zeros_like(s) for s in self.scores]
+        self.kept = torch.tensor(kept, device="cuda")
+        self.masked, self.moved = [torch.empty_like(s) for s in self.scores], [torch.empty_like(s) for s in self.scores]
+        self.cuts = torch.zeros(len(sizes), CUT_COLUMNS, dtype=torch.int64, device="cuda")
+        self.new_cuts = torch.zeros_like(self.cuts)
+
+    def select(self):
+        ops.select(self.scores, self.weights, self.kept, out=self.masked, cuts=self.cuts)
+
+    def perturb(self):
+        return ops.perturb(self.scores, self.grads, self.weights, self.kept, self.cuts, gamma=0.05, out=self.moved, new_cuts=self.new_cuts)
+
+    def update(self):
+        ops.update(self.scores, self.grads, self.buffers, lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+    def step(self):
+        self.select()
+        self.perturb()
+        self.update()
+
+    def results(self):
+        return [*self.scores, *self.buffers, *self.masked, *self.moved, self.cuts, self.new_cuts]
+
+
+def test_no_call_waits_for_the_gpu():
+    static = Static()
+    static.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        static.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_replays_on_new_data():
+    static, plain = Static(), Static()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        static.step()  # warm-up: loads the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static.step()
+    for round_ in range(3):
+        for mine, others in zip(static.grads, plain.grads, strict=True):
+            mine.mul_(round_ + 0.5)
+            others.mul_(round_ + 0.5)
+        graph.replay()
+        plain.step()
+        assert_same_bits(static.results(), plain.results())
+
+
+def test_the_current_stream_is_used():
+    static, plain = Static(), Static()
+    plain.step()
+    plain.step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        static.step()
+        late = [g.clone() for g in static.grads]
+        for g in static.grads:
+            g.zero_()
+        torch.cuda._sleep(50_000_000)
+        for g, value in zip(static.grads, late, strict=True):
+            g.copy_(value)  # long after the host is past the next line
+        static.step()
+    stream.synchronize()
+    assert_same_bits(static.results(), plain.results())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_the_tensors_device_is_used_not_the_current_one():
+    scores, _, weights, kept = layers_of("few values", torch.float32)
+    expected, _ = ops.select(scores, weights, kept)
+    with torch.cuda.device(0):
+        masked, cuts = ops.select(cuda(scores, "cuda:1"), cuda(weights, "cuda:1"), kept)
+        assert torch.cuda.current_device() == 0
+    assert cuts.device == torch.device("cuda:1")
+    assert_same_bits(masked, expected)
+
+
+@pytest.mark.parametrize("op", ["select", "perturb", "update"])
+def test_one_launch_for_all_layers(op):
+    static = Static()
+    static.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        getattr(static, op)()
+        torch.cuda.synchronize()
+    ours = [event for event in profile.events() if f"{op}_kernel" in event.name]
+    assert sum(event.count for event in ours) == 1, [event.name for event in profile.events()]
+
+
+def test_a_thousand_runs_give_the_same_bits():
+    static = Static("few values")
+    static.select()
+    _, _, scales = static.perturb()
+    expected = [t.clone() for t in [*static.results(), scales]]
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        for t in [*static.masked, *static.moved]:
+            t.fill_(-77)
+        static.select()
+        _, _, scales = static.perturb()
+        for t, e in zip([*static.results(), scales], expected, strict=True):
+            different += (t != e).sum()
+    assert different.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": lambda s: [s.weights[0][:-1]]}, r"select: weights\[0\]: expected 1000 elements, got 999"),
+        ({"weights": lambda s: [s.weights[0].half()]}, r"select: weights\[0\]: expected the dtype"),
+        ({"weights": lambda s: [s.weights[0].repeat(2)[::2]]}, r"select: weights\[0\]: expected a contiguous tensor"),
+        ({"weights": lambda s: []}, r"select: weights: expected 1 tensors, got 0"),
+        ({"kept": lambda s: s.kept.int()}, r"select: kept: expected int64"),
+        ({"cuts": lambda s: s.cuts[:, :3].contiguous()}, r"select: cuts: expected 5 contiguous elements, got 3"),
+    ],
+    ids=lambda v: "",
+)
+def test_wrong_operands_are_refused_with_their_name(change, message):
+    static = Static(sizes=(1000,))
+    operands = {"scores": static.scores, "weights": static.weights, "kept": static.kept, "masked": static.masked, "cuts": static.cuts}
+    operands |= {name: make(static) for name, make in change.items()}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.s2ap.select(*operands.values())

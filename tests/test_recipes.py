@@ -1,0 +1,132 @@
+"""Recipes: what ships, what may be overridden, and what each mistake is answered with."""
+
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2ap_ext.pipeline import Recipe, known_recipes, load_recipe
+from s2ap_ext.pipeline.recipe import all_keys, explained_keys, from_table, override, to_table, to_toml
+
+
+def test_two_recipes_ship():
+    assert known_recipes() == ["cifar10-resnet18", "digits"]
+
+
+@pytest.mark.parametrize("name", ["cifar10-resnet18", "digits"])
+def test_a_recipe_survives_the_way_through_toml(name, tmp_path):
+    recipe = load_recipe(name)
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+    assert recipe.name == name
+
+
+def test_cifar10_is_in_the_setting_of_the_papers():
+    recipe = load_recipe("cifar10-resnet18")
+    assert (recipe.model.name, recipe.model.width) == ("resnet18", 64)
+    assert (recipe.attack.eps, recipe.attack.step_size, recipe.attack.steps) == (8 / 255, 2 / 255, 10)
+    assert (recipe.pretrain.epochs, recipe.prune.epochs, recipe.finetune.epochs) == (100, 20, 100)
+    assert (recipe.prune.lr, recipe.finetune.lr, recipe.prune.gamma, recipe.prune.warmup_epochs) == (0.1, 0.01, 1e-3, 5)
+    assert (recipe.prune.sparsity, recipe.prune.batch_size, recipe.prune.momentum, recipe.prune.weight_decay) == (0.9, 128, 0.9, 5e-4)
+    assert recipe.evaluate.steps == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "section", "key", "value"),
+    [
+        ("prune.gamma=0.002", "prune", "gamma", 0.002),
+        ("prune.gamma=1", "prune", "gamma", 1.0),
+        ("attack.eps=8/255", "attack", "eps", 8 / 255),
+        ("prune.s2ap=false", "prune", "s2ap", False),
+        ("finetune.awp=True", "finetune", "awp", True),
+        ("model.width=8", "model", "width", 8),
+        ("prune.method=magnitude", "prune", "method", "magnitude"),
+        ("data.dir=a=b c", "data", "dir", "a=b c"),
+        ("prune.sparsity=0", "prune", "sparsity", 0.0),
+        ("prune.sparsity=1", "prune", "sparsity", 1.0),
+    ],
+)
+def test_override_reads_the_keys_type(text, section, key, value):
+    changed = getattr(getattr(load_recipe("digits", [text]), section), key)
+    assert changed == value
+    assert type(changed) is type(value)
+
+
+def test_overrides_change_nothing_else_and_the_last_one_wins():
+    plain, changed = load_recipe("digits"), load_recipe("digits", ["seed=3", "prune.lr=0.3", "seed=4"])
+    assert changed.seed == 4
+    different = [f.name for f in fields(Recipe) if getattr(plain, f.name) != getattr(changed, f.name)]
+    assert different == ["seed", "prune"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prune.gama=0.1", r"--set prune\.gama: no such key in a recipe; did you mean prune\.gamma"),
+        ("prun.gamma=0.1", r"--set prun\.gamma: no such key in a recipe; did you mean prune\.gamma"),
+        ("prune=1", r"--set prune: no such key"),
+        ("prune.gamma", r"--set prune\.gamma: expected section\.key=value"),
+        ("prune.gamma=-0.001", r"--set prune\.gamma: expected a number >= 0, got -0\.001"),
+        ("prune.gamma=nan", r"--set prune\.gamma: expected a number, got 'nan'"),
+        ("prune.gamma=inf", r"--set prune\.gamma: expected a number, got 'inf'"),
+        ("prune.gamma=1/0", r"--set prune\.gamma: expected a number, got '1/0'"),
+        ("prune.gamma=much", r"--set prune\.gamma: expected a number, got 'much'"),
+        ("prune.sparsity=1.5", r"--set prune\.sparsity: expected a number in \[0, 1\], got 1\.5"),
+        ("prune.sparsity=-0.1", r"--set prune\.sparsity: expected a number in \[0, 1\], got -0\.1"),
+        ("prune.epochs=2.5", r"--set prune\.epochs: expected an integer, got '2\.5'"),
+        ("prune.epochs=-1", r"--set prune\.epochs: expected an integer >= 0, got -1"),
+        ("prune.batch_size=0", r"--set prune\.batch_size: expected an integer >= 1, got 0"),
+        ("prune.s2ap=maybe", r"--set prune\.s2ap: expected true or false, got 'maybe'"),
+        ("prune.method=hidra", r"--set prune\.method: expected one of hydra, magnitude, got 'hidra'; did you mean hydra\?"),
+        ("prune.loss=mart", r"--set prune\.loss: expected one of ce, pgd_at, trades, got 'mart'"),
+        ("model.name=resnet", r"--set model\.name: expected one of digits_cnn, resnet18, got 'resnet'"),
+        ("attack.norm=l1", r"--set attack\.norm: expected one of linf, l2, got 'l1'"),
+        ("seed=-1", r"--set seed: expected an integer in \[0, 4294967295\], got -1"),
+    ],
+)
+def test_a_wrong_override_is_answered_with_the_key_and_what_was_expected(text, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("digits", [text])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[prune]\ngama = 1.0\n", r"unknown key prune\.gama; did you mean prune\.gamma"),
+        ("[pruning]\n", r"unknown key pruning"),
+        ("prune = 3\n", r"prune: expected a section, got 3"),
+        ("[prune]\nsparsity = 2\n", r"prune\.sparsity: expected a number in \[0, 1\], got 2"),
+        ("[prune]\nepochs = true\n", r"prune\.epochs: expected an integer, got True"),
+        ("[prune]\nlr = true\n", r"prune\.lr: expected a number, got True"),
+        ("[prune]\nmethod = 3\n", r"prune\.method: expected a text, got 3"),
+        ("[prune\n", r"not a TOML file"),
+    ],
+)
+def test_a_wrong_file_is_answered_with_its_name_and_the_key(text, message, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"mine\.toml: {message}"):
+        load_recipe(path)
+
+
+def test_an_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"expected one of cifar10-resnet18, digits or .*, got 'digit'; did you mean digits\?"):
+        load_recipe("digit")
+
+
+def test_every_key_is_explained_and_can_be_set_to_its_default():
+    recipe = load_recipe("digits")
+    assert [key for key, _ in explained_keys()] == all_keys()
+    for key in all_keys():
+        *section, name = key.split(".")
+        value = getattr(getattr(recipe, section[0]), name) if section else getattr(recipe, name)
+        assert override(recipe, [f"{key}={str(value).lower() if isinstance(value, bool) else value}"]) == recipe
+
+
+@given(sparsity=st.floats(0, 1), gamma=st.floats(0, 1e6), seed=st.integers(0, 2**32 - 1), epochs=st.integers(0, 10**6))
+def test_any_value_in_range_arrives_exactly(sparsity, gamma, seed, epochs):
+    recipe = override(Recipe(), [f"prune.sparsity={sparsity!r}", f"prune.gamma={gamma!r}", f"seed={seed}", f"prune.epochs={epochs}"])
+    assert (recipe.prune.sparsity, recipe.prune.gamma, recipe.seed, recipe.prune.epochs) == (sparsity, gamma, seed, epochs)
+    assert from_table(to_table(recipe)) == recipe
