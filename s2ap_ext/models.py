@@ -6,6 +6,7 @@ it: the attack's ball is then the one in pixels. BatchNorm after the first convo
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -35,16 +36,13 @@ class DigitsCNN(nn.Sequential):
     def __init__(self, *, num_classes: int = 10, width: int = 32, in_channels: int = 1) -> None:
         _check_positive(num_classes=num_classes, width=width, in_channels=in_channels)
 
-        def convolution(c_in: int, c_out: int, stride: int) -> list[nn.Module]:
-            return [nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+        def convolution(i: int, c_in: int, c_out: int, stride: int) -> dict[str, nn.Module]:
+            convolution = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+            return {f"conv{i}": convolution, f"bn{i}": nn.BatchNorm2d(c_out), f"relu{i}": nn.ReLU()}
 
-        super().__init__(
-            *convolution(in_channels, width, 1),
-            *convolution(width, 2 * width, 2),
-            *convolution(2 * width, 2 * width, 1),
-            nn.Flatten(),
-            nn.Linear(2 * width * 4 * 4, num_classes),
-        )
+        layers = convolution(1, in_channels, width, 1) | convolution(2, width, 2 * width, 2) | convolution(3, 2 * width, 2 * width, 1)
+        layers |= {"flatten": nn.Flatten(), "linear": nn.Linear(2 * width * 4 * 4, num_classes)}
+        super().__init__(OrderedDict(layers))
 
 
 class _Block(nn.Module):

@@ -58,11 +58,12 @@ def test_run_prints_a_line_per_epoch_a_table_and_the_outcome(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
-    assert [line.split("  ")[0] for line in lines[1:5]] == ["pretrain 1/1", "prune 1/2", "prune 2/2", "finetune 1/1"]
-    assert all("loss" in line and "robust" in line for line in lines[1:5])
+    labels = ["pretrain 1/1", "test dense", "prune 1/2", "prune 2/2", "test pruned", "finetune 1/1", "test finetuned"]
+    assert [line.split("  ")[0] for line in lines[1:8]] == labels
+    assert all("robust" in line and ("loss" in line) != line.startswith("test") for line in lines[1:8])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     for row in results["rows"]:
-        (shown,) = [line for line in lines if f" {row['model']} " in line]
+        (shown,) = [line for line in lines if line.startswith(f"│ {row['model']} ")]
         assert f" {100 * row['clean']:.1f} " in shown
         assert f" {100 * row['robust']:.1f} " in shown
         assert f" {100 * row['sparsity']:.1f} " in shown

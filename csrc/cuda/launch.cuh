@@ -29,7 +29,8 @@ inline void check_cuda(cudaError_t error, const char* op, const char* what) {
 
 // ---- Operands
 
-// One list of a call: as many tensors as `like`, each a contiguous CUDA tensor with the dtype and device of like[0] and the size of its like.
+// One list of a call: as many tensors as `like`, contiguous, each with the size of its counterpart there, on the device and of the dtype
+// of the first.
 inline void check_list(const char* op, const char* name, const std::vector<Tensor>& list, const std::vector<Tensor>& like) {
   STD_TORCH_CHECK(list.size() == like.size(), op, ": ", name, ": expected ", like.size(), " tensors, got ", list.size());
   for (size_t i = 0; i < list.size(); ++i) {
@@ -38,17 +39,19 @@ inline void check_list(const char* op, const char* name, const std::vector<Tenso
                     "]: expected a tensor on CUDA device ", first.get_device_index());
     STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": ", name, "[", i, "]: expected the dtype of the first tensor");
     STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, "[", i, "]: expected a contiguous tensor");
-    STD_TORCH_CHECK(tensor.numel() == like[i].numel(), op, ": ", name, "[", i, "]: expected ", like[i].numel(), " elements, got ", tensor.numel());
+    STD_TORCH_CHECK(tensor.numel() == like[i].numel(), op, ": ", name, "[", i, "]: expected ", like[i].numel(), " elements, got ",
+                    tensor.numel());
     STD_TORCH_CHECK(tensor.numel() <= UINT32_MAX, op, ": ", name, "[", i, "]: expected at most 2**32 - 1 elements, got ", tensor.numel());
   }
 }
 
 // An array with one entry (or row) per layer.
 inline void check_array(const char* op, const char* name, const Tensor& array, const Tensor& like, int64_t count, ScalarType dtype) {
-  STD_TORCH_CHECK(array.is_cuda() && array.get_device_index() == like.get_device_index(), op, ": ", name, ": expected a tensor on CUDA device ",
-                  like.get_device_index());
+  STD_TORCH_CHECK(array.is_cuda() && array.get_device_index() == like.get_device_index(), op, ": ", name,
+                  ": expected a tensor on CUDA device ", like.get_device_index());
   STD_TORCH_CHECK(array.scalar_type() == dtype, op, ": ", name, ": expected ", dtype == ScalarType::Long ? "int64" : "float64");
-  STD_TORCH_CHECK(array.is_contiguous() && array.numel() == count, op, ": ", name, ": expected ", count, " contiguous elements, got ", array.numel());
+  STD_TORCH_CHECK(array.is_contiguous() && array.numel() == count, op, ": ", name, ": expected ", count, " contiguous elements, got ",
+                  array.numel());
 }
 
 // Calls run(T{}) with the C++ type of the tensor's elements.
@@ -116,7 +119,8 @@ void launch_phases(const char* op, void (*kernel)(Args, int, int), const Args& a
     void* parameters[] = {const_cast<Args*>(&args), &first, &phases};
     cudaError_t error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), blocks, kThreads, parameters, 0, stream);
     if (error == cudaSuccess) return;
-    STD_TORCH_CHECK(error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported, op, ": launch failed: ", cudaGetErrorString(error));
+    STD_TORCH_CHECK(error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorNotSupported, op,
+                    ": launch failed: ", cudaGetErrorString(error));
     cudaGetLastError();  // this refusal is dealt with; the next check is not to find it
   }
   for (int phase = 0; phase < phases; ++phase) {

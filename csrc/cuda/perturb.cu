@@ -2,11 +2,12 @@
 // many mask entries and signs that changes.
 //
 // Given the layer's scale a = gamma * ||s|| / (||g|| + eps), s + z is a function of s and g alone. So it is worked out anew wherever it
-// is read and never stored, and the scores need no restoring. Product and sum are rounded apart (no fused multiply-add), as the reference does.
+// is read and never stored, and the scores need no restoring. Product and sum are rounded apart (no fused
+// multiply-add), as in the reference.
 //
 // First the norms, one pass over s and g and a grid barrier for each level of their sums (sums.cuh); then the selection of radix.cuh
-// with s + z for s. Bytes per element, float32: 8 for the norms, 8 for each of 3 digits, 16 to apply: 48. The floor is 28 (the norms must be
-// known before the first s + z); scores and gradients come out of the L2 cache from the second time on where they fit.
+// with s + z for s. Bytes per element, float32: 8 for the norms, 8 for each of 3 digits, 16 to apply: 48. The floor is 28 (the norms must
+// be known before the first s + z); scores and gradients come out of the L2 cache from the second time on where they fit.
 //
 // One cooperative launch for all layers, for the reasons given in select.cu.
 #include "radix.cuh"
@@ -29,9 +30,7 @@ struct PerturbedReader {
   Cut cut_now;
 
   S2AP_DEVICE Raw load(int64_t i) const { return {scores[i], grads[i]}; }
-  S2AP_DEVICE Compute<T> score(Raw raw) const {
-    return widen(Number<T>::round(add(widen(raw.score), multiply(widen(raw.grad), scale))));
-  }
+  S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(Number<T>::round(add(widen(raw.score), multiply(widen(raw.grad), scale)))); }
   S2AP_DEVICE bool was_kept(Raw raw, int64_t i) const {
     int64_t key = static_cast<int64_t>(key_of(widen(raw.score)));
     return key > cut_now.key || (key == cut_now.key && i >= cut_now.index);
@@ -126,8 +125,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   perturb_phases(CudaGrid{}, args, first, last);
 }
 
-void perturb_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor kept, Tensor cuts, double gamma,
-                  double eps, std::vector<Tensor> masked, Tensor new_cuts, Tensor scales) {
+void perturb_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor kept, Tensor cuts,
+                  double gamma, double eps, std::vector<Tensor> masked, Tensor new_cuts, Tensor scales) {
   if (scores.empty()) return;
   int64_t layers = static_cast<int64_t>(scores.size());
   check_list("perturb", "scores", scores, scores);

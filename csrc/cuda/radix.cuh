@@ -165,7 +165,8 @@ S2AP_DEVICE void count(const Grid& grid, uint32_t* bins, bool active, uint32_t b
 // Digit d of the cut key, from the layer's counts: walks down from the highest bin until `need` elements are passed.
 // Block-wide; every thread gets the result, and the layer's owner notes it down for later phases.
 template <class Grid, class T>
-S2AP_DEVICE Progress<KeyOf<T>> find_digit(const Grid& grid, const Selection<T>& s, SelectionStorage<T>& storage, int layer, int d, bool owner) {
+S2AP_DEVICE Progress<KeyOf<T>> find_digit(const Grid& grid, const Selection<T>& s, SelectionStorage<T>& storage, int layer, int d,
+                                          bool owner) {
   const uint32_t* bins = histogram(s, layer, d);
   Progress<KeyOf<T>> from = *progress(s, layer, d);
   int count = Digits<T>::bins(d);
@@ -215,11 +216,11 @@ S2AP_DEVICE void count_digit(const Grid& grid, const Args& args, SelectionStorag
           });
     }
     grid.block_barrier();
+    // No barrier after this: the thread that reads a bin here is the one that clears it for the next segment.
     uint32_t* total = histogram(s, segment.layer, d);
     for (int bin = static_cast<int>(grid.thread()); bin < bins; bin += static_cast<int>(grid.threads())) {
       if (storage.bins[bin] != 0) grid.atomic_add(total + bin, storage.bins[bin]);
     }
-    grid.block_barrier();  // before the next segment clears the bins
   });
 }
 

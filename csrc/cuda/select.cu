@@ -4,8 +4,8 @@
 // digit and once more, the weights, the masked weights: 4 * 4 + 4 + 4 = 24. The floor is 12; but from the second time on, the scores of all
 // but the largest networks come out of the L2 cache.
 //
-// One cooperative launch for all layers, 5 grid barriers in it for float32. A launch per layer and phase would be 100 launches for a ResNet-18, most
-// of them too small to fill a GPU. Nothing is copied to the host, so nothing waits; `kept` is read on the device.
+// One cooperative launch for all layers, 5 grid barriers in it for float32. A launch per layer and phase would be 100 launches for a
+// ResNet-18, most of them too small to fill a GPU. Nothing is copied to the host, so nothing waits; `kept` is read on the device.
 #include "radix.cuh"
 
 namespace s2ap::cuda {

@@ -1,8 +1,8 @@
 // update: one SGD step on the scores of all layers, in place.
 //
 // Operation for operation what torch.optim.SGD does on CUDA by default: there `a + alpha * b` is one fused multiply-add, and
-// every result is rounded to the dtype before it is used again. So the scores get the same bits as from torch's own optimizer. (On the CPU torch
-// rounds differently in places, and so does the CPU kernel: update matches torch on the same device.)
+// every result is rounded to the dtype before it is used again. So the scores get the same bits as from torch's own optimizer. (On the CPU
+// torch rounds differently in places, and so does the CPU kernel: update matches torch on the same device.)
 //
 // Bytes per element, float32: scores and momentum read and written, gradients read: 20, which is the floor. Elements do not depend on
 // one another, so this is an ordinary launch, one block per chunk of any layer.

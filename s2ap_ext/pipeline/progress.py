@@ -19,15 +19,22 @@ class Silent:
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         """An epoch is over; ``record`` is what metrics.jsonl gets."""
 
-    def stop(self) -> None:
-        """The stage or evaluation is over, or was interrupted."""
+    def stop(self, note: str = "") -> None:
+        """The stage or evaluation is over, or was interrupted; ``note`` is what it found."""
 
     def say(self, line: str) -> None:
         """One line worth telling."""
 
 
 class Lines(Silent):
-    """One plain line for each epoch."""
+    """One plain line for each epoch and each evaluation."""
+
+    def start(self, label: str, total: int, done: int = 0) -> None:
+        self._label = label
+
+    def stop(self, note: str = "") -> None:
+        if note:
+            self.say(f"{self._label}  {note}")
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
         self.say(describe(record, epochs))
@@ -54,8 +61,10 @@ class Bars(Silent):
     def advance(self, label: str, note: str) -> None:
         self._bar.update(self._task, advance=1, description=f"{label:<15}", note=note)
 
-    def stop(self) -> None:
+    def stop(self, note: str = "") -> None:
         if self._bar is not None:
+            if note:
+                self._bar.update(self._task, note=note)
             self._bar.stop()
             self._bar = None
 

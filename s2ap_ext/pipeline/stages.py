@@ -125,10 +125,12 @@ def evaluate(
 
     _seed(recipe.seed, 0)
     show.start(f"test {name}", len(batches))
+    note = ""
     try:
         found = accuracy(model, shown(), _test_attack(recipe))
+        note = f"clean {progress.percent(found.clean)}  robust {progress.percent(found.robust)}"
     finally:
-        show.stop()
+        show.stop(note)
     counts = {"images": found.images, "weights": weights, "kept": weights - removed, "sparsity": removed / weights}
     return {"model": name, "clean": found.clean, "robust": found.robust, **counts}
 
@@ -347,7 +349,8 @@ def _fit(
                 try:
                     loss, right = _step(model, optimizer, loss_of, x, y)
                 except (ValueError, FloatingPointError) as error:
-                    raise type(error)(f"{stage}, epoch {epoch + 1}, step {step + 1}: {error}") from error
+                    kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
+                    raise kind(f"{stage}, epoch {epoch + 1}, step {step + 1}: {error}") from error
                 after_step(model)
                 place.step += 1
                 place.images += len(y)

@@ -107,7 +107,8 @@ inline std::vector<std::pair<std::string, std::vector<double>>> hard_scores(int6
 }
 
 inline std::vector<int64_t> hard_counts(int64_t n) {
-  std::vector<int64_t> counts = {0, 1, n / 100, n / 10, n / 2, n - n / 10, n - 1, n};
+  std::vector<int64_t> counts = {0, 1, n / 10, n / 2, n - 1, n};
+  if (n > 10000) counts = {n / 10, n / 2, n - 1};
   std::erase_if(counts, [&](int64_t kept) { return kept < 0 || kept > n; });
   std::sort(counts.begin(), counts.end());
   counts.erase(std::unique(counts.begin(), counts.end()), counts.end());

@@ -24,14 +24,14 @@ namespace cases {
 using s2ap::cuda::BFloat16;
 using s2ap::cuda::Float16;
 
-#define EXPECT(condition, ...)                                               \
-  do {                                                                       \
-    if (!(condition)) {                                                      \
+#define EXPECT(condition, ...)                                                      \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
       std::fprintf(stderr, "%s:%d: expected %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                     \
-      std::fprintf(stderr, "\n");                                            \
-      std::exit(1);                                                          \
-    }                                                                        \
+      std::fprintf(stderr, __VA_ARGS__);                                            \
+      std::fprintf(stderr, "\n");                                                   \
+      std::exit(1);                                                                 \
+    }                                                                               \
   } while (0)
 
 // ---- Numbers, through double
@@ -74,7 +74,10 @@ T make(double x) {
   }
 }
 template <class T>
-constexpr const char* kName = sizeof(T) == 8 ? "float64" : sizeof(T) == 4 ? "float32" : std::is_same_v<T, Float16> ? "float16" : "bfloat16";
+constexpr const char* kName = sizeof(T) == 8               ? "float64"
+                              : sizeof(T) == 4             ? "float32"
+                              : std::is_same_v<T, Float16> ? "float16"
+                                                           : "bfloat16";
 template <class T>
 using Wide = std::conditional_t<sizeof(T) == 8, double, float>;
 
@@ -110,18 +113,42 @@ std::vector<T> numbers(int kind, int64_t n, Random& random) {
   for (int64_t i = 0; i < n; ++i) {
     double v = 0, sign = random() % 2 ? 1 : -1;
     switch (kind) {
-      case 0: v = normal(random); break;
-      case 1: v = sign * static_cast<double>(random() % 7); break;
-      case 2: v = 0.25; break;
-      case 3: v = sign * (random() % 2 ? 1.0 : 1.5); break;
-      case 4: v = i == n / 2 ? 3 : 2; break;
-      case 5: v = random() % 8 ? sign * 0.0 : normal(random); break;
-      case 6: v = sign * smallest * static_cast<double>(random() % 5); break;
-      case 7: v = random() % 4 ? sign * largest : sign * INFINITY; break;
-      case 8: v = static_cast<double>(i); break;
-      case 9: v = static_cast<double>(n - i); break;
-      case 10: v = sign * (1 + static_cast<double>(random() % (1 << 20)) / (1 << 20)); break;
-      default: v = i < n * 3 / 4 ? normal(random) : 1; break;
+      case 0:
+        v = normal(random);
+        break;
+      case 1:
+        v = sign * static_cast<double>(random() % 7);
+        break;
+      case 2:
+        v = 0.25;
+        break;
+      case 3:
+        v = sign * (random() % 2 ? 1.0 : 1.5);
+        break;
+      case 4:
+        v = i == n / 2 ? 3 : 2;
+        break;
+      case 5:
+        v = random() % 8 ? sign * 0.0 : normal(random);
+        break;
+      case 6:
+        v = sign * smallest * static_cast<double>(random() % 5);
+        break;
+      case 7:
+        v = random() % 4 ? sign * largest : sign * INFINITY;
+        break;
+      case 8:
+        v = static_cast<double>(i);
+        break;
+      case 9:
+        v = static_cast<double>(n - i);
+        break;
+      case 10:
+        v = sign * (1 + static_cast<double>(random() % (1 << 20)) / (1 << 20));
+        break;
+      default:
+        v = i < n * 3 / 4 ? normal(random) : 1;
+        break;
     }
     x[i] = make<T>(v);
   }
@@ -131,11 +158,16 @@ std::vector<T> numbers(int kind, int64_t n, Random& random) {
 // Counts at and around both ends, and in the middle.
 inline int64_t some_count(int64_t n, Random& random) {
   switch (random() % 6) {
-    case 0: return 0;
-    case 1: return n;
-    case 2: return std::min<int64_t>(1, n);
-    case 3: return std::max<int64_t>(n - 1, 0);
-    default: return static_cast<int64_t>(random() % (n + 1));
+    case 0:
+      return 0;
+    case 1:
+      return n;
+    case 2:
+      return std::min<int64_t>(1, n);
+    case 3:
+      return std::max<int64_t>(n - 1, 0);
+    default:
+      return static_cast<int64_t>(random() % (n + 1));
   }
 }
 

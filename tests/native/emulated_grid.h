@@ -4,7 +4,8 @@
 //   emulated::launch(blocks, threads, seed, [&](const emulated::Grid& grid) { select_phases(grid, args, 0, phases); });
 //
 // Fibers run one at a time, from barrier to barrier, in an order drawn from `seed`. What that finds:
-//   * a barrier that not all threads of its warp, block or grid reach, or reach at the same place of the source, or reach with the others gone:
+//   * a barrier that not all threads of its warp, block or grid reach, or reach at the same place of the source, or reach with the others
+//   gone:
 //     launch throws Deadlock, whose message says who waits where;
 //   * results that depend on the order of threads or blocks: compare several seeds;
 //   * storage read before it is written: shared storage starts as garbage;
@@ -199,7 +200,7 @@ class Machine {
 
   void run(unsigned blocks, unsigned threads, uint64_t seed, const Kernel& kernel) {
     if (blocks == 0 || threads == 0 || threads % kWarpSize != 0) throw std::invalid_argument("a grid of whole warps is expected");
-    publish(this);
+    publish(&begin_);
     Unseen unseen;
     scheduler_.adopt_current_thread();
     unsigned count = blocks * threads;
@@ -229,7 +230,7 @@ class Machine {
       scheduler_.switch_to(fibers_[current_].context);
       if (fibers_[current_].done) ++done;
     }
-    observe(this);
+    observe(&end_);
     if (done == count) return;
     for (unsigned id = 0; id < count; ++id) fibers_[id].context.abandon();
     throw Deadlock(describe(count));
@@ -240,6 +241,7 @@ class Machine {
   void wait(unsigned id, Barrier kind, unsigned group, const std::source_location& where) {
     State& barrier = barriers_[kind][group];
     if (kind != kWarpBarrier) publish(&barrier);
+    publish(&end_);  // in case this thread never returns
     {
       Unseen unseen;
       Fiber& fiber = fibers_[id];
@@ -256,8 +258,8 @@ class Machine {
         }
         barrier.waiting.clear();
       }
-      fiber.context.switch_to(scheduler_);
     }
+    fibers_[id].context.switch_to(scheduler_);
     if (kind != kWarpBarrier) observe(&barrier);
   }
 
@@ -307,9 +309,9 @@ class Machine {
       fiber = &machine.fibers_[machine.current_];
     }
     fiber->context.arrive(machine.scheduler_);
-    observe(&machine);
+    observe(&machine.begin_);
     (*machine.kernel_)(*fiber->grid);
-    publish(&machine);
+    publish(&machine.end_);
     {
       Unseen unseen;
       fiber->done = true;
@@ -327,8 +329,8 @@ class Machine {
       const Fiber& fiber = fibers_[id];
       if (fiber.done || (last != nullptr && last->waits == fiber.waits && same_place(last->where, fiber.where))) continue;
       std::string file = fiber.where.file_name();
-      text += " from block " + std::to_string(fiber.grid->block()) + " thread " + std::to_string(fiber.grid->thread()) + " on: " +
-              names[fiber.waits] + " at " + file.substr(file.rfind('/') + 1) + ":" + std::to_string(fiber.where.line()) + ";";
+      text += " from block " + std::to_string(fiber.grid->block()) + " thread " + std::to_string(fiber.grid->thread()) +
+              " on: " + names[fiber.waits] + " at " + file.substr(file.rfind('/') + 1) + ":" + std::to_string(fiber.where.line()) + ";";
       last = &fiber;
       ++lines;
     }
@@ -344,6 +346,7 @@ class Machine {
   std::vector<std::vector<std::byte>> shared_;
   std::vector<Exchange> warps_;
   std::vector<State> barriers_[3];
+  char begin_ = 0, end_ = 0;  // by their addresses: what the host did before the launch, what the threads did for the host to see
 };
 
 inline void Grid::block_barrier(Where where) const { machine_.wait(id_, Machine::kBlockBarrier, block_, where); }

@@ -79,7 +79,7 @@ void test_half(int fraction_bits, int bias) {
 
 template <class T>
 void test_inverse() {
-  for (uint64_t i = 0; i < 64; ++i) {
+  for (size_t i = 0; i < 8 * sizeof(BitsOf<T>); ++i) {
     const auto bits = static_cast<BitsOf<T>>(kMagnitude<BitsOf<T>> >> i);
     EXPECT(magnitude_at_least<T>(cut_key<T>(bits)) == bits, "%s >> %d", name<T>().c_str(), static_cast<int>(i));
   }

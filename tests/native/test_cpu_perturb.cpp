@@ -90,7 +90,7 @@ void expect_right(std::vector<Case<T>>& all, double gamma, const Machine& machin
 template <class T>
 void test_dtype() {
   for (Isa isa : instruction_sets()) {
-    for (int64_t n : {0, 1, 2, 17, 63, 64, 65, 4095, 4096, 4097, 16385, 50001}) {
+    for (int64_t n : {0, 1, 2, 17, 65, 4097, 16385}) {
       for (const auto& [what, scores] : hard_scores(n, n + 1)) {
         for (int64_t kept : hard_counts(n)) {
           std::vector<Case<T>> one = {make_case<T>(what, scores, normal(n, n + 2, 1e-3), kept)};
@@ -98,14 +98,12 @@ void test_dtype() {
         }
       }
     }
-    for (double gamma : {0.0, 1e-3, 0.5}) {
-      for (int threads : {1, 2, 5}) {
-        std::vector<Case<T>> many;
-        for (int64_t i = 0; i < 40; ++i) many.push_back(make_case<T>("one of many", normal(i * i * 37, i), normal(i * i * 37, i + 1), 3 * i * i));
-        many.push_back(make_case<T>("no gradient", normal(30000, 1), std::vector<double>(30000), 3000));
-        many.push_back(make_case<T>("no scores", std::vector<double>(30000), normal(30000, 1), 3000));
-        expect_right(many, gamma, machine(isa, threads));
-      }
+    for (auto [threads, gamma] : {std::pair(1, 0.5), std::pair(2, 1e-3), std::pair(5, 0.0)}) {
+      std::vector<Case<T>> many;
+      for (int64_t i = 0; i < 30; ++i) many.push_back(make_case<T>("one of many", normal(i * i * 29, i), normal(i * i * 29, i + 1), 3 * i * i));
+      many.push_back(make_case<T>("no gradient", normal(30000, 1), std::vector<double>(30000), 3000));
+      many.push_back(make_case<T>("no scores", std::vector<double>(30000), normal(30000, 1), 3000));
+      expect_right(many, gamma, machine(isa, threads));
     }
   }
   // Sums of more than a chunk of chunks.

@@ -55,7 +55,7 @@ template <class T>
 void test_dtype() {
   for (Isa isa : instruction_sets()) {
     // One layer at a time: sizes around vectors, blocks, chunks and units.
-    for (int64_t n : {0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 255, 257, 4095, 4097, 16383, 16384, 16385, 50001}) {
+    for (int64_t n : {0, 1, 2, 3, 16, 17, 65, 257, 4097, 16385}) {
       for (const auto& [what, scores] : hard_scores(n, n + 1)) {
         for (int64_t kept : hard_counts(n)) {
           std::vector<Case<T>> one = {make_case<T>(what, scores, kept)};
@@ -63,7 +63,7 @@ void test_dtype() {
         }
       }
     }
-    for (int64_t n : {20000, 150000}) {
+    for (int64_t n : {20000, 40000}) {
       for (bool looks_large : {false, true}) {
         for (int64_t kept : hard_counts(n)) {
           std::vector<Case<T>> one = {make_case<T>("hostile to the sample", hostile<T>(n, looks_large), kept)};
@@ -74,8 +74,8 @@ void test_dtype() {
     // Many layers of all sizes in one call, in several batches.
     for (int threads : {1, 2, 5}) {
       std::vector<Case<T>> many;
-      for (int64_t i = 0; i < 60; ++i) many.push_back(make_case<T>("one of many", normal(i * i * 17, i), i * i));
-      for (const auto& [what, scores] : hard_scores(100003, 3)) many.push_back(make_case<T>(what, scores, 10000));
+      for (int64_t i = 0; i < 40; ++i) many.push_back(make_case<T>("one of many", normal(i * i * 17, i), i * i));
+      for (const auto& [what, scores] : hard_scores(33333, 3)) many.push_back(make_case<T>(what, scores, 3333));
       expect_right(many, machine(isa, threads));
     }
   }

@@ -22,7 +22,8 @@ void test_widening() {
 template <class T>
 void expect_rounded(float x) {
   T expected = make<T>(x), got = kernels::Number<T>::round(x);
-  EXPECT(std::isnan(x) ? std::isnan(value(got)) : same_bits(got, expected), "%s %a: 0x%04x, got 0x%04x", kName<T>, x, expected.bits, got.bits);
+  EXPECT(std::isnan(x) ? std::isnan(value(got)) : same_bits(got, expected), "%s %a: 0x%04x, got 0x%04x", kName<T>, x, expected.bits,
+         got.bits);
 }
 
 // Every number of the dtype, every midpoint between two, and the floats next to the midpoints.

@@ -60,17 +60,20 @@ void check(const Problem<T>& problem, GridSize size, uint64_t seed, bool coopera
   Workspace workspace;
   kernels::for_each_array(args, workspace);
   if (cooperative) {
-    emulated::launch(size.blocks, size.threads, seed, [&](const emulated::Grid& grid) { kernels::perturb_phases(grid, args, 0, args.phases()); });
+    emulated::launch(size.blocks, size.threads, seed,
+                     [&](const emulated::Grid& grid) { kernels::perturb_phases(grid, args, 0, args.phases()); });
   } else {
     for (int phase = 0; phase < args.phases(); ++phase) {
-      emulated::launch(size.blocks, size.threads, seed + phase, [&](const emulated::Grid& grid) { kernels::perturb_phases(grid, args, phase, phase + 1); });
+      emulated::launch(size.blocks, size.threads, seed + phase,
+                       [&](const emulated::Grid& grid) { kernels::perturb_phases(grid, args, phase, phase + 1); });
     }
   }
   for (size_t l = 0; l < layers; ++l) {
     const std::vector<T>&s = problem.scores[l], &g = problem.grads[l];
     int64_t n = static_cast<int64_t>(s.size());
     double scale = oracle_scale(s, g, problem.gamma, problem.eps);
-    EXPECT(same_bits(scales[l], scale), "%s %s, layer %zu, n %lld: scale %.17g, got %.17g", kName<T>, what.c_str(), l, (long long)n, scale, scales[l]);
+    EXPECT(same_bits(scales[l], scale), "%s %s, layer %zu, n %lld: scale %.17g, got %.17g", kName<T>, what.c_str(), l, (long long)n, scale,
+           scales[l]);
     std::vector<T> moved(n);
     for (int64_t i = 0; i < n; ++i) {
       Wide<T> z = static_cast<Wide<T>>(value(g[i])) * static_cast<Wide<T>>(scale);
@@ -82,13 +85,14 @@ void check(const Problem<T>& problem, GridSize size, uint64_t seed, bool coopera
       row.column[4] += sign(moved[i]) != sign(s[i]);
     }
     for (int column = 0; column < 5; ++column) {
-      EXPECT(cuts[l * 5 + column] == row.column[column], "%s %s, layer %zu, n %lld, kept %lld, column %d: %lld, got %lld; grid %u x %u", kName<T>,
-             what.c_str(), l, (long long)n, (long long)problem.kept[l], column, (long long)row.column[column], (long long)cuts[l * 5 + column],
-             size.blocks, size.threads);
+      EXPECT(cuts[l * 5 + column] == row.column[column], "%s %s, layer %zu, n %lld, kept %lld, column %d: %lld, got %lld; grid %u x %u",
+             kName<T>, what.c_str(), l, (long long)n, (long long)problem.kept[l], column, (long long)row.column[column],
+             (long long)cuts[l * 5 + column], size.blocks, size.threads);
     }
     std::vector<T> expected = cases::masked(moved, problem.weights[l], row);
     for (int64_t i = 0; i < n; ++i) {
-      EXPECT(same_bits(masked[l][i], expected[i]), "%s %s, layer %zu, element %lld of %lld", kName<T>, what.c_str(), l, (long long)i, (long long)n);
+      EXPECT(same_bits(masked[l][i], expected[i]), "%s %s, layer %zu, element %lld of %lld", kName<T>, what.c_str(), l, (long long)i,
+             (long long)n);
     }
   }
 }
@@ -112,10 +116,10 @@ void test_kinds(Random& random) {
 void test_edges(Random& random) {
   auto constant = [](int64_t n, float x) { return std::vector<float>(n, x); };
   Problem<float> problem;
-  problem.add(numbers<float>(0, 100, random), constant(100, 0), 50, random);               // g = 0: z = 0
-  problem.add(constant(100, 0), numbers<float>(0, 100, random), 50, random);               // s = 0: z = 0
-  problem.add({}, {}, 0, random);                                                          // empty
-  problem.add(constant(5000, 3e38f), constant(5000, 1e-30f), 2500, random);                // the scale overflows float32
+  problem.add(numbers<float>(0, 100, random), constant(100, 0), 50, random);  // g = 0: z = 0
+  problem.add(constant(100, 0), numbers<float>(0, 100, random), 50, random);  // s = 0: z = 0
+  problem.add({}, {}, 0, random);                                             // empty
+  problem.add(constant(5000, 3e38f), constant(5000, 1e-30f), 2500, random);   // the scale overflows float32
   problem.add(numbers<float>(0, 100, random), constant(100, -0.0f), 30, random);
   check(problem, kGrids[1], 3, true, false, "edges");
   problem.gamma = 0;

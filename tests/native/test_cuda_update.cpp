@@ -45,7 +45,8 @@ void check(const Settings& settings, GridSize size, uint64_t seed, Random& rando
         d = settings.nesterov ? fused<T>(settings.momentum, buffer, d) : buffer;
       }
       T score = fused<T>(-settings.lr, d, scores[l][i]);
-      EXPECT(same_bits(new_scores[l][i], score), "%s layer %zu, element %zu: score %g, got %g", kName<T>, l, i, value(score), value(new_scores[l][i]));
+      EXPECT(same_bits(new_scores[l][i], score), "%s layer %zu, element %zu: score %g, got %g", kName<T>, l, i, value(score),
+             value(new_scores[l][i]));
       EXPECT(same_bits(new_buffers[l][i], buffer), "%s layer %zu, element %zu: momentum %g, got %g", kName<T>, l, i, value(buffer),
              value(new_buffers[l][i]));
     }
@@ -54,7 +55,7 @@ void check(const Settings& settings, GridSize size, uint64_t seed, Random& rando
 
 template <class T>
 void test_settings(Random& random) {
-  const Settings all[] = {{0.1, 0, 0, 0, false},      {0.1, 0.9, 0, 0, false},     {0.1, 0.9, 0, 5e-4, false}, {0.1, 0.9, 0.3, 5e-4, false},
+  const Settings all[] = {{0.1, 0, 0, 0, false},     {0.1, 0.9, 0, 0, false},  {0.1, 0.9, 0, 5e-4, false}, {0.1, 0.9, 0.3, 5e-4, false},
                           {0.1, 0.9, 0, 5e-4, true}, {1e-3, 0, 0, 0.7, false}, {0, 0.9, 0, 0, true}};
   int grid = 0;
   for (const Settings& settings : all) check<T>(settings, kGrids[grid++ % kGridCount], random(), random);

@@ -22,26 +22,30 @@ void expect_report(const std::string& report, std::initializer_list<const char*>
 }
 
 void test_divergent_barriers_are_reported() {
-  expect_report(deadlock_of(2, 64, [](const Grid& grid) {
-                  if (grid.warp() == 0 || grid.block() == 1) grid.block_barrier();
-                }),
+  expect_report(deadlock_of(2, 64,
+                            [](const Grid& grid) {
+                              if (grid.warp() == 0 || grid.block() == 1) grid.block_barrier();
+                            }),
                 {"deadlock", "block 0 thread 0", "block barrier", "test_emulated_grid.cpp:", "96 of 128 threads have returned"});
-  expect_report(deadlock_of(3, 32, [](const Grid& grid) {
-                  if (grid.block() != 1) grid.grid_barrier();
-                }),
+  expect_report(deadlock_of(3, 32,
+                            [](const Grid& grid) {
+                              if (grid.block() != 1) grid.grid_barrier();
+                            }),
                 {"grid barrier", "32 of 96 threads have returned"});
-  expect_report(deadlock_of(1, 32, [](const Grid& grid) {
-                  if (grid.lane() != 5) grid.ballot(true);
-                }),
+  expect_report(deadlock_of(1, 32,
+                            [](const Grid& grid) {
+                              if (grid.lane() != 5) grid.ballot(true);
+                            }),
                 {"warp exchange", "1 of 32 threads have returned"});
   // Both branches wait, but at two barriers.
-  expect_report(deadlock_of(1, 64, [](const Grid& grid) {
-                  if (grid.warp() == 0) {
-                    grid.block_barrier();
-                  } else {
-                    grid.block_barrier();
-                  }
-                }),
+  expect_report(deadlock_of(1, 64,
+                            [](const Grid& grid) {
+                              if (grid.warp() == 0) {
+                                grid.block_barrier();
+                              } else {
+                                grid.block_barrier();
+                              }
+                            }),
                 {"thread 0 on", "thread 32 on", "0 of 64 threads have returned"});
   // The machine works again afterwards.
   EXPECT(deadlock_of(2, 64, [](const Grid& grid) { grid.grid_barrier(); }).empty(), "no deadlock");
