@@ -236,7 +236,7 @@ S2AP_TARGET int64_t apply(const BitsOf<T>* x, const BitsOf<T>* w, BitsOf<T>* mas
 }
 
 template <class T>
-S2AP_TARGET void move(const BitsOf<T>* s, const BitsOf<T>* g, ComputeOf<T> scale, BitsOf<T>* __restrict moved, int64_t n) {
+S2AP_TARGET void move(const BitsOf<T>* s, const BitsOf<T>* g, ComputeOf<T> scale, BitsOf<T>* moved, int64_t n) {
   using E = Element<T>;
   for (int64_t i = 0; i < n; ++i) {
     const ComputeOf<T> z = E::widen(g[i]) * scale;

@@ -40,8 +40,8 @@ struct Machine {
 // Fewer elements than this are not worth waking a thread for.
 constexpr int64_t kElementsPerThread = 32768;
 
-// f(i) for every i in [0, count), in any order, on as many threads as `elements` elements of work are worth. Threads take the
-// next i when they are free, so uneven work balances.
+// f(i) for every i in [0, count), on as many threads as `elements` elements of work are worth. Threads take the next i when they
+// are free: uneven work balances, and whatever i waits for may be done by f of a smaller one, which some thread has taken already.
 template <class F>
 void for_each(const Machine& machine, int64_t count, int64_t elements, const F& f) {
   const int64_t threads = std::min({int64_t{machine.threads}, count, 1 + elements / kElementsPerThread});
@@ -52,16 +52,13 @@ void for_each(const Machine& machine, int64_t count, int64_t elements, const F& 
   struct Shared {
     const F& f;
     int64_t count;
-    int64_t step;  // taken at once, so that thousands of tiny items do not queue for the counter
     std::atomic<int64_t> next{0};
-  } shared{f, count, std::max<int64_t>(1, count / (threads * 32))};
+  } shared{f, count};
   machine.run(
       static_cast<int>(threads),
       [](void* context) {
         Shared& s = *static_cast<Shared*>(context);
-        for (int64_t begin; (begin = s.next.fetch_add(s.step, std::memory_order_relaxed)) < s.count;) {
-          for (int64_t i = begin; i < std::min(begin + s.step, s.count); ++i) s.f(i);
-        }
+        for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) s.f(i);
       },
       &shared);
 }

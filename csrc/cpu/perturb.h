@@ -92,6 +92,13 @@ class PerturbProblem {
     return space;
   }
 
+  void sample(int64_t l, const SamplePlan& plan, Bits* out) const {
+    const auto grad = std::make_unique_for_overwrite<Bits[]>(plan.size());
+    gather(plan, layers_[l].scores, out);
+    gather(plan, layers_[l].grad, grad.get());
+    loop_.move(out, grad.get(), static_cast<ComputeOf<T>>(scales_[l]), out, plan.size());
+  }
+
   void apply(int64_t l, int64_t begin, int64_t n, Bits bound, const Bits* moved, Tally& tally) const {
     const int64_t front = std::clamp<int64_t>(now_[l].index - begin, 0, n);
     apply_part(l, begin, front, bound, now_[l].before, moved, tally);

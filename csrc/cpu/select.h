@@ -1,24 +1,31 @@
 // select: for each layer, keep the `kept` weights with the largest |score| and zero the others.
 //
-// What is computed. Elements rank by (|s|, index); those from the cut (KEY, INDEX) upwards stay (s2ap_ext/reference.py). So the work is to find
-// the kept-th largest magnitude T and, among the elements equal to T, the index of the first that stays.
+// What is computed. Elements rank by (|s|, index); those from the cut (KEY, INDEX) upwards stay (s2ap_ext/reference.py). So the work is
+// to find the kept-th largest magnitude T and, among the elements equal to T, the index of the first that stays.
 //
-// How. Three streaming passes' worth of memory traffic, whatever the data:
+// How, for a layer:
 //   1. A small sample of the scores gives a bracket [lo, hi) that holds T almost surely.
-//   2. One sweep over the scores counts the magnitudes above the bracket and compacts those inside it (2-4 % of them).
-//   3. Bisection on the bits, among those few, gives T; one sub-chunk is looked at again for the index of the last tie.
+//   2. One sweep over the scores counts the magnitudes above the bracket and compacts those inside it (about 3 % of them).
+//   3. Bisection on the bits, among those few, gives T; one unit is looked at again for the index of the last tie.
 //   4. One sweep writes masked = (|s|, i) >= cut ? w : 0 and counts NaN.
-// The counts of step 2 prove whether T lies inside, so the sample only affects speed. If T is outside, the next sweep takes the bracket's
-// own edge as a bracket of width 1 (many equal scores make T such an edge, and then counting is all there is to do); if that
-// misses too, or if too many elements lie inside, 2048-bin histograms narrow the bracket, at most three for float32. An empty
-// sample, equal scores, or scores arranged to mislead the sample cost some more sweeps and never a wrong bit.
+// The counts of step 2 prove whether T lies inside, so the sample only affects speed. If T is outside, the next sweep takes the
+// bracket's own edge as a bracket of width 1 (many equal scores make T such an edge, and then counting is all there is to do); if
+// that misses too, or if too many elements lie inside, 2048-bin histograms narrow the bracket, at most three for float32. Equal
+// scores, or scores arranged to mislead the sample, cost some more sweeps and never a wrong bit.
 //
-// Bytes per element (float32): 4 in step 2; 4 + 4 read and 4 written in step 4. Layers are searched in batches that fit the cache,
-// so the second read of the scores is not from memory. Layers of up to kUnit elements are finished by one thread in one go.
+// All layers go through one queue of tasks, each a unit of 16384 elements and a step, which the threads take in order: one start of the
+// threads per call, and layers of any size balance. A task waits where its layer's previous step is not finished, which is rare
+// since other layers' tasks lie between. Layers of up to one unit are finished by one thread in one go.
+//
+// Bytes per element (float32): 4 in step 2; 4 + 4 read and 4 written in step 4. Layers take their steps in groups that fit the
+// last-level cache, so the second read of the scores is not from memory.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -28,8 +35,8 @@ namespace s2ap {
 
 // A unit is what one thread sweeps at once: consecutive elements of one layer, a multiple of kChunk.
 constexpr int64_t kUnit = 4 * kChunk;
-// Layers are searched together until they have this many elements: enough for all threads, few enough for the last-level cache.
-constexpr int64_t kBatch = int64_t{1} << 21;
+// Layers take their steps together until they have this many elements.
+constexpr int64_t kGroup = int64_t{1} << 20;
 
 constexpr int kDigitBits = 11;
 
@@ -90,68 +97,89 @@ struct SamplePlan {
   static constexpr int64_t kRun = 4;
   int64_t runs, part;
 
-  explicit SamplePlan(int64_t n) : runs(std::clamp<int64_t>(n / 16, 2048, 16384) / kRun), part(n / runs) {}
+  explicit SamplePlan(int64_t n) : runs(std::clamp<int64_t>(n / 16, 2048, 8192) / kRun), part(n / runs) {}
   int64_t size() const { return runs * kRun; }
   int64_t begin(int64_t i) const {
-    const uint64_t scattered = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15ull) >> 40;
-    return i * part + static_cast<int64_t>(scattered % static_cast<uint64_t>(part - kRun + 1));
+    const uint64_t scattered = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15ull) >> 40;  // 24 bits
+    return i * part + static_cast<int64_t>((scattered * static_cast<uint64_t>(part - kRun + 1)) >> 24);
   }
 };
 
+// Copies the sampled elements of x to `sample`.
+template <class Bits>
+void gather(const SamplePlan& plan, const Bits* x, Bits* sample) {
+  constexpr int64_t kAhead = 16;
+  for (int64_t i = 0; i < plan.runs; ++i) {
+    __builtin_prefetch(x + plan.begin(std::min(i + kAhead, plan.runs - 1)));
+    memcpy(sample + i * SamplePlan::kRun, x + plan.begin(i), SamplePlan::kRun * sizeof(Bits));
+  }
+}
+
 // Searches the cuts of all layers and applies them. Problem says what the layers are:
-//   Element                                           the element type T
+//   Element                                             the element type T
 //   int64_t layers(), numel(l), kept(l); int64_t* row(l)
-//   const Bits* read(l, begin, n, Bits* space)        the bits to rank; may be computed into `space` (kUnit elements)
-//   void apply(l, begin, n, cut, read's result, Tally&)
-//   void measure(l, begin, n), void measured(l)       a first pass over a layer, before anything is read (perturb's norms)
+//   const Bits* read(l, begin, n, space)                the bits to rank; may be computed into `space` (kUnit elements)
+//   void sample(l, plan, out)                           the sampled ones of them
+//   void apply(l, begin, n, bound, x, Tally&)           x: what read gave for these elements
+//   void add(l, Tally)
+//   kMeasures; void measure(l, begin, n), measured(l)   a first pass over a layer, before anything is read (perturb's norms)
 template <class Problem>
 class Selection {
  public:
   using T = typename Problem::Element;
   using Bits = BitsOf<T>;
+  using Tally = typename Problem::Tally;
 
-  Selection(const Machine& machine, Problem& problem) : machine_(machine), problem_(problem), loop_(loops<T>(machine.isa)) {}
+  Selection(const Machine& machine, Problem& problem) : machine_(machine), problem_(problem), loop_(loops<T>(machine.isa)) { plan(); }
 
   void run() {
-    std::vector<int64_t> small;
-    int64_t small_elements = 0;
-    for (int64_t l = 0; l < problem_.layers(); ++l) {
-      if (problem_.numel(l) > kUnit) continue;
-      small.push_back(l);
-      small_elements += problem_.numel(l) + 256;
-    }
-    for_each(machine_, static_cast<int64_t>(small.size()), small_elements, [&](int64_t i) { finish_small(small[i]); });
-
-    for (int64_t l = 0; l < problem_.layers(); ++l) {
-      if (problem_.numel(l) <= kUnit) continue;
-      add(l);
-      if (elements_ >= kBatch) run_batch();
-    }
-    if (elements_ > 0) run_batch();
+    run_tasks();
+    while (plan_missed()) run_tasks();
+    for (const Unit& u : units_) problem_.add(layers_[u.layer].id, u.tally);
   }
 
  private:
-  enum class Next { kSweep, kDigits, kDone };
-
-  struct Unit {
-    int64_t layer;  // in layers_
-    int64_t begin, n;
-    SweepCounts counts;
-    int64_t offset = 0;  // of its compacted magnitudes among the layer's
-    typename Problem::Tally tally = {};
+  enum class Step { kSmall, kMeasure, kGuess, kSearch, kApply };
+  struct Task {
+    Step step;
+    int64_t first, last;  // kSmall: of small_; kGuess: a layer; otherwise a unit
   };
 
+  struct Unit {
+    int64_t layer;
+    int64_t begin, n;
+    SweepCounts counts = {};
+    int64_t offset = 0;  // of its compacted magnitudes among the layer's
+    Tally tally = {};
+  };
+
+  // What is known of a layer of more than one unit. kMissed: the search needs another sweep.
+  enum Stage : int { kUnknown, kBracketed, kFound, kMissed };
   struct Layer {
-    int64_t id, n, kept;
-    int64_t first_unit, units;
-    Next next = Next::kDone;
+    int64_t id = 0, n = 0, kept = 0;
+    int64_t first_unit = 0, units = 0;
+    Cut<Bits> cut;
     // T is in [lo, hi), or that is the guess.
     Bits lo = 0, hi = kBeyond<Bits>;
-    bool guess = false;
+    bool guess = true;
+    std::unique_ptr<int64_t[]> digits;  // where it is to be narrowed by a histogram
+    Bits* inside = nullptr;             // room for the compacted magnitudes of all units, and how much of it is taken
     int64_t capacity = 0;
-    std::unique_ptr<Bits[]> inside;  // the compacted magnitudes of all units
-    std::unique_ptr<int64_t[]> digits;
-    Cut<Bits> cut;
+    std::atomic<int64_t> taken{0};
+    std::atomic<int64_t> open{0};  // units whose present step is not finished
+    std::atomic<int> stage{kUnknown};
+
+    void enter(Stage next) {
+      stage.store(next, std::memory_order_release);
+      stage.notify_all();
+    }
+    Stage wait_beyond(Stage last) {
+      int now;
+      while ((now = stage.load(std::memory_order_acquire)) <= last) stage.wait(now);
+      return static_cast<Stage>(now);
+    }
+    // True for the last unit, which sees what all the others wrote.
+    bool closes() { return open.fetch_sub(1, std::memory_order_acq_rel) == 1; }
   };
 
   // Room for one thread's work on a unit.
@@ -160,58 +188,94 @@ class Selection {
     alignas(64) Bits inside[kUnit + kStoreSlack];
   };
 
-  static int64_t capacity(int64_t n) { return n / 20 + kUnit / 4; }
+  void plan() {
+    std::vector<int64_t> large;
+    for (int64_t l = 0; l < problem_.layers(); ++l) (problem_.numel(l) > kUnit ? large : small_).push_back(l);
 
-  void add(int64_t id) {
-    Layer layer;
-    layer.id = id;
-    layer.n = problem_.numel(id);
-    layer.kept = problem_.kept(id);
-    layer.first_unit = static_cast<int64_t>(units_.size());
-    layer.units = (layer.n + kUnit - 1) / kUnit;
-    for (int64_t begin = 0; begin < layer.n; begin += kUnit) {
-      units_.push_back({static_cast<int64_t>(layers_.size()), begin, std::min(kUnit, layer.n - begin), {}});
+    layers_ = std::vector<Layer>(large.size());
+    int64_t room = 0;
+    for (size_t i = 0; i < large.size(); ++i) {
+      Layer& layer = layers_[i];
+      layer.id = large[i];
+      layer.n = problem_.numel(layer.id);
+      layer.kept = problem_.kept(layer.id);
+      layer.first_unit = static_cast<int64_t>(units_.size());
+      for (int64_t begin = 0; begin < layer.n; begin += kUnit) {
+        units_.push_back({static_cast<int64_t>(i), begin, std::min(kUnit, layer.n - begin)});
+      }
+      layer.units = static_cast<int64_t>(units_.size()) - layer.first_unit;
+      layer.capacity = layer.n / 20 + kUnit / 4;
+      room += layer.capacity;
+      elements_ += layer.n;
     }
-    elements_ += layer.n;
-    layers_.push_back(std::move(layer));
-  }
+    inside_ = std::make_unique_for_overwrite<Bits[]>(room);
+    room = 0;
+    for (Layer& layer : layers_) {
+      layer.inside = inside_.get() + room;
+      room += layer.capacity;
+    }
 
-  void run_batch() {
-    if constexpr (Problem::kMeasures) {
-      each_unit([&](Unit& u) { problem_.measure(layers_[u.layer].id, u.begin, u.n); });
-      each_layer([&](Layer& layer) { problem_.measured(layer.id); });
-    }
-    used_ = std::make_unique<std::atomic<int64_t>[]>(layers_.size());
-    each_layer([&](Layer& layer) { guess_bracket(layer); });
-    while (std::any_of(layers_.begin(), layers_.end(), [](const Layer& layer) { return layer.next != Next::kDone; })) {
-      each_unit([&](Unit& u) {
-        Layer& layer = layers_[u.layer];
-        if (layer.next == Next::kSweep) sweep(layer, u);
-        if (layer.next == Next::kDigits) count_digits(layer, u);
-      });
-      each_layer([&](Layer& layer) {
-        if (layer.next == Next::kSweep) {
-          read_sweep(layer);
-        } else if (layer.next == Next::kDigits) {
-          read_digits(layer);
+    // Each group begins one step before the group in front of it goes on, so that nobody waits for the first step.
+    size_t begin = 0, end = 0;
+    do {
+      size_t next = end;
+      for (int64_t n = 0; next < layers_.size() && n < kGroup; ++next) {
+        n += layers_[next].n;
+        if (Problem::kMeasures) {
+          add_tasks(Step::kMeasure, layers_[next]);
+        } else {
+          tasks_.push_back({Step::kGuess, static_cast<int64_t>(next), 0});
         }
-      });
+      }
+      for (size_t i = begin; i < end; ++i) add_tasks(Step::kSearch, layers_[i]);
+      for (size_t i = begin; i < end; ++i) add_tasks(Step::kApply, layers_[i]);
+      begin = end;
+      end = next;
+    } while (begin < end);
+
+    // The smallest work comes last, to even out the ends.
+    const auto count = static_cast<int64_t>(small_.size());
+    for (int64_t first = 0, last; first < count; first = last) {
+      int64_t n = 0;
+      for (last = first; last < count && n < kUnit; ++last) n += 256 + problem_.numel(small_[last]);
+      tasks_.push_back({Step::kSmall, first, last});
+      elements_ += n;
     }
-    each_unit([&](Unit& u) { apply(u); });
-    for (Unit& u : units_) problem_.add(layers_[u.layer].id, u.tally);
-    units_.clear();
-    layers_.clear();
+  }
+
+  // The layers whose cut is not found yet search on. False if there are none.
+  bool plan_missed() {
+    tasks_.clear();
     elements_ = 0;
+    for (Step step : {Step::kSearch, Step::kApply}) {
+      for (Layer& layer : layers_) {
+        if (layer.stage != kMissed && layer.stage != kBracketed) continue;
+        layer.stage = kBracketed;
+        add_tasks(step, layer);
+        elements_ += layer.n;
+      }
+    }
+    return !tasks_.empty();
   }
 
-  template <class F>
-  void each_unit(const F& f) {
-    for_each(machine_, static_cast<int64_t>(units_.size()), elements_, [&](int64_t i) { f(units_[i]); });
+  void add_tasks(Step step, Layer& layer) {
+    if (step != Step::kApply) layer.open = layer.units;
+    for (int64_t u = layer.first_unit; u < layer.first_unit + layer.units; ++u) tasks_.push_back({step, u, 0});
   }
 
-  template <class F>
-  void each_layer(const F& f) {
-    for_each(machine_, static_cast<int64_t>(layers_.size()), elements_, [&](int64_t i) { f(layers_[i]); });
+  void run_tasks() {
+    for_each(machine_, static_cast<int64_t>(tasks_.size()), elements_, [&](int64_t i) {
+      const Task& task = tasks_[i];
+      switch (task.step) {
+        case Step::kSmall:
+          for (int64_t l = task.first; l < task.last; ++l) finish_small(small_[l]);
+          return;
+        case Step::kMeasure: return measure(units_[task.first]);
+        case Step::kGuess: return guess_bracket(layers_[task.first]);
+        case Step::kSearch: return search(units_[task.first]);
+        case Step::kApply: return apply(units_[task.first]);
+      }
+    });
   }
 
   void finish_small(int64_t id) {
@@ -227,7 +291,7 @@ class Selection {
       const Rank<Bits> t = rank_largest(loop_, x, n, kept, Bits{0}, kBeyond<Bits>, space.inside);
       cut = found(id, t, index_of_tie(x, n, t.magnitude, kept - t.above));
     }
-    typename Problem::Tally tally = {};
+    Tally tally = {};
     apply(id, 0, n, cut, x, tally);
     problem_.add(id, tally);
   }
@@ -268,17 +332,24 @@ class Selection {
     return loop_.count_at_least(x, n, magnitude) - loop_.count_at_least(x, n, static_cast<Bits>(magnitude + 1));
   }
 
+  void measure(Unit& u) {
+    if constexpr (Problem::kMeasures) {
+      Layer& layer = layers_[u.layer];
+      problem_.measure(layer.id, u.begin, u.n);
+      if (!layer.closes()) return;
+      problem_.measured(layer.id);
+      layer.open = layer.units;
+      guess_bracket(layer);
+    }
+  }
+
   // A bracket around the kept-th largest, four standard deviations of a sample's rank to either side.
   void guess_bracket(Layer& layer) {
-    if (keeps_all_or_none(layer.id, layer.n, layer.kept, layer.cut)) return;
+    if (keeps_all_or_none(layer.id, layer.n, layer.kept, layer.cut)) return layer.enter(kFound);
     const SamplePlan plan(layer.n);
     const int64_t size = plan.size();
     const auto sample = std::make_unique_for_overwrite<Bits[]>(size);
-    Bits space[SamplePlan::kRun];
-    for (int64_t i = 0; i < plan.runs; ++i) {
-      const Bits* x = problem_.read(layer.id, plan.begin(i), SamplePlan::kRun, space);
-      for (int64_t j = 0; j < SamplePlan::kRun; ++j) sample[i * SamplePlan::kRun + j] = x[j] & kMagnitude<Bits>;
-    }
+    problem_.sample(layer.id, plan, sample.get());
     const double fraction = static_cast<double>(layer.kept) / static_cast<double>(layer.n), m = static_cast<double>(size);
     const double margin = 4 * std::sqrt(m * fraction * (1 - fraction)) + 4;
     const auto upper = static_cast<int64_t>(m * fraction - margin), lower = static_cast<int64_t>(m * fraction + margin);
@@ -292,23 +363,30 @@ class Selection {
       layer.lo = layer.hi;
       layer.hi = static_cast<Bits>(layer.lo + 1);
     }
-    layer.guess = true;
-    layer.capacity = capacity(layer.n);
-    layer.inside = std::make_unique_for_overwrite<Bits[]>(layer.capacity);
-    layer.next = Next::kSweep;
+    layer.enter(kBracketed);
   }
 
   bool stores(const Layer& layer) const { return layer.hi - layer.lo > 1; }  // a bracket of width 1 holds equal magnitudes
+
+  void search(Unit& u) {
+    Layer& layer = layers_[u.layer];
+    if (layer.wait_beyond(kUnknown) == kFound) return;
+    if (layer.digits) {
+      count_digits(layer, u);
+      if (layer.closes()) read_digits(layer);
+    } else {
+      sweep(layer, u);
+      if (layer.closes()) read_sweep(layer);
+    }
+  }
 
   void sweep(Layer& layer, Unit& u) {
     Space space;
     const Bits* x = problem_.read(layer.id, u.begin, u.n, space.read);
     u.counts = loop_.sweep(x, u.n, layer.lo, layer.hi, space.inside);
     if (!stores(layer)) return;
-    u.offset = used_[u.layer].fetch_add(u.counts.inside, std::memory_order_relaxed);
-    if (u.offset + u.counts.inside <= layer.capacity) {
-      std::copy_n(space.inside, u.counts.inside, layer.inside.get() + u.offset);
-    }
+    u.offset = layer.taken.fetch_add(u.counts.inside, std::memory_order_relaxed);
+    if (u.offset + u.counts.inside <= layer.capacity) std::copy_n(space.inside, u.counts.inside, layer.inside + u.offset);
   }
 
   void read_sweep(Layer& layer) {
@@ -324,11 +402,11 @@ class Selection {
         found_in_layer(layer, {layer.lo, all.above});
       } else if (all.inside <= layer.capacity) {
         const auto scratch = std::make_unique_for_overwrite<Bits[]>(all.inside / 4 + kStoreSlack);
-        Rank<Bits> t = rank_largest(loop_, layer.inside.get(), all.inside, layer.kept - all.above, layer.lo, layer.hi, scratch.get());
+        Rank<Bits> t = rank_largest(loop_, layer.inside, all.inside, layer.kept - all.above, layer.lo, layer.hi, scratch.get());
         t.above += all.above;
         for (int64_t i = 0; i < layer.units; ++i) {
           Unit& u = units_[layer.first_unit + i];
-          u.counts.inside = count_equal(layer.inside.get() + u.offset, u.counts.inside, t.magnitude);
+          u.counts.inside = count_equal(layer.inside + u.offset, u.counts.inside, t.magnitude);
         }
         found_in_layer(layer, t);
       } else {
@@ -344,6 +422,7 @@ class Selection {
         --layer.lo;
       }
       layer.hi = static_cast<Bits>(layer.lo + 1);
+      layer.enter(kMissed);
     } else if (above) {
       layer.lo = layer.hi;
       layer.hi = kBeyond<Bits>;
@@ -364,8 +443,7 @@ class Selection {
     Space space;
     const Bits* x = problem_.read(layer.id, u.begin, u.n, space.read);
     layer.cut = found(layer.id, t, u.begin + index_of_tie(x, u.n, t.magnitude, rank));
-    layer.next = Next::kDone;
-    layer.inside.reset();
+    layer.enter(kFound);
   }
 
   int shift(const Layer& layer) const {
@@ -374,8 +452,8 @@ class Selection {
   }
 
   void start_digits(Layer& layer) {
-    layer.next = Next::kDigits;
     layer.digits = std::make_unique<int64_t[]>((size_t{1} << kDigitBits) + 1);  // the last one: magnitudes >= hi
+    layer.enter(kMissed);
   }
 
   void count_digits(Layer& layer, Unit& u) {
@@ -403,14 +481,16 @@ class Selection {
     if (stores(layer) && layer.digits[bin] > layer.capacity) {
       start_digits(layer);
     } else {
-      used_[&layer - layers_.data()] = 0;
-      layer.next = Next::kSweep;
+      layer.digits.reset();
+      layer.taken = 0;
+      layer.enter(kMissed);
     }
   }
 
   void apply(Unit& u) {
+    Layer& layer = layers_[u.layer];
+    if (layer.wait_beyond(kBracketed) == kMissed) return;
     Space space;
-    const Layer& layer = layers_[u.layer];
     const Bits* x = problem_.read(layer.id, u.begin, u.n, space.read);
     apply(layer.id, u.begin, u.n, layer.cut, x, u.tally);
   }
@@ -425,10 +505,12 @@ class Selection {
   const Machine& machine_;
   Problem& problem_;
   const Loops<T>& loop_;
-  std::vector<Layer> layers_;
+  std::vector<int64_t> small_;  // the layers of up to one unit
+  std::vector<Layer> layers_;   // the others
   std::vector<Unit> units_;
-  std::unique_ptr<std::atomic<int64_t>[]> used_;  // how much of each layer's `inside` is taken
-  int64_t elements_ = 0;
+  std::unique_ptr<Bits[]> inside_;  // memory of the layers' `inside`
+  std::vector<Task> tasks_;
+  int64_t elements_ = 0;  // of all tasks
 };
 
 template <class T>
@@ -456,6 +538,7 @@ class SelectProblem {
   int64_t kept(int64_t l) const { return layers_[l].kept; }
   int64_t* row(int64_t l) const { return cuts_ + l * kCutColumns; }
   const Bits* read(int64_t l, int64_t begin, int64_t, Bits*) const { return layers_[l].scores + begin; }
+  void sample(int64_t l, const SamplePlan& plan, Bits* out) const { gather(plan, layers_[l].scores, out); }
   void apply(int64_t l, int64_t begin, int64_t n, Bits bound, const Bits* x, Tally& nans) const {
     nans += loop_.apply(x, layers_[l].weight + begin, layers_[l].masked + begin, n, bound);
   }
