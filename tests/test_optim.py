@@ -332,6 +332,24 @@ def test_compiled_model_sees_the_perturbation():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+def test_distributed_data_parallel(tmp_path):
+    net = train_scores(sparsify(small_net(), 0.9))
+    twin = copy.deepcopy(net)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(net)
+        for n, o in ((parallel, net), (twin, twin)):
+            optimizer = S2AP(n, torch.optim.SGD(o.parameters(), lr=0.1, momentum=0.9), gamma=0.1)
+            for _ in range(3):
+                optimizer.step(closure_for(n, optimizer))
+            assert optimizer.flips > 0
+    finally:
+        torch.distributed.destroy_process_group()
+    for (name, a), (_, b) in zip(net.state_dict().items(), twin.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
 # AWP
 
 
