@@ -17,6 +17,13 @@
 
 namespace s2ap {
 
+// condition ? yes : no, without a branch.
+template <class Bits>
+S2AP_INLINE Bits choose(bool condition, Bits yes, Bits no) {
+  const Bits mask = static_cast<Bits>(-static_cast<Bits>(condition));
+  return static_cast<Bits>((yes & mask) | (no & ~mask));
+}
+
 struct Half {};
 struct BFloat16 {};
 
@@ -64,13 +71,13 @@ struct Element<Half> {
   using Bits = uint16_t;
   using Compute = float;
   static constexpr Bits kInfinity = 0x7c00;
-  // Both directions are written without branches, so that loops over them vectorise without the F16C instructions too.
+  // Both directions are free of branches, so that loops over them vectorise, without the F16C instructions too.
   static S2AP_INLINE float widen(Bits bits) {
     const uint32_t magnitude = bits & 0x7fffu;
-    const uint32_t normal = (magnitude << 13) + (112u << 23);           // exponent bias 15 -> 127
-    const uint32_t special = (magnitude << 13) | 0x7f800000u;           // infinity and NaN
+    const uint32_t normal = (magnitude << 13) + (112u << 23);  // exponent bias 15 -> 127
+    const uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
     const float tiny = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;  // 0 and subnormal
-    const uint32_t wide = magnitude < 0x400u ? std::bit_cast<uint32_t>(tiny) : magnitude < 0x7c00u ? normal : special;
+    const uint32_t wide = choose(magnitude < 0x400u, std::bit_cast<uint32_t>(tiny), choose(magnitude < 0x7c00u, normal, special));
     return std::bit_cast<float>(wide | (uint32_t{bits} & 0x8000u) << 16);
   }
   static S2AP_INLINE Bits narrow(float x) {
@@ -80,8 +87,8 @@ struct Element<Half> {
     // Adding 0.5 leaves a multiple of 2^-24, half precision's smallest step, rounded to nearest even.
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
     const uint32_t tiny = std::bit_cast<uint32_t>(shifted) - 0x3f000000u;
-    const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-    const uint32_t narrow = magnitude < 0x38800000u ? tiny : magnitude < 0x47800000u ? normal : special;
+    const uint32_t special = 0x7c00u + choose(magnitude > 0x7f800000u, uint32_t{0x200}, uint32_t{0});  // NaN
+    const uint32_t narrow = choose(magnitude < 0x38800000u, tiny, choose(magnitude < 0x47800000u, normal, special));
     return static_cast<Bits>(narrow | ((bits >> 16) & 0x8000u));
   }
 };

@@ -43,7 +43,7 @@ struct Loops {
   int64_t (*count_at_least)(const Bits* x, int64_t n, Bits bound);
   // masked = |x| >= bound ? w : 0. Returns the number of NaN among x.
   int64_t (*apply)(const Bits* x, const Bits* w, Bits* masked, int64_t n, Bits bound);
-  // moved = s + scale * g, every operation rounded. `moved` may be s itself.
+  // moved = s + scale * g, every operation rounded.
   void (*move)(const Bits* s, const Bits* g, ComputeOf<T> scale, Bits* moved, int64_t n);
   // As apply with x = moved; compares the mask with |s| >= bound_now, and the signs with those of s.
   PerturbCounts (*apply_moved)(const Bits* moved, const Bits* s, const Bits* w, Bits* masked, int64_t n, Bits bound, Bits bound_now);

@@ -236,11 +236,19 @@ S2AP_TARGET int64_t apply(const BitsOf<T>* x, const BitsOf<T>* w, BitsOf<T>* mas
 }
 
 template <class T>
-S2AP_TARGET void move(const BitsOf<T>* s, const BitsOf<T>* g, ComputeOf<T> scale, BitsOf<T>* moved, int64_t n) {
+S2AP_TARGET void move(const BitsOf<T>* s, const BitsOf<T>* g, ComputeOf<T> scale, BitsOf<T>* __restrict moved, int64_t n) {
   using E = Element<T>;
-  for (int64_t i = 0; i < n; ++i) {
-    const ComputeOf<T> z = E::widen(g[i]) * scale;
-    moved[i] = E::narrow(E::widen(s[i]) + z);
+  constexpr int64_t kBlock = 1024 / sizeof(s[0]);
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = n - begin < kBlock ? n : begin + kBlock;
+    for (int64_t i = begin; i < end; i += 64 / sizeof(s[0])) {
+      fetch(s + i);
+      fetch(g + i);
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const ComputeOf<T> z = E::widen(g[i]) * scale;
+      moved[i] = E::narrow(E::widen(s[i]) + z);
+    }
   }
 }
 
@@ -317,31 +325,32 @@ S2AP_TARGET S2AP_INLINE C add_scaled(C a, C alpha, C b) {
   return static_cast<C>(__builtin_fma(alpha, b, a));
 }
 
+// Steps that the parameters leave out are computed and dropped: branches around arithmetic would keep the loop from vectorising.
 template <class T, bool kFused>
 S2AP_TARGET void update_fused(BitsOf<T>* __restrict s, const BitsOf<T>* __restrict g, BitsOf<T>* __restrict b, int64_t n,
                               const SgdParameters& p) {
   using E = Element<T>;
   using C = ComputeOf<T>;
+  using Bits = BitsOf<T>;
   const C descent = static_cast<C>(-p.lr), momentum = static_cast<C>(p.momentum), intake = static_cast<C>(1 - p.dampening),
           decay = static_cast<C>(p.weight_decay);
   const bool decays = p.weight_decay != 0, nesterov = p.nesterov;
   if (b == nullptr) {
     for (int64_t i = 0; i < n; ++i) {
-      const C old = E::widen(s[i]);
-      C d = E::widen(g[i]);
-      if (decays) d = E::widen(E::narrow(add_scaled<kFused>(d, decay, old)));
-      s[i] = E::narrow(add_scaled<kFused>(old, descent, d));
+      const C old = E::widen(s[i]), grad = E::widen(g[i]);
+      const Bits d = choose(decays, E::narrow(add_scaled<kFused>(grad, decay, old)), g[i]);
+      s[i] = E::narrow(add_scaled<kFused>(old, descent, E::widen(d)));
     }
     return;
   }
   for (int64_t i = 0; i < n; ++i) {
-    const C old = E::widen(s[i]);
-    C d = E::widen(g[i]);
-    if (decays) d = E::widen(E::narrow(add_scaled<kFused>(d, decay, old)));
-    const C kept = E::widen(E::narrow(E::widen(b[i]) * momentum));
-    const C buffer = E::widen(b[i] = E::narrow(add_scaled<kFused>(kept, intake, d)));
-    d = nesterov ? E::widen(E::narrow(add_scaled<kFused>(d, momentum, buffer))) : buffer;
-    s[i] = E::narrow(add_scaled<kFused>(old, descent, d));
+    const C old = E::widen(s[i]), grad = E::widen(g[i]);
+    const C d = E::widen(choose(decays, E::narrow(add_scaled<kFused>(grad, decay, old)), g[i]));
+    const C scaled = E::widen(E::narrow(E::widen(b[i]) * momentum));
+    const Bits buffer = E::narrow(add_scaled<kFused>(scaled, intake, d));
+    const Bits ahead = choose(nesterov, E::narrow(add_scaled<kFused>(d, momentum, E::widen(buffer))), buffer);
+    b[i] = buffer;
+    s[i] = E::narrow(add_scaled<kFused>(old, descent, E::widen(ahead)));
   }
 }
 

@@ -93,10 +93,11 @@ class PerturbProblem {
   }
 
   void sample(int64_t l, const SamplePlan& plan, Bits* out) const {
-    const auto grad = std::make_unique_for_overwrite<Bits[]>(plan.size());
-    gather(plan, layers_[l].scores, out);
-    gather(plan, layers_[l].grad, grad.get());
-    loop_.move(out, grad.get(), static_cast<ComputeOf<T>>(scales_[l]), out, plan.size());
+    const int64_t n = plan.size();
+    const auto both = std::make_unique_for_overwrite<Bits[]>(2 * n);
+    gather(plan, layers_[l].scores, both.get());
+    gather(plan, layers_[l].grad, both.get() + n);
+    loop_.move(both.get(), both.get() + n, static_cast<ComputeOf<T>>(scales_[l]), out, n);
   }
 
   void apply(int64_t l, int64_t begin, int64_t n, Bits bound, const Bits* moved, Tally& tally) const {

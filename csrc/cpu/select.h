@@ -215,23 +215,16 @@ class Selection {
       room += layer.capacity;
     }
 
-    // Each group begins one step before the group in front of it goes on, so that nobody waits for the first step.
-    size_t begin = 0, end = 0;
-    do {
-      size_t next = end;
-      for (int64_t n = 0; next < layers_.size() && n < kGroup; ++next) {
-        n += layers_[next].n;
-        if (Problem::kMeasures) {
-          add_tasks(Step::kMeasure, layers_[next]);
-        } else {
-          tasks_.push_back({Step::kGuess, static_cast<int64_t>(next), 0});
-        }
+    if (!Problem::kMeasures) {
+      for (size_t i = 0; i < layers_.size(); ++i) tasks_.push_back({Step::kGuess, static_cast<int64_t>(i), 0});
+    }
+    for (size_t begin = 0, end = 0; begin < layers_.size(); begin = end) {
+      for (int64_t n = 0; end < layers_.size() && n < kGroup; ++end) n += layers_[end].n;
+      for (Step step : {Step::kMeasure, Step::kSearch, Step::kApply}) {
+        if (step == Step::kMeasure && !Problem::kMeasures) continue;
+        for (size_t i = begin; i < end; ++i) add_tasks(step, layers_[i]);
       }
-      for (size_t i = begin; i < end; ++i) add_tasks(Step::kSearch, layers_[i]);
-      for (size_t i = begin; i < end; ++i) add_tasks(Step::kApply, layers_[i]);
-      begin = end;
-      end = next;
-    } while (begin < end);
+    }
 
     // The smallest work comes last, to even out the ends.
     const auto count = static_cast<int64_t>(small_.size());
