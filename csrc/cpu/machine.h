@@ -41,7 +41,8 @@ struct Machine {
 constexpr int64_t kElementsPerThread = 32768;
 
 // f(i) for every i in [0, count), on as many threads as `elements` elements of work are worth. Threads take the next i when they
-// are free: uneven work balances, and whatever i waits for may be done by f of a smaller one, which some thread has taken already.
+// are free: uneven work balances, and f(i) may wait for what f of a smaller i does, since some thread has taken that one already. For
+// the same reason f must not throw.
 template <class F>
 void for_each(const Machine& machine, int64_t count, int64_t elements, const F& f) {
   const int64_t threads = std::min({int64_t{machine.threads}, count, 1 + elements / kElementsPerThread});
@@ -56,7 +57,7 @@ void for_each(const Machine& machine, int64_t count, int64_t elements, const F& 
   } shared{f, count};
   machine.run(
       static_cast<int>(threads),
-      [](void* context) {
+      [](void* context) noexcept {
         Shared& s = *static_cast<Shared*>(context);
         for (int64_t i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.count;) s.f(i);
       },

@@ -14,11 +14,11 @@
 // scores, or scores arranged to mislead the sample, cost some more sweeps and never a wrong bit.
 //
 // All layers go through one queue of tasks, each a unit of 16384 elements and a step, which the threads take in order: one start of the
-// threads per call, and layers of any size balance. A task waits where its layer's previous step is not finished, which is rare
-// since other layers' tasks lie between. Layers of up to one unit are finished by one thread in one go.
+// threads per call, and layers of any size balance. A task waits while its layer's previous step is not finished by the threads that
+// took it. Small layers take their steps in groups, large ones alone, so that a step finds in the cache what the one before it read.
+// Layers of up to one unit are finished by one thread in one go.
 //
-// Bytes per element (float32): 4 in step 2; 4 + 4 read and 4 written in step 4. Layers take their steps in groups that fit the
-// last-level cache, so the second read of the scores is not from memory.
+// Bytes per element (float32): 4 in step 2; 4 + 4 read and 4 written in step 4, the scores once more but from the cache.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +36,7 @@ namespace s2ap {
 // A unit is what one thread sweeps at once: consecutive elements of one layer, a multiple of kChunk.
 constexpr int64_t kUnit = 4 * kChunk;
 // Layers take their steps together until they have this many elements.
-constexpr int64_t kGroup = int64_t{1} << 20;
+constexpr int64_t kGroup = int64_t{1} << 18;
 
 constexpr int kDigitBits = 11;
 
@@ -46,8 +46,6 @@ struct Cut {
   Bits before = kBeyond<Bits>;  // bound for elements in front of `index`
   Bits from = kBeyond<Bits>;    // bound from `index` on
   int64_t index = 0;
-
-  Bits bound(int64_t i) const { return i < index ? before : from; }
 };
 
 // The cut that a row of `cuts` describes.
@@ -97,7 +95,7 @@ struct SamplePlan {
   static constexpr int64_t kRun = 4;
   int64_t runs, part;
 
-  explicit SamplePlan(int64_t n) : runs(std::clamp<int64_t>(n / 16, 2048, 8192) / kRun), part(n / runs) {}
+  explicit SamplePlan(int64_t n) : runs(std::clamp<int64_t>(n / 32, 2048, 16384) / kRun), part(n / runs) {}
   int64_t size() const { return runs * kRun; }
   int64_t begin(int64_t i) const {
     const uint64_t scattered = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15ull) >> 40;  // 24 bits
@@ -204,7 +202,7 @@ class Selection {
         units_.push_back({static_cast<int64_t>(i), begin, std::min(kUnit, layer.n - begin)});
       }
       layer.units = static_cast<int64_t>(units_.size()) - layer.first_unit;
-      layer.capacity = layer.n / 20 + kUnit / 4;
+      layer.capacity = layer.n / 24 + kUnit / 4;
       room += layer.capacity;
       elements_ += layer.n;
     }
@@ -215,7 +213,7 @@ class Selection {
       room += layer.capacity;
     }
 
-    if (!Problem::kMeasures) {
+    if (!Problem::kMeasures) {  // otherwise whoever ends a layer's measurement guesses
       for (size_t i = 0; i < layers_.size(); ++i) tasks_.push_back({Step::kGuess, static_cast<int64_t>(i), 0});
     }
     for (size_t begin = 0, end = 0; begin < layers_.size(); begin = end) {
@@ -242,7 +240,7 @@ class Selection {
     elements_ = 0;
     for (Step step : {Step::kSearch, Step::kApply}) {
       for (Layer& layer : layers_) {
-        if (layer.stage != kMissed && layer.stage != kBracketed) continue;
+        if (layer.stage == kFound) continue;
         layer.stage = kBracketed;
         add_tasks(step, layer);
         elements_ += layer.n;
@@ -489,7 +487,7 @@ class Selection {
   }
 
   // The parts in front of and behind the cut's index, each with its own bound.
-  void apply(int64_t id, int64_t begin, int64_t n, const Cut<Bits>& cut, const Bits* x, typename Problem::Tally& tally) {
+  void apply(int64_t id, int64_t begin, int64_t n, const Cut<Bits>& cut, const Bits* x, Tally& tally) {
     const int64_t front = std::clamp<int64_t>(cut.index - begin, 0, n);
     if (front > 0) problem_.apply(id, begin, front, cut.before, x, tally);
     if (front < n) problem_.apply(id, begin + front, n - front, cut.from, x + front, tally);
