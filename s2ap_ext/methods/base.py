@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from torch import nn
 
 from ..nn import sparsify
 
 
-class Method:
+class Method(ABC):
     """One way to search a mask. A subclass says which tensors train, and what follows each optimizer step."""
 
     def prune(self, model: nn.Module, sparsity: float) -> None:
         """Makes the dense ``model`` sparse in place: pruned layers, with scores that start from the weights."""
         sparsify(model, sparsity)
 
+    @abstractmethod
     def prepare(self, model: nn.Module, *, s2ap: bool) -> list[nn.Parameter]:
         """Sets ``requires_grad`` on the parameters of the pruned ``model`` and returns those the optimizer trains.
 
@@ -21,7 +24,7 @@ class Method:
             model: a model with pruned layers.
             s2ap: the steps will be S2AP's, which needs gradients on the scores.
         """
-        raise NotImplementedError
 
     def after_step(self, model: nn.Module) -> None:
-        """What follows each optimizer step."""
+        """What follows each optimizer step; as a rule nothing."""
+        return
