@@ -18,24 +18,36 @@ import torch
 
 from . import reference
 
+# `patterns` holds the three numbers of each layer's reference.Pattern, one layer after the other; empty: all are plain.
 SCHEMAS = {
-    "select": "(Tensor[] scores, Tensor[] weights, Tensor kept, Tensor(a!)[] masked, Tensor(b!) cuts) -> ()",
-    "perturb": "(Tensor[] scores, Tensor[] grads, Tensor[] weights, Tensor kept, Tensor cuts, float gamma, float eps, "
-    "Tensor(a!)[] masked, Tensor(b!) new_cuts, Tensor(c!) scales) -> ()",
+    "select": "(Tensor[] scores, Tensor[] weights, Tensor kept, int[] patterns, Tensor(a!)[] masked, Tensor(b!) cuts) -> ()",
+    "perturb": "(Tensor[] scores, Tensor[] grads, Tensor[] weights, Tensor kept, int[] patterns, Tensor cuts, Tensor? squares, "
+    "float gamma, float eps, bool straight_through, Tensor(a!)[] masked, Tensor(b!) new_cuts, Tensor(c!) scales) -> ()",
     "update": "(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, "
     "float dampening, float weight_decay, bool nesterov) -> ()",
+    # ascent_grads is empty where the gradients were taken at the scores themselves; scales is not read then.
+    "update_select": "(Tensor(a!)[] scores, Tensor[] grads, Tensor[] ascent_grads, Tensor scales, Tensor(b!)[] momentum_buffers, "
+    "Tensor[] weights, Tensor kept, int[] patterns, Tensor cuts, float lr, float momentum, float dampening, float weight_decay, "
+    "bool nesterov, bool straight_through, Tensor(c!)[] masked, Tensor(d!) new_cuts, Tensor(e!) squares) -> ()",
 }
 
 
-def _select(scores, weights, kept, masked, cuts) -> None:
+def _pattern(patterns, i) -> reference.Pattern:
+    return reference.Pattern(*patterns[3 * i : 3 * i + 3])
+
+
+def _select(scores, weights, kept, patterns, masked, cuts) -> None:
     for i, (s, w) in enumerate(zip(scores, weights, strict=True)):
-        out, cuts[i] = reference.select(s, w, int(kept[i]))
+        out, cuts[i] = reference.select(s, w, int(kept[i]), _pattern(patterns, i))
         masked[i].copy_(out)
 
 
-def _perturb(scores, grads, weights, kept, cuts, gamma, eps, masked, new_cuts, scales) -> None:
+def _perturb(scores, grads, weights, kept, patterns, cuts, squares, gamma, eps, straight_through, masked, new_cuts, scales) -> None:
     for i, (s, g, w) in enumerate(zip(scores, grads, weights, strict=True)):
-        out, new_cuts[i], scales[i] = reference.perturb(s, g, w, int(kept[i]), cuts[i], gamma, eps)
+        square = None if squares is None else squares[i]
+        out, new_cuts[i], scales[i] = reference.perturb(
+            s, g, w, int(kept[i]), cuts[i], gamma, eps, _pattern(patterns, i), straight_through, square
+        )
         masked[i].copy_(out)
 
 
@@ -45,7 +57,21 @@ def _update(scores, grads, momentum_buffers, lr, momentum, dampening, weight_dec
         reference.update(s, g, buffer, lr, momentum, dampening, weight_decay, nesterov)
 
 
-IMPLEMENTATIONS = {"select": _select, "perturb": _perturb, "update": _update}
+def _update_select(
+    scores, grads, ascent_grads, scales, momentum_buffers, weights, kept, patterns, cuts, lr, momentum, dampening, weight_decay, nesterov,
+    straight_through, masked, new_cuts, squares,
+) -> None:  # fmt: skip
+    for i, (s, g, w) in enumerate(zip(scores, grads, weights, strict=True)):
+        ascent = (ascent_grads[i], scales[i]) if ascent_grads else None
+        buffer = momentum_buffers[i] if momentum_buffers else None
+        sgd = (lr, momentum, dampening, weight_decay, nesterov)
+        out, new_cuts[i], squares[i] = reference.update_select(
+            s, g, ascent, buffer, w, int(kept[i]), cuts[i], *sgd, _pattern(patterns, i), straight_through
+        )
+        masked[i].copy_(out)
+
+
+IMPLEMENTATIONS = {"select": _select, "perturb": _perturb, "update": _update, "update_select": _update_select}
 
 
 def _define() -> torch.library.Library:
@@ -53,7 +79,7 @@ def _define() -> torch.library.Library:
     for name, implementation in IMPLEMENTATIONS.items():
         library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, implementation, "CompositeExplicitAutograd")
-        # All three only write into buffers they are given, so there is no shape to infer.
+        # All of them only write into buffers they are given, so there is no shape to infer.
         torch.library.register_fake(f"s2ap::{name}", lambda *args: None, lib=library)
     return library
 
@@ -85,7 +111,7 @@ class Backend:
 
 
 # Raised with every change of a schema or of a kernel's contract. setup.py compiles it into both libraries and writes it into _build.json.
-INTERFACE = 1
+INTERFACE = 2
 REBUILD = "to mend it, run in the checkout: pip install --force-reinstall --no-deps ."
 
 

@@ -65,9 +65,11 @@ def _train(arguments: argparse.Namespace, stages: tuple[str, ...]) -> int:
         folder = RunFolder.resume(arguments.resume)
     elif start:
         recipe = pipeline.start_from(recipe, stages[0], start, data)
+        pipeline.check_prunable(recipe, data)
         folder = RunFolder.create(arguments.out or _free_folder(recipe.name), recipe)
         shutil.copyfile(start, folder.path / f"{pipeline.model_before(stages[0])}.safetensors")
     elif stages[0] == "pretrain":
+        pipeline.check_prunable(recipe, data)
         folder = RunFolder.create(arguments.out or _free_folder(recipe.name), recipe)
     else:
         raise ValueError(f"{stages[0]}: expected --from CHECKPOINT, the model to start from")

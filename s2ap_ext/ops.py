@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reference import CUT_COLUMNS, NANS, mask_from_cut
+from .reference import CUT_COLUMNS, GROUP, LARGEST_WINDOW, NANS, WEIGHT, WINDOW, Pattern, mask_from_cut
 
-__all__ = ["check_finite", "mask_from_cut", "perturb", "select", "update"]
+__all__ = ["Pattern", "check_finite", "mask_from_cut", "perturb", "select", "update", "update_select"]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -50,23 +50,46 @@ def _check_distinct(name: str, tensors: Sequence[Tensor]) -> None:
             raise ValueError(f"{name}[{i}]: expected memory of its own, got that of {name}[{first[t.data_ptr()]}]; a layer was given twice")
 
 
-def _kept_tensor(kept: Tensor | Sequence[int], scores: Sequence[Tensor]) -> Tensor:
-    """``kept`` as int64 [L] on the scores' device; counts that are known on the host are range-checked."""
+def _check_pattern(i: int, pattern: Pattern, numel: int) -> int:
+    """The largest count of ``kept`` that ``pattern`` allows for a layer of ``numel`` elements."""
+    kind, size, block = pattern
+    if kind == WEIGHT:
+        return numel
+    if kind not in (GROUP, WINDOW) or size < 1 or block < 1 or not numel or numel % (size * block):
+        raise ValueError(
+            f"patterns[{i}]: expected WEIGHT, or GROUP or WINDOW with size * block dividing {numel} elements, got {tuple(pattern)}"
+        )
+    if kind == WINDOW and not 2 <= size <= LARGEST_WINDOW:
+        raise ValueError(f"patterns[{i}]: expected a window of 2 to {LARGEST_WINDOW} elements, got {size}")
+    return size
+
+
+def _patterns_and_kept(
+    patterns: Sequence[Pattern] | None, kept: Tensor | Sequence[int], scores: Sequence[Tensor]
+) -> tuple[list[int], Tensor]:
+    """The patterns as the ops take them, and ``kept`` as int64 [L] on the scores' device; counts known on the host are range-checked."""
+    if patterns is None:
+        largest = [s.numel() for s in scores]
+    elif len(patterns) != len(scores):
+        raise ValueError(f"patterns: expected {len(scores)}, one for each of scores, got {len(patterns)}")
+    else:
+        largest = [_check_pattern(i, p, s.numel()) for i, (p, s) in enumerate(zip(patterns, scores, strict=True))]
+    flat = [] if patterns is None else [number for pattern in patterns for number in pattern]
     if isinstance(kept, Tensor):
         if kept.shape != (len(scores),) or kept.dtype != torch.int64:
             raise ValueError(f"kept: expected int64 of shape ({len(scores)},), got {kept.dtype} of shape {tuple(kept.shape)}")
         if kept.device.type == "cuda":
-            return kept.contiguous()  # reading it would synchronise; the kernels clamp
+            return flat, kept.contiguous()  # reading it would synchronise; the kernels clamp
         counts = kept.tolist()
     else:
         counts = list(kept)
         if len(counts) != len(scores):
             raise ValueError(f"kept: expected {len(scores)} counts, one for each of scores, got {len(counts)}")
-    for i, (count, s) in enumerate(zip(counts, scores, strict=True)):
-        if not 0 <= count <= s.numel():
-            raise ValueError(f"kept[{i}]: expected a count in [0, {s.numel()}], got {count}")
+    for i, (count, most) in enumerate(zip(counts, largest, strict=True)):
+        if not 0 <= count <= most:
+            raise ValueError(f"kept[{i}]: expected a count in [0, {most}], got {count}")
     device = scores[0].device if scores else None
-    return torch.tensor(counts, dtype=torch.int64, device=device)
+    return flat, torch.tensor(counts, dtype=torch.int64, device=device)
 
 
 class _Contiguous:
@@ -97,12 +120,24 @@ def _cuts(cuts: Tensor | None, name: str, scores: Sequence[Tensor]) -> Tensor:
     return cuts
 
 
+def _per_layer(values: Tensor | None, name: str, scores: Sequence[Tensor]) -> Tensor:
+    """One float64 for each layer, zeros if there are none yet."""
+    device = scores[0].device if scores else None
+    if values is None:
+        return torch.zeros(len(scores), dtype=torch.float64, device=device)
+    if values.shape != (len(scores),) or values.dtype != torch.float64 or (scores and values.device != device):
+        got = f"{values.dtype} of shape {tuple(values.shape)} on {values.device}"
+        raise ValueError(f"{name}: expected float64 of shape ({len(scores)},) on {device}, got {got}")
+    return values.contiguous()
+
+
 @torch.no_grad()
 def select(
     scores: Sequence[Tensor],
     weights: Sequence[Tensor],
     kept: Tensor | Sequence[int],
     *,
+    patterns: Sequence[Pattern] | None = None,
     out: Sequence[Tensor] | None = None,
     cuts: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
@@ -111,7 +146,8 @@ def select(
     Args:
         scores: L tensors of any shape, floating point, one dtype and device.
         weights: L tensors with the shapes and dtype of ``scores``.
-        kept: how many entries each layer keeps; int64 [L], on the device of the scores, or L integers.
+        kept: how many entries each layer keeps, or groups, or entries of each window; int64 [L], on the scores' device, or L integers.
+        patterns: what ``kept`` counts, for each layer (:class:`s2ap_ext.reference.Pattern`); None: single entries of the whole layer.
         out: L tensors that receive the masked weights (allocated if None).
         cuts: int64 [L, 5] that receives the cuts (allocated if None).
 
@@ -121,7 +157,8 @@ def select(
         (see :mod:`s2ap_ext.reference`); :func:`mask_from_cut` rebuilds the mask, :func:`check_finite` reads the NaN column.
 
     Raises:
-        ValueError, TypeError: lists of different lengths, shapes, dtypes or devices; a count outside ``[0, numel]``.
+        ValueError, TypeError: lists of different lengths, shapes, dtypes or devices; a pattern that does not divide its layer; a count
+            outside ``[0, numel]`` or the pattern's ``[0, size]``.
 
     Equivalent to::
 
@@ -135,11 +172,13 @@ def select(
     _check_distinct("out", masked)
     cuts = _cuts(cuts, "cuts", scores)
     if scores:
+        flat_patterns, kept = _patterns_and_kept(patterns, kept, scores)
         result = _Contiguous(masked)
         torch.ops.s2ap.select(
             [s.contiguous() for s in scores],
             [w.contiguous() for w in weights],
-            _kept_tensor(kept, scores),
+            kept,
+            flat_patterns,
             result.tensors,
             cuts,
         )
@@ -157,6 +196,9 @@ def perturb(
     *,
     gamma: float,
     eps: float = 1e-12,
+    patterns: Sequence[Pattern] | None = None,
+    straight_through: bool = False,
+    squares: Tensor | None = None,
     out: Sequence[Tensor] | None = None,
     new_cuts: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -165,16 +207,19 @@ def perturb(
     ``s + z`` itself is never stored: the scores stay as they are, so restoring them costs nothing and is exact.
 
     Args:
-        scores, weights, kept, out: as in :func:`select`.
+        scores, weights, kept, patterns, out: as in :func:`select`.
         grads: L tensors, the gradients of the loss with respect to the scores.
         cuts: int64 [L, 5], what :func:`select` returned at these scores.
         gamma: relative size of the perturbation, >= 0.
         eps: added to ``||g||``.
+        straight_through: ``grads`` are those with respect to the masked weights. The scores' own, ``g * w * sign(s)``, are formed where
+            they are read and never stored.
+        squares: float64 [L], the sums of squares of the scores where :func:`update_select` has returned them; None: they are taken.
         new_cuts: int64 [L, 5] that receives the cuts at ``s + z`` (allocated if None).
 
     Returns:
         ``(masked, new_cuts, scales)``. Column 3 of ``new_cuts`` counts the mask entries that flipped, column 4 the scores
-        whose sign changed. ``scales`` (float64 [L]) are the factors of the gradients, ``z = scales[l] * grads[l]``.
+        whose sign changed. ``scales`` (float64 [L]) are the factors of the scores' gradients, ``z = scales[l] * g``.
 
     Raises:
         ValueError, TypeError: as in :func:`select`; ``gamma`` or ``eps`` negative or not finite.
@@ -184,6 +229,8 @@ def perturb(
     Equivalent to::
 
         for s, g, w, k in zip(scores, grads, weights, kept):
+            if straight_through:
+                g = g * w * s.sign()
             z = gamma * s.norm() * g / (g.norm() + eps)
             masked.append(select(s + z, w, k))
     """
@@ -195,17 +242,23 @@ def perturb(
     _check_distinct("out", masked)
     cuts = _cuts(cuts, "cuts", scores)
     new_cuts = _cuts(new_cuts, "new_cuts", scores)
-    scales = torch.zeros(len(scores), dtype=torch.float64, device=cuts.device)
+    scales = _per_layer(None, "scales", scores)
+    if squares is not None:
+        squares = _per_layer(squares, "squares", scores)
     if scores:
+        flat_patterns, kept = _patterns_and_kept(patterns, kept, scores)
         result = _Contiguous(masked)
         torch.ops.s2ap.perturb(
             [s.contiguous() for s in scores],
             [g.contiguous() for g in grads],
             [w.contiguous() for w in weights],
-            _kept_tensor(kept, scores),
+            kept,
+            flat_patterns,
             cuts,
+            squares,
             gamma,
             eps,
+            straight_through,
             result.tensors,
             new_cuts,
             scales,
@@ -246,15 +299,10 @@ def update(
             b.mul_(momentum).add_(d, alpha=1 - dampening)
             s.sub_(lr * (d + momentum * b if nesterov else b))
     """
-    has_momentum = momentum != 0
-    if not has_momentum and len(momentum_buffers):
-        raise ValueError(f"momentum_buffers: expected none with momentum 0, got {len(momentum_buffers)}")
-    arguments = {"scores": scores, "grads": grads}
-    if has_momentum:
-        arguments["momentum_buffers"] = momentum_buffers
-    _check(arguments)
-    for name in arguments.keys() - {"grads"}:
-        _check_distinct(name, arguments[name])
+    buffers = _momentum_argument(momentum, momentum_buffers)
+    _check({"scores": scores, "grads": grads} | buffers)
+    for name, written in ({"scores": scores} | buffers).items():
+        _check_distinct(name, written)
     if scores:
         new_scores, new_buffers = _Contiguous(scores), _Contiguous(momentum_buffers)
         torch.ops.s2ap.update(
@@ -269,6 +317,97 @@ def update(
         )
         new_scores.write_back()
         new_buffers.write_back()
+
+
+def _momentum_argument(momentum: float, momentum_buffers: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+    if momentum == 0 and len(momentum_buffers):
+        raise ValueError(f"momentum_buffers: expected none with momentum 0, got {len(momentum_buffers)}")
+    return {"momentum_buffers": momentum_buffers} if momentum != 0 else {}
+
+
+@torch.no_grad()
+def update_select(
+    scores: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Tensor | Sequence[int],
+    cuts: Tensor,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    patterns: Sequence[Pattern] | None = None,
+    straight_through: bool = False,
+    ascent: tuple[Sequence[Tensor], Tensor] | None = None,
+    out: Sequence[Tensor] | None = None,
+    new_cuts: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """:func:`update` and the :func:`select` at the new scores in one call: what ends an S2AP step and begins the next.
+
+    Args:
+        scores, grads, momentum_buffers, lr, momentum, dampening, weight_decay, nesterov: as in :func:`update`.
+        weights, kept, patterns, out: as in :func:`select`. The weights are those from before the step, if they step too.
+        cuts: int64 [L, 5], those of the scores before the step; flips are counted against them.
+        straight_through: as in :func:`perturb`.
+        ascent: with ``straight_through``, where the gradients were taken: the ``grads`` and the returned ``scales`` of the :func:`perturb`
+            that went there. None: at the scores.
+        new_cuts: int64 [L, 5] that receives the cuts at the new scores (allocated if None).
+
+    Returns:
+        ``(masked, new_cuts, squares)``. Column 3 of ``new_cuts`` counts the mask entries that the step flipped. ``squares`` (float64 [L])
+        are the sums of squares of the new scores, which the next :func:`perturb` need not take again.
+
+    Raises:
+        ValueError, TypeError: as in :func:`update` and :func:`select`; an ``ascent`` without ``straight_through``.
+
+    Equivalent to::
+
+        if straight_through:
+            grads = [g * w * at.sign() for g, w, at in zip(grads, weights, where_the_gradients_were_taken)]
+        update(scores, grads, momentum_buffers, lr=lr, ...)
+        masked, new_cuts = select(scores, weights, kept)
+        squares = torch.stack([s.double().square().sum() for s in scores])
+    """
+    buffers = _momentum_argument(momentum, momentum_buffers)
+    ascent_grads, scales = ascent or ([], None)
+    if ascent is not None and not straight_through:
+        raise ValueError("ascent: expected None without straight_through, whose signs are all that it is for")
+    masked = _outputs(out, weights)
+    _check({"scores": scores, "grads": grads, "weights": weights, "out": masked} | buffers | ({"ascent": ascent_grads} if ascent else {}))
+    for name, written in ({"scores": scores, "out": masked} | buffers).items():
+        _check_distinct(name, written)
+    cuts = _cuts(cuts, "cuts", scores)
+    new_cuts = _cuts(new_cuts, "new_cuts", scores)
+    squares = _per_layer(None, "squares", scores)
+    if scores:
+        flat_patterns, kept = _patterns_and_kept(patterns, kept, scores)
+        new_scores, new_buffers, result = _Contiguous(scores), _Contiguous(momentum_buffers), _Contiguous(masked)
+        torch.ops.s2ap.update_select(
+            new_scores.tensors,
+            [g.contiguous() for g in grads],
+            [g.contiguous() for g in ascent_grads],
+            _per_layer(scales, "ascent", scores),
+            new_buffers.tensors,
+            [w.contiguous() for w in weights],
+            kept,
+            flat_patterns,
+            cuts,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            straight_through,
+            result.tensors,
+            new_cuts,
+            squares,
+        )
+        for written in (new_scores, new_buffers, result):
+            written.write_back()
+    return masked, new_cuts, squares
 
 
 def check_finite(cuts: Tensor, names: Sequence[str]) -> None:

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops
-from .nn.layers import Pruned, ascend, check_scores, descend, sparse_layers
-from .reference import FLIPS, perturbed
+from .nn.layers import Pruned, sparse_layers
+from .nn.selection import Move, ascend, check_scores, descend, select_stale, step
+from .reference import FLIPS, score_grad
 
 __all__ = ["AWP", "S2AP"]
 
@@ -89,7 +90,7 @@ class _Ascent(ABC):
         if loss.device.type == "cpu":
             _check_loss(loss)
         if plain:
-            self.base_optimizer.step()
+            self._return_and_step()
             self._end()
         else:
             self.ascend()
@@ -177,6 +178,14 @@ class S2AP(_Ascent):
         eps: added to ``||g||``.
         warmup_epochs: plain steps in so many first epochs; :meth:`set_epoch` tells which it is.
         restore: ``"before"`` the step, as SAM does it; ``"after"``, as AWP does it: step at ``s + z``, then take ``z`` off.
+        defer_grads: within :meth:`step`, the backward leaves the gradients of the masked weights with this object, and the kernels
+            form those of the scores where they read them. This saves some passes over the scores; but ``scores.grad`` stays None, so
+            leave it off where something looks at it: gradient clipping, ``DistributedDataParallel``, hooks.
+
+    Attributes:
+        step_flips: how many mask entries the last step of the base optimizer flipped, a scalar tensor. None where that did not fall out
+            of a fused step, which needs torch's SGD, momentum buffers (its first step makes them), and ``restore="before"``; plain steps
+            are fused only with ``defer_grads``.
 
     Raises:
         ValueError: ``gamma``, ``eps`` or ``warmup_epochs`` negative or not finite; an unknown ``restore``; a model without pruned
@@ -203,6 +212,7 @@ class S2AP(_Ascent):
         eps: float = 1e-12,
         warmup_epochs: int = 0,
         restore: str = "before",
+        defer_grads: bool = False,
     ) -> None:
         super().__init__(model, base_optimizer, gamma=gamma, eps=eps, warmup_epochs=warmup_epochs)
         if restore not in ("before", "after"):
@@ -210,8 +220,11 @@ class S2AP(_Ascent):
         if not sparse_layers(model):
             raise ValueError("model: expected pruned layers, found none; call s2ap_ext.sparsify(model, sparsity) first")
         self.restore = restore
+        self.defer_grads = defer_grads
+        self.step_flips: Tensor | None = None
         self._layers: list[Pruned] = []  # those that were moved by the last ascend()
         self._seen: list[tuple[list[str], Tensor]] = []  # names and cuts at s + z of the layers of each fused call
+        self._deferred: dict[nn.Parameter, Tensor] = {}  # the masked weights' gradients, by scores
 
     @property
     def flips(self) -> int:
@@ -220,9 +233,21 @@ class S2AP(_Ascent):
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         self._seen = []
-        return super().step(closure)
+        layers = sparse_layers(self.model).values() if self.defer_grads else ()
+        for layer in layers:
+            layer._collect = self._defer
+        try:
+            return super().step(closure)
+        finally:
+            for layer in layers:
+                layer._collect = None
+            self._deferred = {}
 
     step.__doc__ = _Ascent.step.__doc__
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self._deferred = {}
 
     def ascend(self) -> None:
         self._seen = []
@@ -230,27 +255,97 @@ class S2AP(_Ascent):
 
     ascend.__doc__ = _Ascent.ascend.__doc__
 
+    def _defer(self, scores: Tensor, grad: Tensor) -> None:
+        """Takes the gradient of a masked weight in place of that of its scores; those of tied layers add up, as autograd's do."""
+        self._deferred[scores] = self._deferred[scores] + grad if scores in self._deferred else grad.detach()
+
+    def _form_deferred(self, keep: Container[nn.Parameter] = ()) -> None:
+        """Turns deferred gradients, but for those to ``keep``, into gradients of the scores where their layers stand."""
+        for layer in sparse_layers(self.model).values():
+            scores = layer.scores
+            if scores in self._deferred and scores not in keep:
+                grad = score_grad(self._deferred.pop(scores), layer.weight, layer._position())
+                scores.grad = grad if scores.grad is None else scores.grad + grad
+
     def _move(self) -> None:
-        layers = [layer for layer in sparse_layers(self.model).values() if layer.scores.grad is not None]
-        if not layers:
+        layers = sparse_layers(self.model).values()
+        if any(layer.scores.grad is not None for layer in layers):  # a part of the model did not defer: compiled, for example
+            self._form_deferred()
+        straight_through = bool(self._deferred)
+        grads = self._deferred or {layer.scores: layer.scores.grad for layer in layers if layer.scores.grad is not None}
+        self._layers = [layer for layer in layers if layer.scores in grads]
+        if not self._layers:
             raise RuntimeError("ascend(): no layer's scores have a gradient; call loss.backward() first")
-        self._seen = ascend(layers, gamma=self.gamma, eps=self.eps)
-        self._layers = layers
+        self._seen = ascend(self._layers, grads, gamma=self.gamma, eps=self.eps, straight_through=straight_through)
 
     def _return_and_step(self) -> None:
-        ascents = descend(self._layers)
+        calls = self._fused_calls()
+        taken = {scores for *_, together in calls for scores in together}
+        self._form_deferred(keep=taken)
+        moves = descend(self._layers)
         self._layers = []
-        if self.restore == "before":
-            _sgd_step(self.base_optimizer, list(ascents))
-            return
-        moves = {}
-        for scores, ascent in ascents.items():
-            at = perturbed(scores, *ascent)
-            moves[scores] = at - scores
-            scores.copy_(at)
+        flips = [self._fused_sgd(*call, moves) for call in calls]
+        every = {layer.scores for layer in sparse_layers(self.model).values() if layer.scores.grad is not None} | taken
+        self.step_flips = torch.stack(flips).sum() if flips and taken == every else None
+
+        hidden = {scores: scores.grad for scores in taken}
+        for scores in taken:
+            scores.grad = None  # so that the optimizer passes over it
+        added = self._move_for_good(moves) if self.restore == "after" else {}
         self.base_optimizer.step()
-        for scores, z in moves.items():
+        for scores, z in added.items():
             scores.sub_(z)
+        for scores, grad in hidden.items():
+            scores.grad = grad
+
+    def _fused_calls(self) -> list[tuple[dict, bool, list[nn.Parameter]]]:
+        """What :meth:`_fused_sgd` can step: (group of the base optimizer, whether the gradients are deferred, scores).
+
+        Those are the steps of torch's SGD that end a perturbation, or that have deferred gradients.
+        """
+        if type(self.base_optimizer) is not torch.optim.SGD or self.restore == "after" or not (self._layers or self._deferred):
+            return []
+        calls: dict[tuple, tuple[dict, bool, list[nn.Parameter]]] = {}
+        layers = {layer.scores: layer for layer in sparse_layers(self.model).values()}
+        for number, group in enumerate(self.base_optimizer.param_groups):
+            if group["maximize"] or group["differentiable"] or group["fused"] or isinstance(group["lr"], Tensor):
+                continue  # steps of other arithmetic
+            for p in group["params"]:
+                deferred = p in self._deferred
+                if p not in layers or not (deferred or p.grad is not None):
+                    continue
+                # torch makes a momentum buffer in the first step, so that one is torch's.
+                if group["momentum"] == 0 or self.base_optimizer.state.get(p, {}).get("momentum_buffer") is not None:
+                    kind = (number, p.device, p.dtype, deferred, layers[p] in self._layers)
+                    calls.setdefault(kind, (group, deferred, []))[2].append(p)
+        return list(calls.values())
+
+    def _fused_sgd(self, group: dict, deferred: bool, scores: list[nn.Parameter], moves: dict[Pruned, Move]) -> Tensor:
+        """The step of torch's SGD on ``scores``, to the bit, and the selection there, in one call. Returns the number of mask flips."""
+        # One layer for each parameter: the masks of layers that are tied to it are made when they are next used.
+        first = {layer.scores: layer for layer in reversed(sparse_layers(self.model).values())}
+        layers = [first[s] for s in scores]
+        moved = all(layer in moves for layer in layers)
+        if not moved:
+            select_stale(layers)
+        return step(
+            layers,
+            [self._deferred[s] if deferred else s.grad for s in scores],
+            [self.base_optimizer.state[s]["momentum_buffer"] for s in scores] if group["momentum"] != 0 else [],
+            [moves[layer] for layer in layers] if moved else None,
+            straight_through=deferred,
+            **{name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov")},
+        )
+
+    def _move_for_good(self, moves: dict[Pruned, Move]) -> dict[nn.Parameter, Tensor]:
+        """Writes ``s + z`` into the scores; returns what that added."""
+        added = {}
+        for layer, move in moves.items():
+            if layer.scores not in added:
+                at = move.position(layer.scores, layer.weight)
+                added[layer.scores] = at - layer.scores
+                layer.scores.copy_(at)
+        return added
 
     def _end(self) -> None:
         for names, cuts in self._seen:
@@ -314,46 +409,6 @@ class AWP(_Ascent):
             w.copy_(value)
         self._saved = {}
         self.base_optimizer.step()
-
-
-def _sgd_step(optimizer: torch.optim.Optimizer, scores: list[nn.Parameter]) -> None:
-    """``optimizer.step()``, with the scores updated in one fused call where the optimizer is torch's SGD. Same bits."""
-    taken: dict[nn.Parameter, Tensor] = {}
-    if type(optimizer) is torch.optim.SGD:
-        for group in optimizer.param_groups:
-            taken |= _fused_sgd_group(optimizer, group, [p for p in group["params"] if any(p is s for s in scores)])
-    for p in taken:
-        p.grad = None  # so that the optimizer passes over it
-    optimizer.step()
-    for p, grad in taken.items():
-        p.grad = grad
-
-
-def _fused_sgd_group(optimizer: torch.optim.SGD, group: dict, params: list[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """Updates what it can of ``params`` and returns those with their gradients."""
-    momentum = group["momentum"]
-    if group["maximize"] or group["differentiable"] or group["fused"] or isinstance(group["lr"], Tensor):
-        return {}  # steps of other arithmetic
-    taken = {}
-    for p in params:
-        # torch makes a momentum buffer in the first step, so that one is torch's.
-        if p.grad is not None and (momentum == 0 or optimizer.state.get(p, {}).get("momentum_buffer") is not None):
-            taken[p] = p.grad
-    kinds: dict[tuple, list[nn.Parameter]] = {}
-    for p in taken:
-        kinds.setdefault((p.device, p.dtype), []).append(p)
-    for same in kinds.values():
-        ops.update(
-            same,
-            [p.grad for p in same],
-            [optimizer.state[p]["momentum_buffer"] for p in same] if momentum else [],
-            lr=group["lr"],
-            momentum=momentum,
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-        )
-    return taken
 
 
 def _check_loss(loss: Tensor) -> None:

@@ -8,6 +8,9 @@ the strides are. The ``kept`` largest stay. So among equal magnitudes the lowest
 stable ascending sort does it, and the result can be written as one *cut*: the smallest pair that stays. Element ``i`` is
 kept iff ``(key_i, i) >= (cut key, cut index)``; that is all that is needed to rebuild a mask.
 
+**Patterns.** What stays or goes as one, and among what it is ranked, is a layer's :class:`Pattern`: single weights of the whole layer,
+groups of weights (channels, attention heads), or single weights within small windows (N:M sparsity).
+
 **Keys.** ``key(s)`` is the bit pattern of ``|s|`` as float32 (float64 for float64 scores), read as an integer. It orders like
 ``|s|``, equal magnitudes give equal keys, and -0.0 gives the key of 0.0. NaN has a key above infinity and is counted.
 
@@ -18,6 +21,7 @@ of threads or on the device.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +34,32 @@ KEY, INDEX, NANS, FLIPS, SIGNS = range(5)
 CUT_COLUMNS = 5
 KEEP_NONE = torch.iinfo(torch.int64).max  # a cut key that no element reaches
 
+# Kinds of patterns; csrc/plan.h has the same numbers.
+WEIGHT, GROUP, WINDOW = range(3)
+
+
+class Pattern(NamedTuple):
+    """What a layer's ``kept`` counts. Element ``i`` of the flat scores has the place ``(i // block) % size``.
+
+    * ``WEIGHT`` (no size): the ``kept`` largest elements of the layer stay.
+    * ``GROUP``: all elements of one place are a group, and the ``kept`` groups with the largest ``sum(|s|)`` stay, equal ones by place. The
+      output channels of a convolution are ``size`` groups of ``block = numel / size``; the heads of a packed q, k, v projection,
+      ``block = head_dim * in_features``, recur three times.
+    * ``WINDOW``: ``size`` elements that differ only in their place are a window (neighbours for ``block`` 1), and in each window the
+      ``kept`` largest elements stay, equal ones by place. 2:4 sparsity along the input channels of a convolution is ``size`` 4,
+      ``block = kernel height * kernel width``.
+
+    ``size * block`` divides the number of elements.
+    """
+
+    kind: int = WEIGHT
+    size: int = 0
+    block: int = 1
+
+
+PLAIN = Pattern()
+LARGEST_WINDOW = 32
+
 
 def keys(scores: Tensor) -> Tensor:
     """Integer ranking keys of ``scores``, flat, in logical order: int32, or int64 for float64 scores."""
@@ -39,36 +69,55 @@ def keys(scores: Tensor) -> Tensor:
     return magnitude.float().view(torch.int32)
 
 
-def mask_from_cut(scores: Tensor, cut: Tensor) -> Tensor:
+def group_sums(scores: Tensor, pattern: Pattern) -> Tensor:
+    """``sum(|s|)`` of each group, float64 [size], in the order of :func:`sum_of_squares`. A group with NaN has one and the same NaN."""
+    groups = scores.detach().reshape(-1, pattern.size, pattern.block).transpose(0, 1).reshape(pattern.size, -1)
+    sums = _sum_in_order(groups.double().abs())
+    return torch.where(sums.isnan(), torch.nan, sums)
+
+
+def mask_from_cut(scores: Tensor, cut: Tensor, pattern: Pattern = PLAIN) -> Tensor:
     """Rebuilds the boolean mask of ``scores`` from its ``cut`` (int64 [5]); same shape as ``scores``."""
-    key = keys(scores).long()
+    if pattern.kind == WINDOW:
+        key = keys(scores).view(-1, pattern.size, pattern.block)
+        place_in_order = key.argsort(dim=1, stable=True).argsort(dim=1)
+        return (place_in_order >= pattern.size - cut[INDEX]).view(scores.shape)
+    key = keys(scores if pattern.kind == WEIGHT else group_sums(scores, pattern)).long()
     index = torch.arange(key.numel(), device=key.device)
     mask = (key > cut[KEY]) | ((key == cut[KEY]) & (index >= cut[INDEX]))
+    if pattern.kind == GROUP:
+        mask = mask.view(-1, 1).expand(scores.numel() // (pattern.size * pattern.block), pattern.size, pattern.block).reshape(-1)
     return mask.view(scores.shape)
 
 
-def cut(scores: Tensor, kept: int) -> Tensor:
-    """The cut (int64 [5]) that keeps the ``kept`` largest of ``scores``; flips and sign changes are 0."""
-    key = keys(scores)
-    n = key.numel()
+def cut(scores: Tensor, kept: int, pattern: Pattern = PLAIN) -> Tensor:
+    """The cut (int64 [5]) that keeps the ``kept`` largest of ``scores``; flips and sign changes are 0.
+
+    KEY and INDEX are those of the lowest ranked element, or group, that stays. Windows have no cut in common: INDEX is ``kept``, KEY 0.
+    """
     row = torch.zeros(CUT_COLUMNS, dtype=torch.int64, device=scores.device)
     row[NANS] = scores.isnan().sum()
+    if pattern.kind == WINDOW:
+        row[INDEX] = kept
+        return row
+    key = keys(scores if pattern.kind == WEIGHT else group_sums(scores, pattern))
+    n = key.numel()
     if kept == 0:
         row[KEY] = KEEP_NONE
     elif kept < n:
-        first = torch.argsort(key, stable=True)[n - kept]  # the lowest ranked element that stays
+        first = torch.argsort(key, stable=True)[n - kept]  # the lowest ranked that stays
         row[KEY], row[INDEX] = key[first], first
     return row
 
 
-def select(scores: Tensor, weight: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Keeps the ``kept`` entries of ``weight`` with the largest ``|scores|``; the others become +0.
+def select(scores: Tensor, weight: Tensor, kept: int, pattern: Pattern = PLAIN) -> tuple[Tensor, Tensor]:
+    """Keeps the ``kept`` entries (or groups, or entries of each window) of ``weight`` with the largest ``|scores|``; the others become +0.
 
     Returns:
         ``(masked, cut)``: the masked weight, of weight's shape, and its cut, int64 [5].
     """
-    row = cut(scores, kept)
-    return torch.where(mask_from_cut(scores, row), weight, 0), row
+    row = cut(scores, kept, pattern)
+    return torch.where(mask_from_cut(scores, row, pattern), weight, 0), row
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
@@ -79,29 +128,43 @@ def sum_of_squares(x: Tensor) -> Tensor:
     chunks' sums are summed the same way, again and again, until a single one remains. Squares are rounded before they
     are added (no fused multiply-add).
     """
-    partial = x.detach().reshape(-1).double().square()
-    if partial.numel() == 0:
-        return partial.sum()
+    return _sum_in_order(x.detach().reshape(1, -1).double().square())[0]
+
+
+def _sum_in_order(partial: Tensor) -> Tensor:
+    """Sums of the rows of ``partial`` (float64 [R, n]) in the order of :func:`sum_of_squares`."""
+    if partial.shape[1] == 0:
+        return partial.sum(dim=1)
     while True:
-        chunks = torch.nn.functional.pad(partial, (0, -partial.numel() % CHUNK)).view(-1, CHUNK // LANES, LANES)
-        lanes = torch.zeros(chunks.shape[0], LANES, dtype=torch.float64, device=x.device)
+        chunks = torch.nn.functional.pad(partial, (0, -partial.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK // LANES, LANES))
+        lanes = torch.zeros_like(chunks[:, :, 0])
         for row in range(CHUNK // LANES):
-            lanes = lanes + chunks[:, row]
-        while lanes.shape[1] > 1:
-            half = lanes.shape[1] // 2
-            lanes = lanes[:, :half] + lanes[:, half:]
-        partial = lanes[:, 0]
-        if partial.numel() == 1:
-            return partial[0]
+            lanes = lanes + chunks[:, :, row]
+        while lanes.shape[2] > 1:
+            half = lanes.shape[2] // 2
+            lanes = lanes[:, :, :half] + lanes[:, :, half:]
+        partial = lanes[:, :, 0]
+        if partial.shape[1] == 1:
+            return partial[:, 0]
 
 
-def ascent_scale(scores: Tensor, grad: Tensor, gamma: float, eps: float) -> Tensor:
+def score_grad(grad: Tensor, weight: Tensor, at: Tensor) -> Tensor:
+    """The straight-through gradient of scores that stand ``at``: ``dL/d(w*m) * w * sign(at)``, where sign(0) = 0.
+
+    The first product is rounded; the second is exact.
+    """
+    return grad * weight * at.sign()
+
+
+def ascent_scale(scores: Tensor, grad: Tensor, gamma: float, eps: float, square: Tensor | None = None) -> Tensor:
     """``gamma * ||s|| / (||g|| + eps)``, 0 where ``g`` is 0; a float64 scalar that holds a float32 value (float64 for float64 scores).
+
+    ``square`` is ``sum_of_squares(scores)`` where that is known already.
 
     Source: S2AP, arXiv 2510.18381 (the layer-normalised perturbation).
     """
     # On the host, because torch's sqrt on the CPU (MKL's) is not always the correctly rounded one.
-    norm_s, norm_g = (math.sqrt(sum_of_squares(x).item()) for x in (scores, grad))
+    norm_s, norm_g = (math.sqrt(x.item()) for x in (sum_of_squares(scores) if square is None else square, sum_of_squares(grad)))
     scale = 0.0 if norm_g == 0 else (gamma * norm_s) / (norm_g + eps)
     scale = torch.tensor(scale, dtype=torch.float64, device=scores.device)
     return scale if scores.dtype == torch.float64 else scale.float().double()
@@ -118,22 +181,35 @@ def perturbed(scores: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
 
 
 def perturb(
-    scores: Tensor, grad: Tensor, weight: Tensor, kept: int, cut_now: Tensor, gamma: float, eps: float
+    scores: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    kept: int,
+    cut_now: Tensor,
+    gamma: float,
+    eps: float,
+    pattern: Pattern = PLAIN,
+    straight_through: bool = False,
+    square: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Selects at ``s + z`` without keeping ``s + z``: the masked weight there, its cut, and the scale of ``z``.
 
     Args:
         cut_now: the cut of ``scores`` (int64 [5]); flips are counted against it.
+        straight_through: ``grad`` is the gradient of the masked weight; the scores' is made from it (:func:`score_grad`).
+        square: ``sum_of_squares(scores)`` where that is known already.
 
     Returns:
         ``(masked, cut, scale)``. The cut's FLIPS column counts entries whose mask changed, SIGNS those whose
         sign of score changed (sign(0) = 0, so leaving or reaching 0 counts). If both are 0 the loss and its
         straight-through gradient at ``s + z`` are exactly those at ``s``.
     """
-    scale = ascent_scale(scores, grad, gamma, eps)
+    if straight_through:
+        grad = score_grad(grad, weight, scores)
+    scale = ascent_scale(scores, grad, gamma, eps, square)
     moved = perturbed(scores, grad, scale)
-    masked, row = select(moved, weight, kept)
-    row[FLIPS] = (mask_from_cut(moved, row) != mask_from_cut(scores, cut_now)).sum()
+    masked, row = select(moved, weight, kept, pattern)
+    row[FLIPS] = (mask_from_cut(moved, row, pattern) != mask_from_cut(scores, cut_now, pattern)).sum()
     row[SIGNS] = (moved.sign() != scores.sign()).sum()
     return masked, row, scale
 
@@ -159,6 +235,43 @@ def update(
         momentum_buffer.copy_(_add_scaled(momentum_buffer, d, 1 - dampening))
         d = _add_scaled(d, momentum_buffer, momentum) if nesterov else momentum_buffer
     scores.copy_(_add_scaled(scores, d, -lr))
+
+
+def update_select(
+    scores: Tensor,
+    grad: Tensor,
+    ascent: tuple[Tensor, Tensor] | None,
+    momentum_buffer: Tensor | None,
+    weight: Tensor,
+    kept: int,
+    cut_now: Tensor,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    pattern: Pattern = PLAIN,
+    straight_through: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`update`, then :func:`select` at the new scores.
+
+    Args:
+        ascent: where the gradient was taken, as ``(grad, scale)`` of the :func:`perturb` with ``straight_through`` that went there, or
+            None: at ``scores``. Only the signs there matter, and only to ``straight_through``.
+        cut_now: the cut of ``scores`` before the step; the new cut's FLIPS column counts the entries whose mask the step changed.
+        straight_through: as in :func:`perturb`.
+
+    Returns:
+        ``(masked, cut, square)``, the last one ``sum_of_squares`` of the new scores.
+    """
+    if straight_through:
+        at = scores if ascent is None else perturbed(scores, score_grad(ascent[0], weight, scores), ascent[1])
+        grad = score_grad(grad, weight, at)
+    mask_now = mask_from_cut(scores, cut_now, pattern)
+    update(scores, grad, momentum_buffer, lr, momentum, dampening, weight_decay, nesterov)
+    masked, row = select(scores, weight, kept, pattern)
+    row[FLIPS] = (mask_from_cut(scores, row, pattern) != mask_now).sum()
+    return masked, row, sum_of_squares(scores)
 
 
 def _add_scaled(a: Tensor, b: Tensor, alpha: float) -> Tensor:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_sparsity", "kept_count", "score_init"]
+from .reference import GROUP, LARGEST_WINDOW, PLAIN, WEIGHT, WINDOW, Pattern
+
+__all__ = ["check_sparsity", "kept_count", "kept_in_pattern", "pattern_for", "score_init"]
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
@@ -33,6 +37,58 @@ def kept_count(numel: int, sparsity: float) -> int:
     (71, 27, 1)
     """
     return numel - math.floor(Fraction(repr(check_sparsity(sparsity))) * numel)
+
+
+def pattern_for(granularity: str, shape: Sequence[int], sparsity: float, *, heads: tuple[int, int] | None = None) -> Pattern:
+    """What ``kept`` counts in a weight of this ``shape`` (outputs first, then inputs).
+
+    Args:
+        granularity: ``"weight"``; ``"channel"``, all weights of an output; ``"head"``, those of an attention head, in all projections that
+            are packed into this weight; ``"N:M"`` such as ``"2:4"``, N weights of every M neighbouring inputs.
+        sparsity: the fraction removed; for ``"N:M"`` it has to be ``1 - N / M``.
+        heads: the number of attention heads and the outputs of one.
+
+    Raises:
+        ValueError: an unknown ``granularity``, or one that does not fit ``shape`` or ``sparsity``.
+
+    >>> pattern_for("2:4", (64, 16, 3, 3), 0.5)
+    Pattern(kind=2, size=4, block=9)
+    """
+    if granularity == "weight":
+        return PLAIN
+    if 0 in shape:
+        raise ValueError(f"granularity: expected 'weight' for a weight without elements, got {granularity!r}")
+    if granularity == "channel":
+        return Pattern(GROUP, shape[0], math.prod(shape[1:]))
+    if granularity == "head":
+        if heads is None:
+            raise ValueError("granularity: expected a weight of attention heads for 'head', got that of another layer")
+        return Pattern(GROUP, heads[0], heads[1] * shape[1])
+    match = re.fullmatch(r"(\d+):(\d+)", granularity)
+    if not match or not 0 < int(match[1]) < int(match[2]) <= LARGEST_WINDOW:
+        known = f"'weight', 'channel', 'head' or 'N:M' such as '2:4' (M at most {LARGEST_WINDOW})"
+        raise ValueError(f"granularity: expected {known}, got {granularity!r}")
+    stays, window = int(match[1]), int(match[2])
+    if shape[1] % window:
+        raise ValueError(f"granularity: expected a multiple of {window} inputs for {granularity!r}, got {shape[1]}")
+    pattern = Pattern(WINDOW, window, math.prod(shape[2:]))
+    if kept_in_pattern(pattern, math.prod(shape), sparsity) != stays:
+        raise ValueError(f"sparsity: expected {1 - stays / window:g} for granularity {granularity!r}, got {sparsity}")
+    return pattern
+
+
+def kept_in_pattern(pattern: Pattern, numel: int, sparsity: float) -> int:
+    """:func:`kept_count` of what ``pattern`` counts: of the elements, of the groups, or of the elements of a window.
+
+    Raises:
+        ValueError: ``sparsity`` outside [0, 1], or for windows not a multiple of one element's share.
+    """
+    if pattern.kind != WINDOW:
+        return kept_count(numel if pattern.kind == WEIGHT else pattern.size, sparsity)
+    pruned = check_sparsity(sparsity) * pattern.size
+    if not math.isclose(pruned, round(pruned), abs_tol=1e-9):
+        raise ValueError(f"sparsity: expected a multiple of 1/{pattern.size} for windows of {pattern.size} weights, got {sparsity}")
+    return pattern.size - round(pruned)
 
 
 @torch.no_grad()

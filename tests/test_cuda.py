@@ -10,8 +10,8 @@ import itertools
 import pytest
 import torch
 
-from s2ap_ext import backend, ops
-from s2ap_ext.reference import CUT_COLUMNS
+from s2ap_ext import backend, ops, reference
+from s2ap_ext.reference import CUT_COLUMNS, GROUP, PLAIN, WINDOW, Pattern
 
 pytestmark = [
     pytest.mark.cuda,
@@ -87,6 +87,50 @@ def test_perturb_is_the_cpus(kind, dtype):
     assert_same_bits(masked, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("known", [False, True], ids=["squares taken", "squares given"])
+def test_perturb_forms_the_gradients_of_the_scores_as_the_cpu_does(dtype, known):
+    scores, grads, weights, kept = layers_of("normal", dtype)
+    _, now = ops.select(scores, weights, kept)
+    squares = torch.stack([reference.sum_of_squares(s) for s in scores]) if known else None
+    how = {"gamma": 0.5, "straight_through": True}
+    expected, expected_cuts, expected_scales = ops.perturb(scores, grads, weights, kept, now, squares=squares, **how)
+    squares = squares.cuda() if known else None
+    masked, cuts, scales = ops.perturb(cuda(scores), cuda(grads), cuda(weights), kept, now.cuda(), squares=squares, **how)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(cuts.cpu(), expected_cuts)
+    assert_same_bits(masked, expected)
+
+
+PATTERNS = (
+    (Pattern(WINDOW, 4, 1), 40_000),
+    (Pattern(WINDOW, 4, 9), 64 * 64 * 9),
+    (Pattern(WINDOW, 32, 7), 32 * 7 * 211),
+    (Pattern(GROUP, 64, 27), 64 * 27),
+    (Pattern(GROUP, 12, 64 * 768), 3 * 12 * 64 * 768),
+    (Pattern(GROUP, 300, 1), 300 * 70),
+    (PLAIN, 20_000),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "huge"])
+def test_patterns_are_the_cpus(kind, dtype):
+    patterns = [pattern for pattern, _ in PATTERNS]
+    scores, grads, weights, kept = layers_of(kind, dtype, sizes=[n for _, n in PATTERNS])
+    kept = [k if p == PLAIN else (p.size + 1) // 2 for k, p in zip(kept, patterns, strict=True)]
+    expected, now = ops.select(scores, weights, kept, patterns=patterns)
+    masked, cuts = ops.select(cuda(scores), cuda(weights), kept, patterns=patterns)
+    assert torch.equal(cuts.cpu(), now)
+    assert_same_bits(masked, expected)
+    how = {"gamma": 0.5, "patterns": patterns, "straight_through": True}
+    expected, expected_cuts, expected_scales = ops.perturb(scores, grads, weights, kept, now, **how)
+    masked, cuts, scales = ops.perturb(cuda(scores), cuda(grads), cuda(weights), kept, now.cuda(), **how)
+    assert torch.equal(scales.cpu(), expected_scales)
+    assert torch.equal(cuts.cpu(), expected_cuts)
+    assert_same_bits(masked, expected)
+
+
 def test_layers_beyond_16_million_elements_sum_in_three_levels():
     scores, grads, weights, kept = layers_of("normal", torch.float32, sizes=(20_000_003, 5))
     _, now = ops.select(scores, weights, kept)
@@ -150,6 +194,31 @@ def test_update_is_torchs_sgd(settings, dtype):
         assert_same_bits(ours, [p.detach() for p in parameters])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ascent", [False, True], ids=["as given", "formed at s + z"])
+@pytest.mark.parametrize("patterned", [False, True], ids=["plain", "patterns"])
+def test_update_select_is_the_reference_on_the_gpu(patterned, ascent, dtype):
+    patterns = [pattern for pattern, _ in PATTERNS] if patterned else [PLAIN] * len(SIZES)
+    scores, grads, weights, kept = layers_of("normal", dtype, sizes=[n for _, n in PATTERNS] if patterned else SIZES)
+    kept = [k if p == PLAIN else (p.size + 1) // 2 for k, p in zip(kept, patterns, strict=True)]
+    scores, grads, weights = cuda(scores), cuda(grads), cuda(weights)
+    _, now = ops.select(scores, weights, kept, patterns=patterns)
+    buffers = [g.flip(0) for g in grads]
+    first = [g * -0.5 for g in grads]
+    scales = torch.linspace(0, 2, len(scores), dtype=torch.float64, device="cuda").float().double()
+    copies, buffer_copies = [s.clone() for s in scores], [b.clone() for b in buffers]
+    sgd = {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 5e-4}
+    how = {"patterns": patterns, "straight_through": ascent, "ascent": (first, scales) if ascent else None}
+    masked, cuts, squares = ops.update_select(scores, grads, buffers, weights, kept, now, **sgd, **how)
+    for i, (s, b) in enumerate(zip(copies, buffer_copies, strict=True)):
+        where = (first[i], scales[i]) if ascent else None
+        arguments = (b, weights[i], kept[i], now[i], *sgd.values(), False, patterns[i], ascent)
+        expected, row, square = reference.update_select(s, grads[i], where, *arguments)
+        assert_same_bits([scores[i], buffers[i], masked[i]], [s, b, expected])
+        assert torch.equal(cuts[i], row)
+        assert squares[i] == square
+
+
 class Static:
     """Inputs and outputs that stay where they are, for graphs and for calls that must not wait."""
 
@@ -171,10 +240,15 @@ class Static:
     def update(self):
         ops.update(self.scores, self.grads, self.buffers, lr=0.1, momentum=0.9, weight_decay=5e-4)
 
+    def update_select(self):
+        how = {"lr": 0.1, "momentum": 0.9, "straight_through": True, "out": self.masked, "new_cuts": self.new_cuts}
+        return ops.update_select(self.scores, self.grads, self.buffers, self.weights, self.kept, self.cuts, **how)
+
     def step(self):
         self.select()
         self.perturb()
         self.update()
+        self.update_select()
 
     def results(self):
         return [*self.scores, *self.buffers, *self.masked, *self.moved, self.cuts, self.new_cuts]
@@ -241,7 +315,7 @@ def test_the_tensors_device_is_used_not_the_current_one():
     assert_same_bits(masked, expected)
 
 
-@pytest.mark.parametrize("op", ["select", "perturb", "update"])
+@pytest.mark.parametrize("op", ["select", "perturb", "update", "update_select"])
 def test_one_launch_for_all_layers(op):
     static = Static()
     static.step()
@@ -278,12 +352,27 @@ def test_a_thousand_runs_give_the_same_bits():
         ({"weights": lambda s: []}, r"select: weights: expected 1 tensors, got 0"),
         ({"kept": lambda s: s.kept.int()}, r"select: kept: expected int64"),
         ({"cuts": lambda s: s.cuts[:, :3].contiguous()}, r"select: cuts: expected 5 contiguous elements, got 3"),
+        ({"patterns": lambda s: [1, 2]}, r"select: patterns: expected 3 numbers, got 2"),
+        ({"patterns": lambda s: [2, 3, 1]}, r"select: patterns\[0\]: expected a known kind .* 1000 elements, got kind 2, 3 \* 1"),
     ],
     ids=lambda v: "",
 )
 def test_wrong_operands_are_refused_with_their_name(change, message):
     static = Static(sizes=(1000,))
-    operands = {"scores": static.scores, "weights": static.weights, "kept": static.kept, "masked": static.masked, "cuts": static.cuts}
+    operands = {
+        "scores": static.scores,
+        "weights": static.weights,
+        "kept": static.kept,
+        "patterns": [],
+        "masked": static.masked,
+        "cuts": static.cuts,
+    }
     operands |= {name: make(static) for name, make in change.items()}
     with pytest.raises(RuntimeError, match=message):
         torch.ops.s2ap.select(*operands.values())
+
+
+def test_formed_gradients_do_not_overwrite_the_weights_they_are_formed_from():
+    s = Static(sizes=(1000,))
+    with pytest.raises(RuntimeError, match=r"perturb: masked\[0\]: expected memory of its own with straight_through"):
+        ops.perturb(s.scores, s.grads, s.weights, s.kept, s.cuts, gamma=0.05, straight_through=True, out=s.weights)

@@ -21,6 +21,11 @@ def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(INTEGERS[a.element_size()]), b.view(INTEGERS[b.element_size()]))
 
 
+def same_numbers(a, b):
+    """The same bits, but for those of NaN: torch gives them various ones when it converts to half precision."""
+    return torch.equal(a.isnan(), b.isnan()) and same_bits(torch.where(a.isnan(), 0, a), torch.where(b.isnan(), 0, b))
+
+
 def randn(*shape, seed=0, dtype=torch.float32, scale=1.0):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
@@ -304,23 +309,28 @@ def test_no_layers_at_all():
 
 
 def op_arguments(dtype=torch.float32):
-    scores, grads, weights = ([randn(n, seed=seed, dtype=dtype) for n in (5, 300)] for seed in range(3))
-    kept = torch.tensor([2, 30])
+    scores, grads, weights, buffers = ([randn(n, seed=seed, dtype=dtype) for n in (5, 300)] for seed in range(4))
+    kept = torch.tensor([2, 1])
+    patterns, sgd = [*reference.PLAIN, *reference.Pattern(reference.WINDOW, 4)], (0.1, 0.9, 0.0, 5e-4, False)
     masked, cuts = ops.select(scores, weights, kept)
     new_cuts, scales = torch.zeros_like(cuts), torch.zeros(2, dtype=torch.float64)
     return {
-        "select": (scores, weights, kept, masked, cuts),
-        "perturb": (scores, grads, weights, kept, cuts, 0.01, 1e-12, masked, new_cuts, scales),
-        "update": (scores, grads, weights, 0.1, 0.9, 0.0, 5e-4, False),
+        "select": (scores, weights, kept, patterns, masked, cuts),
+        "perturb": (scores, grads, weights, kept, patterns, cuts, None, 0.01, 1e-12, True, masked, new_cuts, scales),
+        "update": (scores, grads, buffers, *sgd),
+        "update_select": (
+            *(scores, grads, grads, scales, buffers, weights, kept, patterns, cuts, *sgd, True),
+            *(masked, new_cuts, torch.zeros_like(scales)),
+        ),
     }
 
 
-@pytest.mark.parametrize("name", ["select", "perturb", "update"])
+@pytest.mark.parametrize("name", ["select", "perturb", "update", "update_select"])
 def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.s2ap, name).default, op_arguments()[name])
 
 
-@pytest.mark.parametrize("name", ["select", "perturb", "update"])
+@pytest.mark.parametrize("name", ["select", "perturb", "update", "update_select"])
 def test_fake_tensors(name):
     arguments = op_arguments()[name]
     with FakeTensorMode() as mode:
@@ -340,7 +350,7 @@ def test_under_autocast_and_inference_mode():
 def test_under_torch_compile():
     def masked_sum(s, w):
         out, cuts = [torch.empty_like(w)], torch.zeros(1, reference.CUT_COLUMNS, dtype=torch.int64)
-        torch.ops.s2ap.select([s], [w], torch.tensor([10]), out, cuts)
+        torch.ops.s2ap.select([s], [w], torch.tensor([10]), [], out, cuts)
         return out[0] * 2, cuts
 
     s, w = randn(100), randn(100, seed=1)
@@ -402,6 +412,7 @@ def test_the_kernels_check_what_reaches_them_directly(message):
         "scores": [torch.ones(4)],
         "weights": [torch.ones(4)],
         "kept": torch.tensor([2]),
+        "patterns": [],
         "masked": [torch.ones(4)],
         "cuts": torch.zeros(1, 5, dtype=torch.int64),
     }

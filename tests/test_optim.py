@@ -196,7 +196,7 @@ def test_fused_update_gives_the_bits_of_torchs_sgd(settings):
     with Selections() as seen:
         for seed in range(4):
             a.step(closure_for(one, a, images(seed=seed)))
-    assert seen.calls["update"] == (3 if "momentum" in settings else 4)
+    assert seen.calls["update_select"] == (3 if "momentum" in settings else 4)
     for seed in range(4):
         b.step(closure_for(two, b, images(seed=seed)))
     for (name, x), (_, y) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
@@ -213,14 +213,120 @@ def test_a_step_selects_exactly_twice_per_layer():
                 net(images())
         optimizer.step(closure_for(net, optimizer))
 
-    for _ in range(3):
+    # The first step is torch's own, which makes the momentum buffers; then each step ends with the next selection.
+    for expected in ({"select": 3, "perturb": 3}, {"select": 3, "perturb": 3, "update_select": 3}, {"perturb": 3, "update_select": 3}):
         with Selections() as seen:
             train_step()
-        assert seen.layers == {"select": 3, "perturb": 3} or seen.layers == {"select": 3, "perturb": 3, "update": 3}
+        assert seen.layers == expected
+        assert seen.calls == dict.fromkeys(expected, 1) | ({"select": 3} if "select" in expected else {})  # the layers' own, one by one
     optimizer.gamma = 0
     with Selections() as seen:
         train_step()
+    assert seen.layers == {}
+    with Selections() as seen:
+        train_step()
     assert seen.layers == {"select": 3}
+
+
+def run_steps(net, base, steps=4, **how):
+    optimizer = S2AP(net, base, gamma=0.3, **how)
+    flips = []
+    for seed in range(steps):
+        optimizer.step(closure_for(net, optimizer, images(seed=seed)))
+        flips.append(optimizer.flips)
+    return flips
+
+
+def same_state(one, two):
+    for (name, x), (_, y) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize("restore", ["before", "after"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+        lambda p: torch.optim.SGD(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, maximize=True),
+        lambda p: torch.optim.Adam(p, lr=0.01),
+    ],
+    ids=["momentum", "no momentum", "maximize", "Adam"],
+)
+def test_deferred_gradients_change_no_bit(base, restore):
+    one = train_scores(sparsify(small_net(), 0.9))
+    two = copy.deepcopy(one)
+    flips = run_steps(one, base(one.parameters()), restore=restore)
+    with Selections() as seen:
+        assert run_steps(two, base(two.parameters()), restore=restore, defer_grads=True) == flips
+    assert sum(flips) > 0
+    same_state(one, two)
+    assert seen.calls["perturb"] == 4
+    F.cross_entropy(two(images()), LABELS).backward()  # after the step the layers are as ever
+    assert two[0].scores.grad is not None
+
+
+def test_deferred_gradients_in_plain_steps_and_where_weights_train():
+    one = sparsify(small_net(), 0.9)
+    two = copy.deepcopy(one)
+    for net, defer in ((one, False), (two, True)):
+        base = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        optimizer = S2AP(net, base, gamma=0.1, warmup_epochs=1, defer_grads=defer)
+        for epoch in (0, 1):
+            optimizer.set_epoch(epoch)
+            for seed in range(3):
+                optimizer.step(closure_for(net, optimizer, images(seed=seed)))
+    same_state(one, two)
+
+
+def test_deferred_gradients_leave_none_on_the_scores():
+    net = train_scores(sparsify(small_net(), 0.9))
+    optimizer = S2AP(net, torch.optim.SGD(net.parameters(), lr=0.1), gamma=0.1, defer_grads=True)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(images()), LABELS)
+        loss.backward()
+        seen.append([layer.scores.grad for layer in sparse_layers(net).values()])
+        return loss
+
+    optimizer.step(closure)
+    assert seen == [[None] * 3] * 2
+
+
+def test_a_part_that_does_not_defer():
+    one = train_scores(sparsify(nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5)), 0.7))
+    two = copy.deepcopy(one)
+    x, y = torch.randn(8, 20), torch.randint(5, (8,))
+    for net, defer in ((one, False), (two, True)):
+        optimizer = S2AP(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), gamma=0.2, defer_grads=defer)
+
+        def closure(net=net, optimizer=optimizer, defer=defer):
+            optimizer.zero_grad()
+            if defer:
+                net[0]._collect = None
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.step(closure)
+    same_state(one, two)
+
+
+def test_step_flips_counts_what_the_step_itself_flips():
+    net = train_scores(sparsify(small_net(), 0.9))
+    optimizer = S2AP(net, torch.optim.SGD(net.parameters(), lr=0.3), gamma=0.01)
+    for seed in range(3):
+        before = [layer.mask for layer in sparse_layers(net).values()]
+        optimizer.step(closure_for(net, optimizer, images(seed=seed)))
+        after = [layer.mask for layer in sparse_layers(net).values()]
+        flips = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
+        assert optimizer.step_flips == flips > 0
+    optimizer.gamma = 0
+    optimizer.step(closure_for(net, optimizer))
+    assert optimizer.step_flips is None  # a plain step is torch's
 
 
 def test_scores_are_restored_to_the_bit():

@@ -201,6 +201,16 @@ def test_nothing_or_everything_may_be_pruned(sparsity, tmp_path):
     assert pruned["sparsity"] == finetuned["sparsity"] == sparsity
 
 
+def test_two_of_four(tmp_path):
+    how = ["prune.granularity=2:4", "prune.sparsity=0.5", "prune.exclude=conv1, linear"]
+    rows = start(tmp_path / "run", "pretrain.epochs=1", "prune.epochs=2", "finetune.epochs=1", *how)
+    assert 0 < rows[-1]["sparsity"] < 0.5
+    model, _, _ = load_model(tmp_path / "run/finetuned.safetensors")
+    assert list(sparse_layers(model)) == ["conv2", "conv3"]
+    for layer in sparse_layers(model).values():
+        assert (layer.mask.unflatten(1, (-1, 4)).sum(dim=2) == 2).all()
+
+
 @pytest.mark.parametrize("override", ["prune.loss=trades", "prune.loss=ce", "attack.norm=l2", "data.shift=1", "prune.schedule=constant"])
 def test_the_other_settings_run(override, tmp_path):
     rows = start(tmp_path / "run", override, "pretrain.epochs=1", "prune.epochs=2", "finetune.epochs=1")

@@ -204,16 +204,89 @@ S2AP_TARGET int64_t count_at_least(const BitsOf<T>* x, int64_t n, BitsOf<T> boun
   return total;
 }
 
+#if S2AP_WIDTH == 64
+S2AP_TARGET S2AP_INLINE uint32_t at_least(const uint32_t* x, uint32_t bound) {
+  const __m512i key = _mm512_and_si512(_mm512_loadu_si512(x), _mm512_set1_epi32(0x7fffffff));
+  return _mm512_cmpge_epu32_mask(key, _mm512_set1_epi32(static_cast<int>(bound)));
+}
+S2AP_TARGET S2AP_INLINE uint32_t at_least(const uint64_t* x, uint64_t bound) {
+  const __m512i key = _mm512_and_si512(_mm512_loadu_si512(x), _mm512_set1_epi64(0x7fffffffffffffff));
+  return _mm512_cmpge_epu64_mask(key, _mm512_set1_epi64(static_cast<int64_t>(bound)));
+}
+S2AP_TARGET S2AP_INLINE uint32_t at_least(const uint16_t* x, uint16_t bound) {
+  const __m512i key = _mm512_and_si512(_mm512_loadu_si512(x), _mm512_set1_epi16(0x7fff));
+  return _mm512_cmpge_epu16_mask(key, _mm512_set1_epi16(static_cast<int16_t>(bound)));
+}
+template <class Bits>
+constexpr int64_t kBitsAtOnce = Vector<Bits>::kSize;
+#else
+template <class Bits>
+S2AP_TARGET S2AP_INLINE uint32_t at_least(const Bits* x, Bits bound) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>((x[i] & kMagnitude<Bits>) >= bound) << i;
+  return bits;
+}
+template <class Bits>
+constexpr int64_t kBitsAtOnce = 8;
+#endif
+
 template <class T>
-S2AP_TARGET int64_t apply(const BitsOf<T>* x, const BitsOf<T>* w, BitsOf<T>* masked, int64_t n, BitsOf<T> bound) {
+S2AP_TARGET void keep_bits(const BitsOf<T>* x, int64_t n, BitsOf<T> bound, uint8_t* bits) {
+  constexpr int64_t kStep = kBitsAtOnce<BitsOf<T>>;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    const uint32_t here = at_least(x + i, bound);
+    memcpy(bits + i / 8, &here, kStep / 8);
+  }
+  for (; i < n; i += 8) {
+    uint8_t here = 0;
+    for (int64_t j = i; j < n && j < i + 8; ++j) here |= static_cast<uint8_t>((x[j] & kMagnitude<BitsOf<T>>) >= bound) << (j - i);
+    bits[i / 8] = here;
+  }
+}
+
+S2AP_TARGET inline int64_t count_different(const uint8_t* a, const uint8_t* b, int64_t n) {
+  const int64_t bytes = (n + 7) / 8;
+  int64_t count = 0;
+  for (int64_t i = 0; i < bytes; i += 8) {
+    uint64_t x = 0, y = 0;
+    const int64_t size = bytes - i < 8 ? bytes - i : 8;
+    memcpy(&x, a + i, size);
+    memcpy(&y, b + i, size);
+    count += __builtin_popcountll(x ^ y);
+  }
+  return count;
+}
+
+// The two forms of Keep, a vector of elements at a time; `past_end`: what they say of the zeros that fill up the last vector.
+template <class Bits>
+struct AtLeast {
+  Bits bound;
+  bool past_end() const { return bound == 0; }
+  S2AP_TARGET S2AP_INLINE void get(VectorOf<Bits>& keep, const VectorOf<Bits>& key, int64_t, int64_t) const {
+    keep = (VectorOf<Bits>)(key >= bound);
+  }
+};
+template <class Bits>
+struct Given {
+  const Bits* mask;
+  bool past_end() const { return false; }
+  S2AP_TARGET S2AP_INLINE void get(VectorOf<Bits>& keep, const VectorOf<Bits>&, int64_t i, int64_t size) const {
+    load(keep, mask + i, size);
+  }
+};
+
+template <class T, class Form>
+S2AP_TARGET int64_t apply_form(const BitsOf<T>* x, const BitsOf<T>* w, BitsOf<T>* masked, int64_t n, Form form) {
   using Bits = BitsOf<T>;
   using V = VectorOf<Bits>;
   const auto step = [=](int64_t i, int64_t size, V& nans) S2AP_TARGET S2AP_LAMBDA {
-    V key, weight;
+    V key, weight, keep;
     load(key, x + i, size);
     load(weight, w + i, size);
     key &= kMagnitude<Bits>;
-    weight &= (V)(key >= bound);
+    form.get(keep, key, i, size);
+    weight &= keep;
     nans -= (V)(key > Element<T>::kInfinity);
     memcpy(masked + i, &weight, size * sizeof(Bits));
   };
@@ -236,6 +309,75 @@ S2AP_TARGET int64_t apply(const BitsOf<T>* x, const BitsOf<T>* w, BitsOf<T>* mas
 }
 
 template <class T>
+S2AP_TARGET int64_t apply(const BitsOf<T>* x, const BitsOf<T>* w, BitsOf<T>* masked, int64_t n, Keep<BitsOf<T>> keep) {
+  using Bits = BitsOf<T>;
+  return keep.mask ? apply_form<T>(x, w, masked, n, Given<Bits>{keep.mask}) : apply_form<T>(x, w, masked, n, AtLeast<Bits>{keep.bound});
+}
+
+// An element is compared with each of the others in its window: for d = 1, 2 ... with the one d places on, or beyond the last place round
+// from the first. A later one ranks above it if it is as large, an earlier one if it is larger. All this is done to neighbouring
+// elements, whatever their places are, so it takes whole vectors for any `block`, 1 too.
+template <class T>
+S2AP_TARGET S2AP_INLINE void window_keep_of(const BitsOf<T>* x, int64_t n, int64_t size, int64_t block, int64_t kept, BitsOf<T>* mask) {
+  using Bits = BitsOf<T>;
+  using Lane = std::make_signed_t<Bits>;  // magnitudes are never negative, and signed comparisons are one instruction
+  typedef Lane V __attribute__((vector_size(S2AP_WIDTH)));
+  constexpr int64_t kSize = Vector<Bits>::kSize;
+  const int64_t period = size * block, reach = period - block;
+  // The magnitudes, and zeros where the comparisons of the first and the last windows look, to no effect, beyond them.
+  alignas(64) Lane room[3 * kTile + kSize];
+  Lane* key = room + kTile;
+  for (int64_t i = -reach; i < 0; ++i) key[i] = 0;
+  for (int64_t i = n; i < n + reach + kSize; ++i) key[i] = 0;
+  for (int64_t i = 0; i < n; i += 64 / sizeof(Bits)) fetch(x + i);
+  for (int64_t i = 0; i < n; ++i) key[i] = static_cast<Lane>(x[i] & kMagnitude<Bits>);
+  // How many members of its window come after an element: one period, and what a vector more reads of the next ones.
+  alignas(64) Lane after[kTile + kSize];
+  for (int64_t j = 0; j < size; ++j) {
+    for (int64_t i = 0; i < block; ++i) after[j * block + i] = static_cast<Lane>(size - 1 - j);
+  }
+  for (int64_t i = period; i < period + kSize; ++i) after[i] = after[i - period];
+
+  const int64_t advance = kSize % period;
+  for (int64_t i = 0, in_period = 0; i < n; i += kSize) {
+    V self, left, above = {};
+    memcpy(&self, key + i, sizeof(V));
+    memcpy(&left, after + in_period, sizeof(V));
+    for (int64_t d = 1; d < size; ++d) {
+      V on, round;
+      memcpy(&on, key + i + d * block, sizeof(V));
+      memcpy(&round, key + i + d * block - period, sizeof(V));
+      const V later = (V)(left > 0);  // -1 or 0, so that adding it turns > into >=
+      above -= (V)((later ? on : round) > self + later);
+      left -= 1;
+    }
+    const V stays = (V)(above < static_cast<Lane>(kept));
+    memcpy(mask + i, &stays, (n - i < kSize ? n - i : kSize) * sizeof(Bits));
+    in_period += advance;
+    if (in_period >= period) in_period -= period;
+  }
+}
+
+// 2:4 and 4:8 with loops of known length.
+template <class T>
+S2AP_TARGET void window_keep(const BitsOf<T>* x, int64_t n, int64_t size, int64_t block, int64_t kept, BitsOf<T>* mask) {
+  if (size == 4) return window_keep_of<T>(x, n, 4, block, kept, mask);
+  if (size == 8) return window_keep_of<T>(x, n, 8, block, kept, mask);
+  window_keep_of<T>(x, n, size, block, kept, mask);
+}
+
+template <class T>
+S2AP_TARGET void form(const BitsOf<T>* grad, const BitsOf<T>* w, const BitsOf<T>* at, BitsOf<T>* __restrict formed, int64_t n) {
+  using E = Element<T>;
+  using C = ComputeOf<T>;
+  for (int64_t i = 0; i < n; ++i) {
+    const C product = E::widen(E::narrow(E::widen(grad[i]) * E::widen(w[i]))), x = E::widen(at[i]);
+    const C sign = static_cast<C>(x > 0) - static_cast<C>(x < 0);
+    formed[i] = E::narrow(product * sign);
+  }
+}
+
+template <class T>
 S2AP_TARGET void move(const BitsOf<T>* s, const BitsOf<T>* g, ComputeOf<T> scale, BitsOf<T>* __restrict moved, int64_t n) {
   using E = Element<T>;
   constexpr int64_t kBlock = 1024 / sizeof(s[0]);
@@ -252,9 +394,9 @@ S2AP_TARGET void move(const BitsOf<T>* s, const BitsOf<T>* g, ComputeOf<T> scale
   }
 }
 
-template <class T>
-S2AP_TARGET PerturbCounts apply_moved(const BitsOf<T>* moved, const BitsOf<T>* s, const BitsOf<T>* w, BitsOf<T>* masked, int64_t n,
-                                      BitsOf<T> bound, BitsOf<T> bound_now) {
+template <class T, class Form>
+S2AP_TARGET PerturbCounts apply_moved_form(const BitsOf<T>* moved, const BitsOf<T>* s, const BitsOf<T>* w, BitsOf<T>* masked, int64_t n,
+                                           Form form, Form form_now) {
   using Bits = BitsOf<T>;
   using V = VectorOf<Bits>;
   constexpr Bits kInfinity = Element<T>::kInfinity;
@@ -264,7 +406,9 @@ S2AP_TARGET PerturbCounts apply_moved(const BitsOf<T>* moved, const BitsOf<T>* s
     load(y, s + i, size);
     load(weight, w + i, size);
     const V key = x & kMagnitude<Bits>, key_now = y & kMagnitude<Bits>;
-    const V keep = (V)(key >= bound), keep_now = (V)(key_now >= bound_now);
+    V keep, keep_now;
+    form.get(keep, key, i, size);
+    form_now.get(keep_now, key_now, i, size);
     // sign() is 0 for zero and for NaN; with that, two signs differ if only one is 0 or if the sign bits differ.
     const V sign = (V)(key - 1 < kInfinity), sign_now = (V)(key_now - 1 < kInfinity), opposite = (V)((x ^ y) > kMagnitude<Bits>);
     nans -= (V)(key > kInfinity);
@@ -287,8 +431,7 @@ S2AP_TARGET PerturbCounts apply_moved(const BitsOf<T>* moved, const BitsOf<T>* s
     }
     if (i < end) {
       step(i, end - i, nans, flips, signs);
-      // The lanes beyond the end were zeros; they flip if only one of the bounds is 0.
-      if ((bound == 0) != (bound_now == 0)) total.flips -= kSize - (end - i);
+      if (form.past_end() != form_now.past_end()) total.flips -= kSize - (end - i);
     }
     total.nans += sum<Bits>(nans);
     total.flips += sum<Bits>(flips);
@@ -298,12 +441,20 @@ S2AP_TARGET PerturbCounts apply_moved(const BitsOf<T>* moved, const BitsOf<T>* s
 }
 
 template <class T>
-S2AP_TARGET double chunk_of_squares(const BitsOf<T>* x, int64_t n) {
+S2AP_TARGET PerturbCounts apply_moved(const BitsOf<T>* moved, const BitsOf<T>* s, const BitsOf<T>* w, BitsOf<T>* masked, int64_t n,
+                                      Keep<BitsOf<T>> keep, Keep<BitsOf<T>> keep_now) {
+  using Bits = BitsOf<T>;
+  if (keep.mask) return apply_moved_form<T>(moved, s, w, masked, n, Given<Bits>{keep.mask}, Given<Bits>{keep_now.mask});
+  return apply_moved_form<T>(moved, s, w, masked, n, AtLeast<Bits>{keep.bound}, AtLeast<Bits>{keep_now.bound});
+}
+
+template <class T, bool kSquares>
+S2AP_TARGET double chunk_sum(const BitsOf<T>* x, int64_t n) {
   double lanes[kLanes] = {};
   for (int64_t row = 0; row < n; row += kLanes) {
     const auto add = [&](int64_t j) S2AP_TARGET S2AP_LAMBDA {
       const double value = static_cast<double>(Element<T>::widen(x[row + j]));
-      lanes[j] += value * value;
+      lanes[j] += kSquares ? value * value : __builtin_fabs(value);
     };
     if (row + kLanes <= n) {
       for (size_t byte = 0; byte < kLanes * sizeof(x[0]); byte += 64) fetch(reinterpret_cast<const char*>(x + row) + byte);
@@ -360,7 +511,10 @@ S2AP_TARGET void update(BitsOf<T>* s, const BitsOf<T>* g, BitsOf<T>* b, int64_t 
 }
 
 template <class T>
-inline constexpr Loops<T> kLoops = {sweep<T>, count_at_least<T>, apply<T>, move<T>, apply_moved<T>, chunk_of_squares<T>, update<T>};
+inline constexpr Loops<T> kLoops = {
+    sweep<T>, count_at_least<T>, apply<T>, window_keep<T>, keep_bits<T>, count_different, form<T>, move<T>, apply_moved<T>,
+    chunk_sum<T, true>, chunk_sum<T, false>, update<T>,
+};
 
 }  // namespace S2AP_LOOPS
 }  // namespace s2ap

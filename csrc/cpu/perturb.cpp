@@ -1,12 +1,15 @@
 // The op s2ap::perturb on the CPU. The kernel is in perturb.h.
 #include "perturb.h"
 
+#include <optional>
+
 #include "torch_binding.h"
 
 namespace s2ap {
 
-void perturb_cpu(const TensorList& scores, const TensorList& grads, const TensorList& weights, const Tensor& kept, const Tensor& cuts,
-                 double gamma, double eps, const TensorList& masked, const Tensor& new_cuts, const Tensor& scales) {
+void perturb_cpu(const TensorList& scores, const TensorList& grads, const TensorList& weights, const Tensor& kept,
+                 const std::vector<int64_t>& pattern_numbers, const Tensor& cuts, const std::optional<Tensor>& squares, double gamma, double eps,
+                 bool straight_through, const TensorList& masked, const Tensor& new_cuts, const Tensor& scales) {
   dispatch(scores, [&](auto element) {
     using T = decltype(element);
     check_list(scores, "scores", scores);
@@ -15,13 +18,17 @@ void perturb_cpu(const TensorList& scores, const TensorList& grads, const Tensor
     check_list(masked, "masked", scores);
     check_table(cuts, "cuts", ScalarType::Long, scores.size(), kCutColumns);
     check_table(new_cuts, "new_cuts", ScalarType::Long, scores.size(), kCutColumns);
+    if (squares) check_table(*squares, "squares", ScalarType::Double, scores.size(), 1);
     check_table(scales, "scales", ScalarType::Double, scores.size(), 1);
-    const int64_t* count = counts(kept, scores);
+    const std::vector<Pattern> patterns = patterns_of(pattern_numbers, scores);
+    const int64_t* count = counts(kept, scores, patterns);
     std::vector<PerturbLayer<T>> layers;
     for (size_t i = 0; i < scores.size(); ++i) {
-      layers.push_back({input<T>(scores[i]), input<T>(grads[i]), input<T>(weights[i]), output<T>(masked[i]), scores[i].numel(), count[i]});
+      layers.push_back({input<T>(scores[i]), input<T>(grads[i]), input<T>(weights[i]), output<T>(masked[i]), scores[i].numel(), count[i],
+                        patterns[i]});
     }
-    perturb(torch_machine(), layers, static_cast<const int64_t*>(cuts.const_data_ptr()), gamma, eps,
+    const auto* square = squares ? static_cast<const double*>(squares->const_data_ptr()) : nullptr;
+    perturb(torch_machine(), layers, {gamma, eps, straight_through, square}, static_cast<const int64_t*>(cuts.const_data_ptr()),
             static_cast<int64_t*>(new_cuts.mutable_data_ptr()), static_cast<double*>(scales.mutable_data_ptr()));
   });
 }

@@ -5,17 +5,19 @@
 
 namespace s2ap {
 
-void select_cpu(const TensorList& scores, const TensorList& weights, const Tensor& kept, const TensorList& masked, const Tensor& cuts) {
+void select_cpu(const TensorList& scores, const TensorList& weights, const Tensor& kept,
+                const std::vector<int64_t>& pattern_numbers, const TensorList& masked, const Tensor& cuts) {
   dispatch(scores, [&](auto element) {
     using T = decltype(element);
     check_list(scores, "scores", scores);
     check_list(weights, "weights", scores);
     check_list(masked, "masked", scores);
     check_table(cuts, "cuts", ScalarType::Long, scores.size(), kCutColumns);
-    const int64_t* count = counts(kept, scores);
+    const std::vector<Pattern> patterns = patterns_of(pattern_numbers, scores);
+    const int64_t* count = counts(kept, scores, patterns);
     std::vector<SelectLayer<T>> layers;
     for (size_t i = 0; i < scores.size(); ++i) {
-      layers.push_back({input<T>(scores[i]), input<T>(weights[i]), output<T>(masked[i]), scores[i].numel(), count[i]});
+      layers.push_back({input<T>(scores[i]), input<T>(weights[i]), output<T>(masked[i]), scores[i].numel(), count[i], patterns[i]});
     }
     select(torch_machine(), layers, static_cast<int64_t*>(cuts.mutable_data_ptr()));
   });

@@ -15,112 +15,40 @@
 //
 // All layers go through one queue of tasks, each a unit of 16384 elements and a step, which the threads take in order: one start of the
 // threads per call, and layers of any size balance. A task waits while its layer's previous step is not finished by the threads that
-// took it. Small layers take their steps in groups, large ones alone, so that a step finds in the cache what the one before it read.
-// Layers of up to one unit are finished by one thread in one go.
+// took it. Small layers take their steps in batches, large ones alone, so that a step finds in the cache what the one before it read.
+// Layers of up to one unit are finished by one thread in one go. Layers with a pattern go through the same queue: groups have their sums
+// in the place of steps 1 to 3, windows have nothing there, and step 4 applies masks that are made tile by tile (pattern.h).
 //
 // Bytes per element (float32): 4 in step 2; 4 + 4 read and 4 written in step 4, the scores once more but from the cache.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <vector>
 
-#include "loops.h"
+#include "pattern.h"
 
 namespace s2ap {
 
 // A unit is what one thread sweeps at once: consecutive elements of one layer, a multiple of kChunk.
 constexpr int64_t kUnit = 4 * kChunk;
 // Layers take their steps together until they have this many elements.
-constexpr int64_t kGroup = int64_t{1} << 18;
+constexpr int64_t kBatch = int64_t{1} << 18;
 
 constexpr int kDigitBits = 11;
 
-// The cut of a layer, in terms of magnitudes.
-template <class Bits>
-struct Cut {
-  Bits before = kBeyond<Bits>;  // bound for elements in front of `index`
-  Bits from = kBeyond<Bits>;    // bound from `index` on
-  int64_t index = 0;
-};
-
-// The cut that a row of `cuts` describes.
-template <class T>
-Cut<BitsOf<T>> cut_of_row(const int64_t* row) {
-  const int64_t key = row[kKey];
-  return {key == kKeepNone ? kBeyond<BitsOf<T>> : magnitude_at_least<T>(key + 1), magnitude_at_least<T>(key), row[kIndex]};
-}
-
-template <class Bits>
-struct Rank {
-  Bits magnitude;  // the rank-th largest
-  int64_t above;   // how many are larger
-};
-
-// The rank-th largest (1 is the largest) of n magnitudes that all lie in [lo, hi), by bisection on the bits. Every pass is a
-// counting loop; once a quarter is left it is compacted into `scratch`, which holds n / 4 elements and kStoreSlack bytes.
-template <class T>
-Rank<BitsOf<T>> rank_largest(const Loops<T>& loop, const BitsOf<T>* x, int64_t n, int64_t rank, BitsOf<T> lo, BitsOf<T> hi,
-                             BitsOf<T>* scratch) {
-  int64_t above = 0, inside = n;  // magnitudes >= hi, and in [lo, hi), of all
-  int64_t beyond = 0;             // magnitudes >= hi among the n that x has now
-  while (hi - lo > 1) {
-    if (inside <= n / 4) {
-      n = loop.sweep(x, n, lo, hi, scratch).inside;
-      x = scratch;
-      beyond = 0;
-    }
-    const BitsOf<T> middle = static_cast<BitsOf<T>>(lo + (hi - lo) / 2);
-    const int64_t at_least = loop.count_at_least(x, n, middle), upper = at_least - beyond;
-    if (rank <= above + upper) {
-      lo = middle;
-      inside = upper;
-    } else {
-      hi = middle;
-      above += upper;
-      inside -= upper;
-      beyond = at_least;
-    }
-  }
-  return {lo, above};
-}
-
-// Where the sample of a layer of n elements is: runs of neighbours (a quarter of the cache misses of single elements), one at a
-// fixed, irregular place in each of `runs` equal parts.
-struct SamplePlan {
-  static constexpr int64_t kRun = 4;
-  int64_t runs, part;
-
-  explicit SamplePlan(int64_t n) : runs(std::clamp<int64_t>(n / 32, 2048, 16384) / kRun), part(n / runs) {}
-  int64_t size() const { return runs * kRun; }
-  int64_t begin(int64_t i) const {
-    const uint64_t scattered = (static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15ull) >> 40;  // 24 bits
-    return i * part + static_cast<int64_t>((scattered * static_cast<uint64_t>(part - kRun + 1)) >> 24);
-  }
-};
-
-// Copies the sampled elements of x to `sample`.
-template <class Bits>
-void gather(const SamplePlan& plan, const Bits* x, Bits* sample) {
-  constexpr int64_t kAhead = 16;
-  for (int64_t i = 0; i < plan.runs; ++i) {
-    __builtin_prefetch(x + plan.begin(std::min(i + kAhead, plan.runs - 1)));
-    memcpy(sample + i * SamplePlan::kRun, x + plan.begin(i), SamplePlan::kRun * sizeof(Bits));
-  }
-}
-
 // Searches the cuts of all layers and applies them. Problem says what the layers are:
 //   Element                                             the element type T
-//   int64_t layers(), numel(l), kept(l); int64_t* row(l)
+//   int64_t layers(), numel(l), kept(l); Pattern pattern(l); int64_t* row(l)
 //   const Bits* read(l, begin, n, space)                the bits to rank; may be computed into `space` (kUnit elements)
-//   void sample(l, plan, out)                           the sampled ones of them
-//   void apply(l, begin, n, bound, x, Tally&)           x: what read gave for these elements
+//   void read_scattered(l, places, out)                 those of them that are at a SamplePlan's or at Runs' places
+//   void apply(l, begin, n, cut, x, Tally&)             x: what read gave for these elements
+//   void apply(l, tile, mask, x, Tally&)                the same for a tile of a layer with a pattern
 //   void add(l, Tally)
 //   kMeasures; void measure(l, begin, n), measured(l)   a first pass over a layer, before anything is read (perturb's norms)
+//   if so: bool notes(l); void note(l, share)           a pass before that, over a layer with a pattern: what the present mask is made from
 template <class Problem>
 class Selection {
  public:
@@ -137,7 +65,7 @@ class Selection {
   }
 
  private:
-  enum class Step { kSmall, kMeasure, kGuess, kSearch, kApply };
+  enum class Step { kSmall, kNote, kMeasure, kGuess, kSearch, kApply };
   struct Task {
     Step step;
     int64_t first, last;  // kSmall: of small_; kGuess: a layer; otherwise a unit
@@ -151,18 +79,20 @@ class Selection {
     Tally tally = {};
   };
 
-  // What is known of a layer of more than one unit. kMissed: the search needs another sweep.
-  enum Stage : int { kUnknown, kBracketed, kFound, kMissed };
+  // What is known of a layer of more than one unit. kUnnoted: the present mask is to be noted first. kBracketed: it can be searched.
+  // kMissed: the search needs another sweep.
+  enum Stage : int { kUnnoted, kUnknown, kBracketed, kFound, kMissed };
   struct Layer {
     int64_t id = 0, n = 0, kept = 0;
+    Pattern pattern;
     int64_t first_unit = 0, units = 0;
     Cut<Bits> cut;
     // T is in [lo, hi), or that is the guess.
     Bits lo = 0, hi = kBeyond<Bits>;
     bool guess = true;
     std::unique_ptr<int64_t[]> digits;  // where it is to be narrowed by a histogram
-    Bits* inside = nullptr;             // room for the compacted magnitudes of all units, and how much of it is taken
-    int64_t capacity = 0;
+    std::unique_ptr<Bits[]> inside;     // room for the compacted magnitudes of all units, from the guess until T is found
+    int64_t capacity = 0;               // of that, and how much of it is taken
     std::atomic<int64_t> taken{0};
     std::atomic<int64_t> open{0};  // units whose present step is not finished
     std::atomic<int> stage{kUnknown};
@@ -188,39 +118,37 @@ class Selection {
 
   void plan() {
     std::vector<int64_t> large;
-    for (int64_t l = 0; l < problem_.layers(); ++l) (problem_.numel(l) > kUnit ? large : small_).push_back(l);
+    sums_.resize(problem_.layers());
+    for (int64_t l = 0; l < problem_.layers(); ++l) {
+      (problem_.numel(l) > kUnit ? large : small_).push_back(l);
+      if (problem_.pattern(l).kind == kGroup) sums_[l].resize(problem_.pattern(l).size);
+    }
 
     layers_ = std::vector<Layer>(large.size());
-    int64_t room = 0;
     for (size_t i = 0; i < large.size(); ++i) {
       Layer& layer = layers_[i];
       layer.id = large[i];
       layer.n = problem_.numel(layer.id);
       layer.kept = problem_.kept(layer.id);
+      layer.pattern = problem_.pattern(layer.id);
+      layer.stage = notes(layer.id) ? kUnnoted : kUnknown;
       layer.first_unit = static_cast<int64_t>(units_.size());
       for (int64_t begin = 0; begin < layer.n; begin += kUnit) {
         units_.push_back({static_cast<int64_t>(i), begin, std::min(kUnit, layer.n - begin)});
       }
       layer.units = static_cast<int64_t>(units_.size()) - layer.first_unit;
-      layer.capacity = layer.n / 24 + kUnit / 4;
-      room += layer.capacity;
       elements_ += layer.n;
-    }
-    inside_ = std::make_unique_for_overwrite<Bits[]>(room);
-    room = 0;
-    for (Layer& layer : layers_) {
-      layer.inside = inside_.get() + room;
-      room += layer.capacity;
     }
 
     if (!Problem::kMeasures) {  // otherwise whoever ends a layer's measurement guesses
       for (size_t i = 0; i < layers_.size(); ++i) tasks_.push_back({Step::kGuess, static_cast<int64_t>(i), 0});
     }
     for (size_t begin = 0, end = 0; begin < layers_.size(); begin = end) {
-      for (int64_t n = 0; end < layers_.size() && n < kGroup; ++end) n += layers_[end].n;
-      for (Step step : {Step::kMeasure, Step::kSearch, Step::kApply}) {
-        if (step == Step::kMeasure && !Problem::kMeasures) continue;
-        for (size_t i = begin; i < end; ++i) add_tasks(step, layers_[i]);
+      for (int64_t n = 0; end < layers_.size() && n < kBatch; ++end) n += layers_[end].n;
+      for (Step step : {Step::kNote, Step::kMeasure, Step::kSearch, Step::kApply}) {
+        for (size_t i = begin; i < end; ++i) {
+          if (takes(step, layers_[i])) add_tasks(step, layers_[i]);
+        }
       }
     }
 
@@ -249,6 +177,17 @@ class Selection {
     return !tasks_.empty();
   }
 
+  bool notes(int64_t id) const {
+    if constexpr (Problem::kMeasures) return problem_.notes(id);
+    return false;
+  }
+
+  bool takes(Step step, const Layer& layer) const {
+    if (step == Step::kNote) return notes(layer.id);
+    if (step == Step::kMeasure) return Problem::kMeasures;
+    return step != Step::kSearch || layer.pattern.kind != kWindow;
+  }
+
   void add_tasks(Step step, Layer& layer) {
     if (step != Step::kApply) layer.open = layer.units;
     for (int64_t u = layer.first_unit; u < layer.first_unit + layer.units; ++u) tasks_.push_back({step, u, 0});
@@ -261,8 +200,9 @@ class Selection {
         case Step::kSmall:
           for (int64_t l = task.first; l < task.last; ++l) finish_small(small_[l]);
           return;
+        case Step::kNote: return note(units_[task.first]);
         case Step::kMeasure: return measure(units_[task.first]);
-        case Step::kGuess: return guess_bracket(layers_[task.first]);
+        case Step::kGuess: return start_search(layers_[task.first]);
         case Step::kSearch: return search(units_[task.first]);
         case Step::kApply: return apply(units_[task.first]);
       }
@@ -271,26 +211,43 @@ class Selection {
 
   void finish_small(int64_t id) {
     const int64_t n = problem_.numel(id), kept = problem_.kept(id);
-    Space space;
     if constexpr (Problem::kMeasures) {
+      if (problem_.notes(id)) problem_.note(id, Share{});
       problem_.measure(id, 0, n);
       problem_.measured(id);
     }
-    const Bits* x = problem_.read(id, 0, n, space.read);
-    Cut<Bits> cut;
-    if (!keeps_all_or_none(id, n, kept, cut)) {
-      const Rank<Bits> t = rank_largest(loop_, x, n, kept, Bits{0}, kBeyond<Bits>, space.inside);
-      cut = found(id, t, index_of_tie(x, n, t.magnitude, kept - t.above));
-    }
     Tally tally = {};
-    apply(id, 0, n, cut, x, tally);
+    if (problem_.pattern(id).kind == kWeight) {
+      Space space;
+      const Bits* x = problem_.read(id, 0, n, space.read);
+      Cut<Bits> cut;
+      if (!is_decided(id, cut)) {
+        const Rank<Bits> t = rank_largest(loop_, x, n, kept, Bits{0}, kBeyond<Bits>, space.inside);
+        cut = found(id, t, index_of_tie(loop_, x, n, t.magnitude, kept - t.above));
+      }
+      problem_.apply(id, 0, n, cut, x, tally);
+    } else {
+      Cut<Bits> cut;
+      if (!is_decided(id, cut)) {
+        sum_groups(id, Share{});
+        rank_sums(id);
+      }
+      apply_tiles(id, Share{}, tally);
+    }
     problem_.add(id, tally);
   }
 
-  bool keeps_all_or_none(int64_t id, int64_t n, int64_t kept, Cut<Bits>& cut) {
+  // Starts the row of a layer. True if that is all of it: everything stays or nothing, or the same number of each window.
+  bool is_decided(int64_t id, Cut<Bits>& cut) {
+    const Pattern pattern = problem_.pattern(id);
+    const int64_t kept = problem_.kept(id), all = pattern.kind == kWeight ? problem_.numel(id) : pattern.size;
     int64_t* row = problem_.row(id);
     std::fill(row, row + kCutColumns, 0);
-    if (kept != 0 && kept != n) return false;
+    if (pattern.kind == kWindow) {
+      row[kIndex] = kept;
+      return true;
+    }
+    if (kept != 0 && kept != all) return false;
     if (kept == 0) row[kKey] = kKeepNone;
     cut = cut_of_row<T>(row);
     return true;
@@ -302,45 +259,42 @@ class Selection {
     return {static_cast<Bits>(t.magnitude + 1), t.magnitude, index};
   }
 
-  // The index of the rank-th last of the elements with this magnitude.
-  int64_t index_of_tie(const Bits* x, int64_t n, Bits magnitude, int64_t rank) {
-    constexpr int64_t kStep = 256;
-    for (int64_t end = n; end > 0;) {
-      const int64_t begin = (end - 1) / kStep * kStep;
-      const int64_t here = count_equal(x + begin, end - begin, magnitude);
-      if (here >= rank) {
-        for (int64_t i = end - 1;; --i) {
-          if ((x[i] & kMagnitude<Bits>) == magnitude && --rank == 0) return i;
-        }
-      }
-      rank -= here;
-      end = begin;
-    }
-    return 0;
-  }
+  Share share(const Unit& u) const { return {u.begin / kUnit, layers_[u.layer].units}; }
 
-  int64_t count_equal(const Bits* x, int64_t n, Bits magnitude) {
-    return loop_.count_at_least(x, n, magnitude) - loop_.count_at_least(x, n, static_cast<Bits>(magnitude + 1));
+  void note(Unit& u) {
+    if constexpr (Problem::kMeasures) {
+      Layer& layer = layers_[u.layer];
+      problem_.note(layer.id, share(u));
+      if (!layer.closes()) return;
+      layer.open = layer.units;
+      layer.enter(kUnknown);
+    }
   }
 
   void measure(Unit& u) {
     if constexpr (Problem::kMeasures) {
       Layer& layer = layers_[u.layer];
+      layer.wait_beyond(kUnnoted);
       problem_.measure(layer.id, u.begin, u.n);
       if (!layer.closes()) return;
       problem_.measured(layer.id);
       layer.open = layer.units;
-      guess_bracket(layer);
+      start_search(layer);
     }
+  }
+
+  void start_search(Layer& layer) {
+    if (is_decided(layer.id, layer.cut)) return layer.enter(kFound);
+    if (layer.pattern.kind == kWeight) guess_bracket(layer);
+    layer.enter(kBracketed);
   }
 
   // A bracket around the kept-th largest, four standard deviations of a sample's rank to either side.
   void guess_bracket(Layer& layer) {
-    if (keeps_all_or_none(layer.id, layer.n, layer.kept, layer.cut)) return layer.enter(kFound);
     const SamplePlan plan(layer.n);
     const int64_t size = plan.size();
     const auto sample = std::make_unique_for_overwrite<Bits[]>(size);
-    problem_.sample(layer.id, plan, sample.get());
+    problem_.read_scattered(layer.id, plan, sample.get());
     const double fraction = static_cast<double>(layer.kept) / static_cast<double>(layer.n), m = static_cast<double>(size);
     const double margin = 4 * std::sqrt(m * fraction * (1 - fraction)) + 4;
     const auto upper = static_cast<int64_t>(m * fraction - margin), lower = static_cast<int64_t>(m * fraction + margin);
@@ -348,13 +302,15 @@ class Selection {
     const auto ranked = [&](int64_t rank) {
       return rank_largest(loop_, sample.get(), size, rank, Bits{0}, kBeyond<Bits>, scratch.get()).magnitude;
     };
+    // What is to be expected inside, and a quarter more: the sample's density there is not quite the layer's.
+    layer.capacity = static_cast<int64_t>(2.5 * margin / m * static_cast<double>(layer.n)) + kUnit / 16;
+    layer.inside = std::make_unique_for_overwrite<Bits[]>(layer.capacity);
     layer.hi = upper >= 1 ? ranked(upper) : kBeyond<Bits>;
     layer.lo = lower <= size ? static_cast<Bits>(ranked(lower) + 1) : Bits{0};
     if (layer.lo > layer.hi) {  // one value all around: that value alone
       layer.lo = layer.hi;
       layer.hi = static_cast<Bits>(layer.lo + 1);
     }
-    layer.enter(kBracketed);
   }
 
   bool stores(const Layer& layer) const { return layer.hi - layer.lo > 1; }  // a bracket of width 1 holds equal magnitudes
@@ -362,7 +318,12 @@ class Selection {
   void search(Unit& u) {
     Layer& layer = layers_[u.layer];
     if (layer.wait_beyond(kUnknown) == kFound) return;
-    if (layer.digits) {
+    if (layer.pattern.kind == kGroup) {
+      sum_groups(layer.id, share(u));
+      if (!layer.closes()) return;
+      rank_sums(layer.id);
+      layer.enter(kFound);
+    } else if (layer.digits) {
       count_digits(layer, u);
       if (layer.closes()) read_digits(layer);
     } else {
@@ -377,7 +338,7 @@ class Selection {
     u.counts = loop_.sweep(x, u.n, layer.lo, layer.hi, space.inside);
     if (!stores(layer)) return;
     u.offset = layer.taken.fetch_add(u.counts.inside, std::memory_order_relaxed);
-    if (u.offset + u.counts.inside <= layer.capacity) std::copy_n(space.inside, u.counts.inside, layer.inside + u.offset);
+    if (u.offset + u.counts.inside <= layer.capacity) std::copy_n(space.inside, u.counts.inside, layer.inside.get() + u.offset);
   }
 
   void read_sweep(Layer& layer) {
@@ -393,11 +354,11 @@ class Selection {
         found_in_layer(layer, {layer.lo, all.above});
       } else if (all.inside <= layer.capacity) {
         const auto scratch = std::make_unique_for_overwrite<Bits[]>(all.inside / 4 + kStoreSlack);
-        Rank<Bits> t = rank_largest(loop_, layer.inside, all.inside, layer.kept - all.above, layer.lo, layer.hi, scratch.get());
+        Rank<Bits> t = rank_largest(loop_, layer.inside.get(), all.inside, layer.kept - all.above, layer.lo, layer.hi, scratch.get());
         t.above += all.above;
         for (int64_t i = 0; i < layer.units; ++i) {
           Unit& u = units_[layer.first_unit + i];
-          u.counts.inside = count_equal(layer.inside + u.offset, u.counts.inside, t.magnitude);
+          u.counts.inside = count_equal(loop_, layer.inside.get() + u.offset, u.counts.inside, t.magnitude);
         }
         found_in_layer(layer, t);
       } else {
@@ -433,7 +394,8 @@ class Selection {
     const Unit& u = units_[i];
     Space space;
     const Bits* x = problem_.read(layer.id, u.begin, u.n, space.read);
-    layer.cut = found(layer.id, t, u.begin + index_of_tie(x, u.n, t.magnitude, rank));
+    layer.cut = found(layer.id, t, u.begin + index_of_tie(loop_, x, u.n, t.magnitude, rank));
+    layer.inside.reset();
     layer.enter(kFound);
   }
 
@@ -481,16 +443,38 @@ class Selection {
   void apply(Unit& u) {
     Layer& layer = layers_[u.layer];
     if (layer.wait_beyond(kBracketed) == kMissed) return;
+    if (layer.pattern.kind != kWeight) return apply_tiles(layer.id, share(u), u.tally);
     Space space;
     const Bits* x = problem_.read(layer.id, u.begin, u.n, space.read);
-    apply(layer.id, u.begin, u.n, layer.cut, x, u.tally);
+    problem_.apply(layer.id, u.begin, u.n, layer.cut, x, u.tally);
   }
 
-  // The parts in front of and behind the cut's index, each with its own bound.
-  void apply(int64_t id, int64_t begin, int64_t n, const Cut<Bits>& cut, const Bits* x, Tally& tally) {
-    const int64_t front = std::clamp<int64_t>(cut.index - begin, 0, n);
-    if (front > 0) problem_.apply(id, begin, front, cut.before, x, tally);
-    if (front < n) problem_.apply(id, begin + front, n - front, cut.from, x + front, tally);
+  const Bits* read(int64_t id, const Runs& runs, Bits* space) const {
+    if (runs.in_one_piece()) return problem_.read(id, runs.front(), runs.n, space);
+    problem_.read_scattered(id, runs, space);
+    return space;
+  }
+
+  void sum_groups(int64_t id, const Share& share) {
+    const auto read_runs = [&](const Runs& runs, Bits* space) { return read(id, runs, space); };
+    group_sums(loop_, problem_.pattern(id), problem_.numel(id), share, read_runs, sums_[id].data());
+  }
+
+  void rank_sums(int64_t id) {
+    rank_groups(loops<double>(machine_.isa), sums_[id].data(), problem_.pattern(id).size, problem_.kept(id), problem_.row(id));
+  }
+
+  void apply_tiles(int64_t id, const Share& share, Tally& tally) {
+    const Pattern pattern = problem_.pattern(id);
+    const PatternCut cut(problem_.row(id), sums_[id].data());
+    const Tiles tiles(pattern, problem_.numel(id));
+    alignas(64) Bits space[kTile], mask[kTile];
+    for (int64_t t = share.begin(tiles.count()); t < share.end(tiles.count()); ++t) {
+      const Tile tile = tiles[t];
+      const Bits* x = read(id, tile.elements, space);
+      keep_in_tile(loop_, pattern, cut, tile, x, mask);
+      problem_.apply(id, tile, mask, x, tally);
+    }
   }
 
   const Machine& machine_;
@@ -499,7 +483,7 @@ class Selection {
   std::vector<int64_t> small_;  // the layers of up to one unit
   std::vector<Layer> layers_;   // the others
   std::vector<Unit> units_;
-  std::unique_ptr<Bits[]> inside_;  // memory of the layers' `inside`
+  std::vector<std::vector<uint64_t>> sums_;  // of the groups of each layer that has groups
   std::vector<Task> tasks_;
   int64_t elements_ = 0;  // of all tasks
 };
@@ -511,6 +495,7 @@ struct SelectLayer {
   BitsOf<T>* masked;
   int64_t numel;
   int64_t kept;
+  Pattern pattern = {};
 };
 
 template <class T>
@@ -527,11 +512,22 @@ class SelectProblem {
   int64_t layers() const { return static_cast<int64_t>(layers_.size()); }
   int64_t numel(int64_t l) const { return layers_[l].numel; }
   int64_t kept(int64_t l) const { return layers_[l].kept; }
+  Pattern pattern(int64_t l) const { return layers_[l].pattern; }
   int64_t* row(int64_t l) const { return cuts_ + l * kCutColumns; }
   const Bits* read(int64_t l, int64_t begin, int64_t, Bits*) const { return layers_[l].scores + begin; }
-  void sample(int64_t l, const SamplePlan& plan, Bits* out) const { gather(plan, layers_[l].scores, out); }
-  void apply(int64_t l, int64_t begin, int64_t n, Bits bound, const Bits* x, Tally& nans) const {
-    nans += loop_.apply(x, layers_[l].weight + begin, layers_[l].masked + begin, n, bound);
+  template <class Places>
+  void read_scattered(int64_t l, const Places& places, Bits* out) const {
+    gather(places, layers_[l].scores, out);
+  }
+  void apply(int64_t l, int64_t begin, int64_t n, const Cut<Bits>& cut, const Bits* x, Tally& nans) const {
+    in_parts(cut, begin, n, [&](int64_t from, int64_t size, Bits bound) {
+      nans += loop_.apply(x + from, layers_[l].weight + begin + from, layers_[l].masked + begin + from, size, bound);
+    });
+  }
+  void apply(int64_t l, const Tile& tile, const Bits* mask, const Bits* x, Tally& nans) const {
+    tile.elements.for_each_piece([&](int64_t i, int64_t at, int64_t n) {
+      nans += loop_.apply(x + at, layers_[l].weight + i, layers_[l].masked + i, n, mask + at);
+    });
   }
   void add(int64_t l, Tally nans) const { row(l)[kNans] += nans; }
 

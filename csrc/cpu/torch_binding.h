@@ -10,8 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "machine.h"
+#include "../plan.h"
 #include "element.h"
+#include "machine.h"
 
 namespace s2ap {
 
@@ -23,6 +24,18 @@ inline Machine torch_machine() {
   return {best_isa(), static_cast<int>(torch::stable::get_num_threads()), [](int threads, void (*work)(void*), void* context) {
             torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(context); });
           }};
+}
+
+// Whether torch rounds a + alpha * b once. That depends on the machine and on ATEN_CPU_CAPABILITY, so it is asked.
+inline bool torch_fuses() {
+  static const bool fuses = [] {
+    const int64_t size[] = {1};
+    const double x = 1 + 0x1p-12;  // x * x = 1 + 2^-11 + 2^-24, whose last bit float32 loses
+    const auto filled = [&](double value) { return torch::stable::full({size, 1}, value, ScalarType::Float); };
+    const Tensor difference = torch::stable::subtract(filled(1 + 0x1p-11), filled(x), x);
+    return *static_cast<const float*>(difference.const_data_ptr()) != 0;
+  }();
+  return fuses;
 }
 
 inline std::string at(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
@@ -48,13 +61,35 @@ inline void check_table(const Tensor& t, const char* name, ScalarType dtype, siz
   check_tensor(t, name, dtype, static_cast<int64_t>(layers) * columns);
 }
 
+// The pattern of each layer; `numbers` is empty where all are plain.
+inline std::vector<Pattern> patterns_of(const std::vector<int64_t>& numbers, const TensorList& scores) {
+  std::vector<Pattern> patterns(scores.size());
+  if (numbers.empty()) return patterns;
+  if (numbers.size() != scores.size() * kPatternNumbers) {
+    fail("patterns", std::to_string(scores.size() * kPatternNumbers) + " numbers", std::to_string(numbers.size()));
+  }
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const int64_t* p = numbers.data() + i * kPatternNumbers;
+    patterns[i] = {p[0], p[1], p[2]};
+    if (p[0] == kWeight) continue;
+    const int64_t n = scores[i].numel();
+    const bool divides = p[1] >= 1 && p[2] >= 1 && n > 0 && n % p[1] == 0 && n / p[1] % p[2] == 0;
+    if ((p[0] != kGroup && p[0] != kWindow) || !divides || (p[0] == kWindow && p[1] > kLargestWindow)) {
+      fail(at("patterns", i), "a known kind and size * block that divides " + std::to_string(n) + " elements",
+           "kind " + std::to_string(p[0]) + ", " + std::to_string(p[1]) + " * " + std::to_string(p[2]));
+    }
+  }
+  return patterns;
+}
+
 // The counts of `kept`, checked.
-inline const int64_t* counts(const Tensor& kept, const TensorList& scores) {
+inline const int64_t* counts(const Tensor& kept, const TensorList& scores, const std::vector<Pattern>& patterns) {
   check_table(kept, "kept", ScalarType::Long, scores.size(), 1);
   const auto* count = static_cast<const int64_t*>(kept.const_data_ptr());
   for (size_t i = 0; i < scores.size(); ++i) {
-    if (count[i] < 0 || count[i] > scores[i].numel()) {
-      fail(at("kept", i), "a count in [0, " + std::to_string(scores[i].numel()) + "]", std::to_string(count[i]));
+    const int64_t most = patterns[i].kind == kWeight ? scores[i].numel() : patterns[i].size;
+    if (count[i] < 0 || count[i] > most) {
+      fail(at("kept", i), "a count in [0, " + std::to_string(most) + "]", std::to_string(count[i]));
     }
   }
   return count;

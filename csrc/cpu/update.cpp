@@ -5,18 +5,6 @@
 
 namespace s2ap {
 
-// Whether torch rounds a + alpha * b once. That depends on the machine and on ATEN_CPU_CAPABILITY, so it is asked.
-bool torch_fuses() {
-  static const bool fuses = [] {
-    const int64_t size[] = {1};
-    const double x = 1 + 0x1p-12;  // x * x = 1 + 2^-11 + 2^-24, whose last bit float32 loses
-    const auto filled = [&](double value) { return torch::stable::full({size, 1}, value, ScalarType::Float); };
-    const Tensor difference = torch::stable::subtract(filled(1 + 0x1p-11), filled(x), x);
-    return *static_cast<const float*>(difference.const_data_ptr()) != 0;
-  }();
-  return fuses;
-}
-
 void update_cpu(const TensorList& scores, const TensorList& grads, const TensorList& momentum_buffers, double lr, double momentum,
                 double dampening, double weight_decay, bool nesterov) {
   dispatch(scores, [&](auto element) {

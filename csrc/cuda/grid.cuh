@@ -17,11 +17,13 @@
 
 #if defined(__CUDACC__)
 #define S2AP_DEVICE __device__ __forceinline__
+#define S2AP_DEVICE_APART __device__ __noinline__  // what few launches need: it is to cost the rest of the kernel no registers
 #define S2AP_UNROLL _Pragma("unroll")
 #include <cooperative_groups.h>
 #else
 #include <bit>
 #define S2AP_DEVICE inline
+#define S2AP_DEVICE_APART inline
 #define S2AP_UNROLL
 #endif
 

@@ -54,6 +54,23 @@ inline void check_array(const char* op, const char* name, const Tensor& array, c
                   array.numel());
 }
 
+// The pattern of each layer; `numbers` is empty where all are plain.
+inline std::vector<Pattern> patterns_of(const char* op, const std::vector<int64_t>& numbers, const std::vector<Tensor>& scores) {
+  std::vector<Pattern> patterns(scores.size());
+  if (numbers.empty()) return patterns;
+  STD_TORCH_CHECK(numbers.size() == scores.size() * kPatternNumbers, op, ": patterns: expected ", scores.size() * kPatternNumbers,
+                  " numbers, got ", numbers.size());
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const int64_t *p = numbers.data() + i * kPatternNumbers, n = scores[i].numel();
+    patterns[i] = {p[0], p[1], p[2]};
+    bool divides = p[1] >= 1 && p[2] >= 1 && n > 0 && n % p[1] == 0 && n / p[1] % p[2] == 0;
+    bool known = p[0] == kWeight || (p[0] == kGroup && divides) || (p[0] == kWindow && divides && p[1] <= kLargestWindow);
+    STD_TORCH_CHECK(known, op, ": patterns[", i, "]: expected a known kind and size * block that divides ", n, " elements, got kind ", p[0],
+                    ", ", p[1], " * ", p[2]);
+  }
+  return patterns;
+}
+
 // Calls run(T{}) with the C++ type of the tensor's elements.
 template <class Run>
 void dispatch(const char* op, const Tensor& tensor, Run run) {

@@ -5,40 +5,45 @@
 // is read and never stored, and the scores need no restoring. Product and sum are rounded apart (no fused
 // multiply-add), as in the reference.
 //
+// Where the gradients are those of the masked weights (straight_through), the scores' own, g * w * sign(s), are formed likewise wherever
+// they are read.
+//
 // First the norms, one pass over s and g and a grid barrier for each level of their sums (sums.cuh); then the selection of radix.cuh
 // with s + z for s. Bytes per element, float32: 8 for the norms, 8 for each of 3 digits, 16 to apply: 48. The floor is 28 (the norms must
-// be known before the first s + z); scores and gradients come out of the L2 cache from the second time on where they fit.
+// be known before the first s + z); scores and gradients come out of the L2 cache from the second time on where they fit. With
+// straight_through the norms and the digits read w as well: 16 more. Where the sums of squares of the scores are given, the norms read 4
+// less, but for straight_through, which needs the scores' signs. Windows take 8 + 16, groups 8 + 8 + 16 (pattern.cuh).
 //
 // One cooperative launch for all layers, for the reasons given in select.cu.
-#include "radix.cuh"
-#include "sums.cuh"
+#include "pattern.cuh"
+#include "step.cuh"
 
 namespace s2ap::cuda {
 
-struct Cut {
-  int64_t key, index;
-};
-
+// The gradient of score i: as given, or formed from that of the masked weight.
 template <class T>
+S2AP_DEVICE T gradient(const Layer<T>& row, int64_t i, bool straight_through) {
+  return straight_through ? score_grad(row.grads[i], row.weights[i], row.scores[i]) : row.grads[i];
+}
+
+// Mask: which elements stay at the scores themselves.
+template <class T, class Mask>
 struct PerturbedReader {
   struct Raw {
     T score, grad;
   };
-  const T* scores;
-  const T* grads;
+  Layer<T> row;
+  bool straight_through;
   Compute<T> scale;
-  Cut cut_now;
+  Mask now;
 
-  S2AP_DEVICE Raw load(int64_t i) const { return {scores[i], grads[i]}; }
-  S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(Number<T>::round(add(widen(raw.score), multiply(widen(raw.grad), scale)))); }
-  S2AP_DEVICE bool was_kept(Raw raw, int64_t i) const {
-    int64_t key = static_cast<int64_t>(key_of(widen(raw.score)));
-    return key > cut_now.key || (key == cut_now.key && i >= cut_now.index);
-  }
+  S2AP_DEVICE Raw load(int64_t i) const { return {row.scores[i], gradient(row, i, straight_through)}; }
+  S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(perturbed(raw.score, raw.grad, scale)); }
+  S2AP_DEVICE bool was_kept(Raw raw, int64_t i) const { return now.keeps(key_of(widen(raw.score)), i); }
   S2AP_DEVICE void tally(Raw raw, Compute<T> moved, int64_t i, bool keep, Tally& tally) const {
-    Compute<T> now = widen(raw.score);
+    Compute<T> present = widen(raw.score);
     tally.flips += keep != was_kept(raw, i);
-    tally.signs += (moved > 0) != (now > 0) || (moved < 0) != (now < 0);
+    tally.signs += (moved > 0) != (present > 0) || (moved < 0) != (present < 0);
   }
   S2AP_DEVICE void drop(Raw raw, int64_t i, Tally& tally) const { tally.flips += was_kept(raw, i) ? 1 : -1; }
 };
@@ -47,40 +52,54 @@ template <class T>
 struct PerturbArgs {
   Selection<T> selection;
   const int64_t* cuts_now;  // [layers, kCutColumns]; may be selection.cuts
+  const double* squares;    // [layers], the sums of squares of the scores; null where they must be taken
   double gamma, eps;
+  bool straight_through;
   double* scales;  // [layers]
   // Workspace, not initialised.
-  Sums sums;
+  Sums sums;  // quantity 0 is the gradients', 1 the scores'
+  Groups groups;
   Cut* saved_cuts;  // [layers]
 
   S2AP_DEVICE double scale(int layer) const {
-    double norm_s = square_root(sum_of_squares(selection.table, sums, layer, 0));
-    double norm_g = square_root(sum_of_squares(selection.table, sums, layer, 1));
+    const Table<Layer<T>>& table = selection.table;
+    double norm_g = square_root(sum_of_squares(table, sums, layer, 0));
+    double norm_s = square_root(squares != nullptr ? squares[layer] : sum_of_squares(table, sums, layer, 1));
     if (norm_g == 0) return 0;
     return static_cast<Compute<T>>(divide(multiply(gamma, norm_s), add(norm_g, eps)));
   }
-  S2AP_DEVICE PerturbedReader<T> reader(int layer) const {
+  template <int kind>
+  S2AP_DEVICE auto mask_now(int layer) const {
     const Layer<T>& row = selection.table.rows[layer];
-    return {row.scores, row.grads, static_cast<Compute<T>>(scale(layer)), saved_cuts[layer]};
+    Cut cut = saved_cuts[layer];
+    if constexpr (kind == kGroup) {
+      return GroupMask(groups, selection.table, layer, 1, cut);
+    } else if constexpr (kind == kWindow) {
+      return WindowMask<ScoreReader<T>>{row.pattern, cut.index, {row.scores}};
+    } else {
+      return CutMask{cut};
+    }
   }
-  int phases() const { return sums.levels + kSelectionPhases<T>; }
+  template <int kind = kWeight>
+  S2AP_DEVICE auto reader(int layer) const {
+    auto now = mask_now<kind>(layer);
+    return PerturbedReader<T, decltype(now)>{selection.table.rows[layer], straight_through, static_cast<Compute<T>>(scale(layer)), now};
+  }
+  // Once the table is full and the options are set.
+  void plan() {
+    sums.quantities = squares != nullptr ? 1 : 2;
+    sums.levels = sum_levels(selection.table);
+    groups.take(selection.table, 2);
+  }
+  int phases() const { return sums.levels + selection_and_pattern_phases<T>(groups); }
 };
 
 template <class T, class Array>
 void for_each_array(PerturbArgs<T>& args, Array&& array) {
   for_each_array(args.selection, array);
-  for (double*& level : args.sums.level) array(level, 2 * args.selection.table.chunks());
+  for_each_array(args.sums, args.selection.table, array);
+  for_each_array(args.groups, array);
   array(args.saved_cuts, static_cast<int64_t>(args.selection.table.layers));
-}
-
-// One thread per layer; before prepare(), which may overwrite cuts_now.
-template <class Grid, class T>
-S2AP_DEVICE void save_cuts(const Grid& grid, const PerturbArgs<T>& args) {
-  int64_t thread = static_cast<int64_t>(grid.block()) * grid.threads() + grid.thread();
-  for (int64_t layer = thread; layer < args.selection.table.layers; layer += static_cast<int64_t>(grid.blocks()) * grid.threads()) {
-    const int64_t* cut = args.cuts_now + layer * kCutColumns;
-    args.saved_cuts[layer] = {cut[kKey], cut[kIndex]};
-  }
 }
 
 template <class Grid, class T>
@@ -94,17 +113,21 @@ S2AP_DEVICE void write_scales(const Grid& grid, const PerturbArgs<T>& args) {
 template <class Grid, class T>
 S2AP_DEVICE void perturb_phases(const Grid& grid, const PerturbArgs<T>& args, int first, int last) {
   auto& storage = grid.template shared<SelectionStorage<T>>();
+  const Table<Layer<T>>& table = args.selection.table;
   for (int phase = first; phase < last; ++phase) {
     if (phase > first) grid.grid_barrier();
     if (phase == 0) {
-      save_cuts(grid, args);
+      save_cuts(grid, args.cuts_now, args.saved_cuts, table.layers);
       prepare(grid, args.selection);
-      sum_squares(grid, args.selection.table, args.sums);
+      sum_squares(grid, table, args.sums, [&](const Layer<T>& row, int quantity, int64_t i) {
+        return quantity == 0 ? gradient(row, i, args.straight_through) : row.scores[i];
+      });
+      if (args.groups.any) sum_groups(grid, table, args.groups, 1, [&](int layer) { return ScoreReader<T>{table.rows[layer].scores}; });
     } else if (phase < args.sums.levels) {
-      sum_again(grid, args.selection.table, args.sums, phase);
+      sum_again(grid, table, args.sums, phase);
     } else {
       if (phase == args.sums.levels) write_scales(grid, args);
-      selection_phase(grid, args, storage, phase - args.sums.levels);
+      selection_and_pattern_phase(grid, args, storage, phase - args.sums.levels);
     }
   }
 }
@@ -125,8 +148,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   perturb_phases(CudaGrid{}, args, first, last);
 }
 
-void perturb_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor kept, Tensor cuts,
-                  double gamma, double eps, std::vector<Tensor> masked, Tensor new_cuts, Tensor scales) {
+void perturb_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor kept,
+                  std::vector<int64_t> pattern_numbers, Tensor cuts, std::optional<Tensor> squares, double gamma, double eps,
+                  bool straight_through, std::vector<Tensor> masked, Tensor new_cuts, Tensor scales) {
   if (scores.empty()) return;
   int64_t layers = static_cast<int64_t>(scores.size());
   check_list("perturb", "scores", scores, scores);
@@ -137,6 +161,13 @@ void perturb_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::ve
   check_array("perturb", "cuts", cuts, scores[0], layers * kCutColumns, ScalarType::Long);
   check_array("perturb", "new_cuts", new_cuts, scores[0], layers * kCutColumns, ScalarType::Long);
   check_array("perturb", "scales", scales, scores[0], layers, ScalarType::Double);
+  if (squares) check_array("perturb", "squares", *squares, scores[0], layers, ScalarType::Double);
+  std::vector<Pattern> patterns = patterns_of("perturb", pattern_numbers, scores);
+  for (int64_t i = 0; straight_through && i < layers; ++i) {
+    // s + z is worked out from the weights to the very end.
+    STD_TORCH_CHECK(masked[i].numel() == 0 || masked[i].data_ptr() != weights[i].data_ptr(), "perturb: masked[", i,
+                    "]: expected memory of its own with straight_through, got that of weights[", i, "]");
+  }
   int device = scores[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
 
@@ -146,15 +177,17 @@ void perturb_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::ve
       PerturbArgs<T> args;
       Selection<T>& s = args.selection;
       for (int64_t i = begin; i < std::min(begin + kMaxLayers, layers); ++i) {
-        s.table.push({data<T>(scores[i]), data<T>(grads[i]), data<T>(weights[i]), data<T>(masked[i]), scores[i].numel()});
+        s.table.push({data<T>(scores[i]), data<T>(grads[i]), data<T>(weights[i]), data<T>(masked[i]), scores[i].numel(), patterns[i]});
       }
       s.kept = data<int64_t>(kept) + begin;
       s.cuts = data<int64_t>(new_cuts) + begin * kCutColumns;
       args.cuts_now = data<int64_t>(cuts) + begin * kCutColumns;
+      args.squares = squares ? data<double>(*squares) + begin : nullptr;
+      args.straight_through = straight_through;
       args.gamma = gamma;
       args.eps = eps;
       args.scales = data<double>(scales) + begin;
-      args.sums.levels = sum_levels(s.table);
+      args.plan();
       Tensor workspace = allocate_workspace(args, scores[0]);
       launch_phases("perturb", perturb_kernel<T>, args, s.table.chunks(), args.phases(), device);
     }

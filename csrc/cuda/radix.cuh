@@ -46,6 +46,7 @@ struct Layer {
   const T* weights;
   T* masked;  // may be weights
   int64_t n;
+  Pattern pattern;
 };
 
 // How far a layer's search has come. Of the elements whose key begins with prefix, need stay and spare go.
@@ -200,7 +201,7 @@ S2AP_DEVICE void count_digit(const Grid& grid, const Args& args, SelectionStorag
   const Selection<T>& s = args.selection;
   for_each_segment(grid, s.table, [&](Segment segment) {
     const Layer<T>& row = s.table.rows[segment.layer];
-    if (is_decided(start(s, segment.layer))) return;
+    if (row.pattern.kind != kWeight || is_decided(start(s, segment.layer))) return;
     Key prefix = d == 0 ? Key{0} : find_digit(grid, s, storage, segment.layer, d - 1, segment.begin == 0).prefix;
     int bins = Digits<T>::bins(d), low = Digits<T>::below(d), high = Digits<T>::below(d - 1);
     for (int bin = static_cast<int>(grid.thread()); bin < bins; bin += static_cast<int>(grid.threads())) storage.bins[bin] = 0;
@@ -232,6 +233,7 @@ S2AP_DEVICE void apply(const Grid& grid, const Args& args, SelectionStorage<T>& 
   const Selection<T>& s = args.selection;
   for_each_segment(grid, s.table, [&](Segment segment) {
     const Layer<T>& row = s.table.rows[segment.layer];
+    if (row.pattern.kind != kWeight) return;
     Progress<Key> from = start(s, segment.layer);
     bool decided = is_decided(from);
     Key cut_key;
@@ -319,7 +321,7 @@ S2AP_DEVICE void settle(const Grid& grid, const Args& args, SelectionStorage<T>&
   const Selection<T>& s = args.selection;
   int threads = static_cast<int>(grid.threads()), thread = static_cast<int>(grid.thread());
   for_each_segment(grid, s.table, [&](Segment segment) {
-    if (is_decided(start(s, segment.layer))) return;
+    if (s.table.rows[segment.layer].pattern.kind != kWeight || is_decided(start(s, segment.layer))) return;
     Progress<KeyOf<T>> cut = *progress(s, segment.layer, Digits<T>::kCount);
     const uint32_t* ties = s.ties + s.table.first_chunk[segment.layer];
     uint32_t mine = 0;

@@ -1,37 +1,34 @@
-// select: the masked weights of all layers at once, out[l] = weights[l] where |scores[l]| is among the kept[l] largest, else +0.
+// select: the masked weights of all layers at once, out[l] = weights[l] where |scores[l]| is among the kept[l] largest, else +0; or what the
+// layer's pattern says.
 //
 // The algorithm is that of radix.cuh: exact for every input, 3 digits for float32. Bytes per element, float32: the scores once per
 // digit and once more, the weights, the masked weights: 4 * 4 + 4 + 4 = 24. The floor is 12; but from the second time on, the scores of all
-// but the largest networks come out of the L2 cache.
+// but the largest networks come out of the L2 cache. Patterns (pattern.cuh) take less: 12 for windows, 16 for groups.
 //
 // One cooperative launch for all layers, 5 grid barriers in it for float32. A launch per layer and phase would be 100 launches for a
 // ResNet-18, most of them too small to fill a GPU. Nothing is copied to the host, so nothing waits; `kept` is read on the device.
-#include "radix.cuh"
+#include "pattern.cuh"
 
 namespace s2ap::cuda {
 
 template <class T>
-struct ScoreReader {
-  using Raw = T;
-  const T* scores;
-
-  S2AP_DEVICE Raw load(int64_t i) const { return scores[i]; }
-  S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(raw); }
-  S2AP_DEVICE void tally(Raw, Compute<T>, int64_t, bool, Tally&) const {}
-  S2AP_DEVICE void drop(Raw, int64_t, Tally&) const {}
-};
-
-template <class T>
 struct SelectArgs {
   Selection<T> selection;
+  Groups groups;
 
-  S2AP_DEVICE ScoreReader<T> reader(int layer) const { return {selection.table.rows[layer].scores}; }
-  static constexpr int phases() { return 1 + kSelectionPhases<T>; }
+  template <int kind = kWeight>
+  S2AP_DEVICE ScoreReader<T> reader(int layer) const {
+    return {selection.table.rows[layer].scores};
+  }
+  // Once the table is full.
+  void plan() { groups.take(selection.table, 1); }
+  int phases() const { return 1 + selection_and_pattern_phases<T>(groups); }
 };
 
 template <class T, class Array>
 void for_each_array(SelectArgs<T>& args, Array&& array) {
   for_each_array(args.selection, array);
+  for_each_array(args.groups, array);
 }
 
 template <class Grid, class T>
@@ -42,7 +39,7 @@ S2AP_DEVICE void select_phases(const Grid& grid, const SelectArgs<T>& args, int 
     if (phase == 0) {
       prepare(grid, args.selection);
     } else {
-      selection_phase(grid, args, storage, phase - 1);
+      selection_and_pattern_phase(grid, args, storage, phase - 1);
     }
   }
 }
@@ -63,7 +60,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   select_phases(CudaGrid{}, args, first, last);
 }
 
-void select_cuda(std::vector<Tensor> scores, std::vector<Tensor> weights, Tensor kept, std::vector<Tensor> masked, Tensor cuts) {
+void select_cuda(std::vector<Tensor> scores, std::vector<Tensor> weights, Tensor kept, std::vector<int64_t> pattern_numbers,
+                 std::vector<Tensor> masked, Tensor cuts) {
   if (scores.empty()) return;
   int64_t layers = static_cast<int64_t>(scores.size());
   check_list("select", "scores", scores, scores);
@@ -71,6 +69,7 @@ void select_cuda(std::vector<Tensor> scores, std::vector<Tensor> weights, Tensor
   check_list("select", "masked", masked, scores);
   check_array("select", "kept", kept, scores[0], layers, ScalarType::Long);
   check_array("select", "cuts", cuts, scores[0], layers * kCutColumns, ScalarType::Long);
+  std::vector<Pattern> patterns = patterns_of("select", pattern_numbers, scores);
   int device = scores[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
 
@@ -80,10 +79,11 @@ void select_cuda(std::vector<Tensor> scores, std::vector<Tensor> weights, Tensor
       SelectArgs<T> args;
       Selection<T>& s = args.selection;
       for (int64_t i = begin; i < std::min(begin + kMaxLayers, layers); ++i) {
-        s.table.push({data<T>(scores[i]), nullptr, data<T>(weights[i]), data<T>(masked[i]), scores[i].numel()});
+        s.table.push({data<T>(scores[i]), nullptr, data<T>(weights[i]), data<T>(masked[i]), scores[i].numel(), patterns[i]});
       }
       s.kept = data<int64_t>(kept) + begin;
       s.cuts = data<int64_t>(cuts) + begin * kCutColumns;
+      args.plan();
       Tensor workspace = allocate_workspace(args, scores[0]);
       launch_phases("select", select_kernel<T>, args, s.table.chunks(), args.phases(), device);
     }

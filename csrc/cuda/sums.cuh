@@ -8,6 +8,14 @@
 
 namespace s2ap::cuda {
 
+// The 64 running sums of a chunk, two in each thread of the warp, by halves; the result is lane 0's.
+template <class Grid>
+S2AP_DEVICE double fold_lanes(const Grid& grid, double low, double high) {
+  double sum = add(low, high);
+  for (unsigned half = kWarp / 2; half > 0; half /= 2) sum = add(sum, grid.shuffle(sum, (grid.lane() + half) % kWarp));
+  return sum;
+}
+
 // term(0) + ... + term(count - 1), count <= kChunk, in lane 0. Thread j of the warp carries the running sums j and j + 32.
 template <class Grid, class Term>
 S2AP_DEVICE double chunk_sum(const Grid& grid, int count, Term term) {
@@ -27,9 +35,7 @@ S2AP_DEVICE double chunk_sum(const Grid& grid, int count, Term term) {
       high = add(high, b[u]);
     }
   }
-  double sum = add(low, high);
-  for (unsigned half = kWarp / 2; half > 0; half /= 2) sum = add(sum, grid.shuffle(sum, (grid.lane() + half) % kWarp));
-  return sum;
+  return fold_lanes(grid, low, high);
 }
 
 template <class T>
@@ -38,12 +44,18 @@ S2AP_DEVICE double square(T x) {
   return multiply(wide, wide);
 }
 
-// Two quantities per layer, the scores' and the gradients' norms. Level k's sums lie in level[k % 2], at
-// quantity * chunks + first chunk of the layer + j.
+// One or two quantities per layer. Level k's sums lie in level[k % 2], at quantity * chunks + first chunk of the layer + j.
 struct Sums {
-  double* level[2];  // [2 * chunks] each
+  double* level[2];  // [quantities * chunks] each
   int levels;        // 1 + how often the chunks' sums must be summed again
+  int quantities = 2;
 };
+
+// The arrays of the workspace, as everywhere.
+template <class Row, class Array>
+void for_each_array(Sums& sums, const Table<Row>& table, Array&& array) {
+  for (double*& level : sums.level) array(level, sums.quantities * table.chunks());
+}
 
 template <class Row>
 inline int sum_levels(const Table<Row>& table) {
@@ -56,18 +68,17 @@ inline int sum_levels(const Table<Row>& table) {
   return levels;
 }
 
-// Level 0: each block sums the chunks of its own range. Layer rows have scores and grads.
-template <class Grid, class Row>
-S2AP_DEVICE void sum_squares(const Grid& grid, const Table<Row>& table, const Sums& sums) {
+// Level 0: each block sums the chunks of its own range. term(row, quantity, i) is what is squared, of the dtype of the scores.
+template <class Grid, class Row, class Term>
+S2AP_DEVICE void sum_squares(const Grid& grid, const Table<Row>& table, const Sums& sums, Term term) {
   for_each_segment(grid, table, [&](Segment segment) {
     const Row& row = table.rows[segment.layer];
-    int64_t first = table.first_chunk[segment.layer];
-    for (int64_t task = 2 * segment.begin + grid.warp(); task < 2 * segment.end; task += grid.warps()) {
-      int64_t chunk = task / 2;
-      bool second = task % 2 != 0;
-      auto x = (second ? row.grads : row.scores) + chunk * kChunk;
-      double sum = chunk_sum(grid, chunk_length(row.n, chunk), [&](int i) { return square(x[i]); });
-      if (grid.lane() == 0) sums.level[0][(second ? table.chunks() : 0) + first + chunk] = sum;
+    int64_t begin = segment.begin * sums.quantities, end = segment.end * sums.quantities;
+    for (int64_t task = begin + grid.warp(); task < end; task += grid.warps()) {
+      int64_t chunk = task / sums.quantities, first = chunk * kChunk;
+      int quantity = static_cast<int>(task % sums.quantities);
+      double sum = chunk_sum(grid, chunk_length(row.n, chunk), [&](int i) { return square(term(row, quantity, first + i)); });
+      if (grid.lane() == 0) sums.level[0][quantity * table.chunks() + table.first_chunk[segment.layer] + chunk] = sum;
     }
   });
 }
@@ -83,17 +94,17 @@ S2AP_DEVICE void sum_again(const Grid& grid, const Table<Row>& table, const Sums
     int64_t first = table.first_chunk[layer], count = table.first_chunk[layer + 1] - first;
     for (int k = 1; k < level; ++k) count = (count + kChunk - 1) / kChunk;
     int64_t groups = (count + kChunk - 1) / kChunk;
-    for (; turn < 2 * groups; turn += warps) {
-      int64_t group = turn / 2, at = (turn % 2 != 0 ? table.chunks() : 0) + first;
+    for (; turn < sums.quantities * groups; turn += warps) {
+      int64_t group = turn / sums.quantities, at = turn % sums.quantities * table.chunks() + first;
       const double* terms = in + at + group * kChunk;
       double sum = chunk_sum(grid, chunk_length(count, group), [&](int i) { return terms[i]; });
       if (grid.lane() == 0) out[at + group] = sum;
     }
-    turn -= 2 * groups;
+    turn -= sums.quantities * groups;
   }
 }
 
-// The finished sum of a layer; quantity 0 is the scores', 1 the gradients'.
+// The finished sum of a layer.
 template <class Row>
 S2AP_DEVICE double sum_of_squares(const Table<Row>& table, const Sums& sums, int layer, int quantity) {
   if (table.rows[layer].n == 0) return 0;

@@ -62,25 +62,33 @@ S2AP_HD int chunk_length(int64_t n, int64_t chunk) {
   return static_cast<int>(left < kChunk ? left : kChunk);
 }
 
-// Calls use(j, j < length, load(j)) for the elements j of a chunk, block-wide, with kUnroll loads in flight. All threads of the
+// Calls use(j, j < length, load(j)) for the elements j of a chunk, block-wide, with `unroll` loads in flight. All threads of the
 // block take part in every round, also those with j >= length, whose value is V{}.
-template <class Grid, class Load, class Use>
+template <int unroll = kUnroll, class Grid, class Load, class Use>
 S2AP_DEVICE void for_each_element(const Grid& grid, int length, Load load, Use use) {
   using V = decltype(load(0));
   int threads = static_cast<int>(grid.threads());
-  for (int base = static_cast<int>(grid.thread()); base - static_cast<int>(grid.thread()) < length; base += kUnroll * threads) {
-    V values[kUnroll];
+  for (int base = static_cast<int>(grid.thread()); base - static_cast<int>(grid.thread()) < length; base += unroll * threads) {
+    V values[unroll];
     S2AP_UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < unroll; ++u) {
       int j = base + u * threads;
       values[u] = j < length ? load(j) : V{};
     }
     S2AP_UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < unroll; ++u) {
       int j = base + u * threads;
       use(j, j < length, values[u]);
     }
   }
 }
+
+// A single warp of the grid, to work as a block does in for_each_element.
+struct OneWarp {
+  unsigned lane;
+
+  S2AP_DEVICE unsigned thread() const { return lane; }
+  S2AP_DEVICE unsigned threads() const { return kWarp; }
+};
 
 }  // namespace s2ap::cuda

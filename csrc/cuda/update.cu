@@ -1,12 +1,10 @@
 // update: one SGD step on the scores of all layers, in place.
 //
-// Operation for operation what torch.optim.SGD does on CUDA by default: there `a + alpha * b` is one fused multiply-add, and
-// every result is rounded to the dtype before it is used again. So the scores get the same bits as from torch's own optimizer. (On the CPU
-// torch rounds differently in places, and so does the CPU kernel: update matches torch on the same device.)
+// The arithmetic is that of torch.optim.SGD on CUDA, bit for bit (step.cuh).
 //
 // Bytes per element, float32: scores and momentum read and written, gradients read: 20, which is the floor. Elements do not depend on
 // one another, so this is an ordinary launch, one block per chunk of any layer.
-#include "number.cuh"
+#include "step.cuh"
 #include "table.cuh"
 
 namespace s2ap::cuda {
@@ -22,23 +20,8 @@ struct UpdateLayer {
 template <class T>
 struct UpdateArgs {
   Table<UpdateLayer<T>> table;
-  Compute<T> minus_lr, momentum, one_minus_dampening, weight_decay;
-  bool nesterov;
-
-  // Rounded as torch rounds its scalars.
-  void set(double lr, double new_momentum, double dampening, double new_weight_decay, bool new_nesterov) {
-    minus_lr = static_cast<Compute<T>>(-lr);
-    momentum = static_cast<Compute<T>>(new_momentum);
-    one_minus_dampening = static_cast<Compute<T>>(1 - dampening);
-    weight_decay = static_cast<Compute<T>>(new_weight_decay);
-    nesterov = new_nesterov;
-  }
+  Sgd<T> sgd;
 };
-
-template <class T>
-S2AP_DEVICE T multiply_add_rounded(Compute<T> a, T b, T c) {
-  return Number<T>::round(multiply_add(a, widen(b), widen(c)));
-}
 
 template <class Grid, class T>
 S2AP_DEVICE void update_chunks(const Grid& grid, const UpdateArgs<T>& args) {
@@ -58,15 +41,9 @@ S2AP_DEVICE void update_chunks(const Grid& grid, const UpdateArgs<T>& args) {
           [&](int j, bool valid, const Element& element) {
             if (!valid) return;
             int64_t i = first + j;
-            T d = element.grad;
-            if (args.weight_decay != 0) d = multiply_add_rounded(args.weight_decay, element.score, d);
-            if (row.momentum) {
-              T decayed = Number<T>::round(multiply(args.momentum, widen(element.momentum)));
-              T momentum = multiply_add_rounded(args.one_minus_dampening, d, decayed);
-              row.momentum[i] = momentum;
-              d = args.nesterov ? multiply_add_rounded(args.momentum, momentum, d) : momentum;
-            }
-            row.scores[i] = multiply_add_rounded(args.minus_lr, d, element.score);
+            T buffer = element.momentum;
+            row.scores[i] = args.sgd.step(element.score, element.grad, row.momentum != nullptr, buffer);
+            if (row.momentum) row.momentum[i] = buffer;
           });
     }
   });
@@ -105,7 +82,7 @@ void update_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::vec
       for (int64_t i = begin; i < std::min(begin + kMaxLayers, layers); ++i) {
         args.table.push({data<T>(scores[i]), data<T>(grads[i]), has_momentum ? data<T>(momentum_buffers[i]) : nullptr, scores[i].numel()});
       }
-      args.set(lr, momentum, dampening, weight_decay, nesterov);
+      args.sgd = Sgd<T>::of(lr, momentum, dampening, weight_decay, nesterov);
       int64_t chunks = args.table.chunks();
       if (chunks == 0) continue;
       update_kernel<T><<<static_cast<unsigned>(chunks), kThreads, 0, current_stream(device)>>>(args);

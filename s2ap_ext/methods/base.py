@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -12,9 +13,12 @@ from ..nn import sparsify
 class Method(ABC):
     """One way to search a mask. A subclass says which tensors train, and what follows each optimizer step."""
 
-    def prune(self, model: nn.Module, sparsity: float) -> None:
-        """Makes the dense ``model`` sparse in place: pruned layers, with scores that start from the weights."""
-        sparsify(model, sparsity)
+    def prune(self, model: nn.Module, sparsity: float, *, granularity: str = "weight", exclude: Sequence[str] = ()) -> None:
+        """Makes the dense ``model`` sparse in place: pruned layers, with scores that start from the weights.
+
+        Arguments and errors are those of :func:`s2ap_ext.sparsify`.
+        """
+        sparsify(model, sparsity, granularity=granularity, exclude=exclude)
 
     @abstractmethod
     def prepare(self, model: nn.Module, *, s2ap: bool) -> list[nn.Parameter]:

@@ -6,10 +6,11 @@ import fnmatch
 import itertools
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..sparsity import check_sparsity
+from ..reference import Pattern
+from ..sparsity import check_sparsity, pattern_for
 from .layers import DENSE_TO_PRUNED, Pruned, PrunedWeight, S2APConv2d, S2APLinear, bake, refresh, sparse_layers
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
@@ -35,37 +36,43 @@ def sparsify(
         model: any module; it may itself be a layer.
         sparsity: the fraction of weights removed, in [0, 1].
         allocation: how the kept weights are spread over the layers. ``"uniform"``: the same sparsity everywhere.
-        granularity: what is removed as one. ``"weight"``: single weights.
+        granularity: what is removed as one, and among what. ``"weight"``: single weights of the layer. ``"channel"``: all weights of an
+            output; channels rank by the sum of their ``|scores|``. ``"head"``: an attention head, in the q, k and v projections of
+            ``nn.MultiheadAttention``; all other layers stay dense. ``"N:M"`` such as ``"2:4"``: N weights of every M neighbouring
+            inputs stay; ``sparsity`` has to be ``1 - N / M``, and every layer's inputs a multiple of M (``exclude`` the others).
         exclude: names of layers or modules to leave dense, as in ``named_modules()``; ``*`` and ``?`` match.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: ``sparsity`` outside [0, 1]; an unknown ``allocation`` or ``granularity``; an ``exclude`` that matches no module;
-            a model without a layer to prune, or with a layer that is pruned already. The model is unchanged then.
+        ValueError: ``sparsity`` outside [0, 1]; an unknown ``allocation`` or ``granularity``, or one that does not fit ``sparsity`` or
+            a layer; an ``exclude`` that matches no module; a model without a layer to prune, or with a layer that is pruned already. The
+            model is unchanged then.
     """
     check_sparsity(sparsity)
-    for argument, value, known in (("allocation", allocation, "uniform"), ("granularity", granularity, "weight")):
-        if value != known:
-            raise ValueError(f"{argument}: expected {known!r}, got {value!r}")
+    if allocation != "uniform":
+        raise ValueError(f"allocation: expected 'uniform', got {allocation!r}")
     if already := list(sparse_layers(model)):
         raise ValueError(f"model: layer {already[0] or '(the model itself)'} is pruned already; densify(model) first")
     targets = _targets(model, [exclude] if isinstance(exclude, str) else exclude)
+    if granularity == "head":
+        targets = [target for target in targets if isinstance(target[1], nn.MultiheadAttention)]
     if not targets:
         raise ValueError("model: expected a layer to prune (a convolution, linear or attention layer), found none")
+    patterns = [_pattern(label, module, getattr(module, name), granularity, sparsity) for label, module, name in targets]
 
     shared: dict[int, Pruned] = {}  # the first layer of each weight
-    for label, module, name in targets:
+    for (label, module, name), pattern in zip(targets, patterns, strict=True):
         weight = getattr(module, name)
         first = shared.get(id(weight))
         same = {} if first is None else {"scores": first.scores, "kept": first.kept}
         if type(module) in DENSE_TO_PRUNED:
             layer = module
             layer.__class__ = DENSE_TO_PRUNED[type(module)]
-            layer._start_pruning(sparsity, **same)
+            layer._start_pruning(sparsity, pattern, **same)
         else:
-            layer = PrunedWeight(weight, sparsity=sparsity)
+            layer = PrunedWeight(weight, sparsity=sparsity, pattern=pattern)
             if same:
                 layer.scores, layer.kept = first.scores, first.kept
             parametrize.register_parametrization(module, name, layer)
@@ -73,6 +80,14 @@ def sparsify(
         if isinstance(weight, nn.Parameter):
             shared.setdefault(id(weight), layer)
     return model
+
+
+def _pattern(label: str, module: nn.Module, weight: Tensor, granularity: str, sparsity: float) -> Pattern:
+    heads = (module.num_heads, module.head_dim) if isinstance(module, nn.MultiheadAttention) else None
+    try:
+        return pattern_for(granularity, weight.shape, sparsity, heads=heads)
+    except ValueError as error:
+        raise ValueError(f"layer {label}: {error}") from None
 
 
 def _targets(model: nn.Module, exclude: Sequence[str]) -> list[tuple[str, nn.Module, str]]:

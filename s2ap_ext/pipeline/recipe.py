@@ -78,6 +78,8 @@ class Prune(Training):
     epochs: int = key(20, "passes over the training images", low=0)
     method: str = key("hydra", "how the mask is searched", choices=METHODS)
     sparsity: float = key(0.9, "fraction of the weights removed", low=0, high=1)
+    granularity: str = key("weight", "what is removed as one: weight, channel, head, or N:M such as 2:4 (N of every M inputs stay)")
+    exclude: str = key("", "names of layers that stay dense, separated by commas; * and ? match")
     s2ap: bool = key(True, "take the gradient at scores perturbed towards higher loss")
     gamma: float = key(1e-3, "S2AP: size of the perturbation relative to the scores' norm, layer by layer", low=0)
     warmup_epochs: int = key(5, "S2AP: epochs of plain steps at the start", low=0)

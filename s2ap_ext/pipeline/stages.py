@@ -23,7 +23,7 @@ from ..analysis import layer_masks, mask_distance
 from ..attacks import accuracy, pgd
 from ..data import Batches, Dataset, Split, load_data, seeded_generator
 from ..losses import LOSSES, Loss, get_loss
-from ..methods import METHODS
+from ..methods import METHODS, Method
 from ..models import build_model
 from ..nn import refresh, sparse_layers, train_weights
 from ..optim import AWP, S2AP
@@ -71,11 +71,10 @@ def pretrain(session: Session, model: nn.Module) -> nn.Module:
 def prune(session: Session, model: nn.Module) -> nn.Module:
     """Makes the dense ``model`` sparse, in place, and searches its mask with the recipe's method, plain or with S2AP."""
     settings = session.recipe.prune
-    method = METHODS[settings.method]()
-    method.prune(model, settings.sparsity)
+    method = make_sparse(model, session.recipe)
     optimizer = _sgd(method.prepare(model, s2ap=settings.s2ap), settings)
     if settings.s2ap:
-        optimizer = S2AP(model, optimizer, gamma=settings.gamma, warmup_epochs=settings.warmup_epochs)
+        optimizer = S2AP(model, optimizer, gamma=settings.gamma, warmup_epochs=settings.warmup_epochs, defer_grads=True)
     _fit(session, "prune", model, optimizer, settings, after_step=method.after_step)
     return model
 
@@ -210,6 +209,21 @@ def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
     return model.to(pick_device(recipe.device))
 
 
+def make_sparse(model: nn.Module, recipe: Recipe) -> Method:
+    """Turns the layers of ``model`` that the recipe prunes into pruned ones, in place, and returns its method."""
+    settings = recipe.prune
+    method = METHODS[settings.method]()
+    exclude = [name.strip() for name in settings.exclude.split(",") if name.strip()]
+    method.prune(model, settings.sparsity, granularity=settings.granularity, exclude=exclude)
+    return method
+
+
+def check_prunable(recipe: Recipe, data: Dataset) -> None:
+    """Raises ValueError if the recipe's granularity or its excluded layers do not fit its model: before the hours of pretraining."""
+    with torch.random.fork_rng():
+        make_sparse(new_model(recipe, data), recipe)
+
+
 def open_data(recipe: Recipe) -> Dataset:
     """The recipe's images; errors as :func:`s2ap_ext.data.load_data`."""
     data = recipe.data
@@ -236,7 +250,7 @@ def load_model(path: str | Path, *, data: Dataset | None = None, device: torch.d
         raise ValueError(f"checkpoint {path}: the model is for {text.format(**shape)}, {data.name} has {text.format(**_shape(data))}")
     model = build_model(recipe.model.name, width=recipe.model.width, seed=0, **shape)
     if about["model"] != "dense":
-        METHODS[recipe.prune.method]().prune(model, recipe.prune.sparsity)
+        make_sparse(model, recipe)
     checkpoint.load_state(model, tensors, path)
     return model.to(device), recipe, about["model"]
 

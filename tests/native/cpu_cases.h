@@ -15,6 +15,7 @@
 
 #include "cpu/element.h"
 #include "cpu/machine.h"
+#include "plan.h"
 
 #define EXPECT(condition, ...)                                                      \
   do {                                                                              \
@@ -146,6 +147,52 @@ Selected oracle_select(const std::vector<BitsOf<T>>& scores, int64_t kept) {
     }
   }
   return result;
+}
+
+// The order of reference.sum_of_squares, literally.
+inline double oracle_sum(std::vector<double> partial) {
+  while (partial.size() > 1) {
+    partial.resize((partial.size() + kChunk - 1) / kChunk * kChunk);
+    std::vector<double> sums;
+    for (size_t chunk = 0; chunk < partial.size(); chunk += kChunk) {
+      std::vector<double> lanes(kLanes);
+      for (int64_t i = 0; i < kChunk; ++i) lanes[i % kLanes] += partial[chunk + i];
+      while (lanes.size() > 1) {
+        const size_t half = lanes.size() / 2;
+        for (size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+        lanes.resize(half);
+      }
+      sums.push_back(lanes[0]);
+    }
+    partial = sums;
+  }
+  return partial.empty() ? 0 : partial[0];
+}
+
+template <class T>
+std::vector<double> squares(const std::vector<BitsOf<T>>& x) {
+  std::vector<double> all;
+  for (auto bits : x) all.push_back(value<T>(bits) * value<T>(bits));
+  return all;
+}
+
+template <class T>
+double oracle_norm(const std::vector<BitsOf<T>>& x) {
+  return std::sqrt(oracle_sum(squares<T>(x)));
+}
+
+inline int sign(double x) { return (x > 0) - (x < 0); }
+
+// reference.score_grad.
+template <class T>
+std::vector<BitsOf<T>> oracle_score_grad(const std::vector<BitsOf<T>>& grad, const std::vector<BitsOf<T>>& weight,
+                                         const std::vector<BitsOf<T>>& at) {
+  std::vector<BitsOf<T>> formed;
+  for (size_t i = 0; i < at.size(); ++i) {
+    const ComputeOf<T> product = Element<T>::widen(Element<T>::narrow(Element<T>::widen(grad[i]) * Element<T>::widen(weight[i])));
+    formed.push_back(Element<T>::narrow(product * static_cast<ComputeOf<T>>(sign(value<T>(at[i])))));
+  }
+  return formed;
 }
 
 }  // namespace cases

@@ -5,35 +5,6 @@
 
 using namespace cases;
 
-// reference.sum_of_squares, literally.
-double oracle_sum(std::vector<double> partial) {
-  while (partial.size() > 1) {
-    partial.resize((partial.size() + kChunk - 1) / kChunk * kChunk);
-    std::vector<double> sums;
-    for (size_t chunk = 0; chunk < partial.size(); chunk += kChunk) {
-      std::vector<double> lanes(kLanes);
-      for (int64_t i = 0; i < kChunk; ++i) lanes[i % kLanes] += partial[chunk + i];
-      while (lanes.size() > 1) {
-        const size_t half = lanes.size() / 2;
-        for (size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-        lanes.resize(half);
-      }
-      sums.push_back(lanes[0]);
-    }
-    partial = sums;
-  }
-  return partial.empty() ? 0 : partial[0];
-}
-
-template <class T>
-double oracle_norm(const std::vector<BitsOf<T>>& x) {
-  std::vector<double> squares;
-  for (auto bits : x) squares.push_back(value<T>(bits) * value<T>(bits));
-  return std::sqrt(oracle_sum(squares));
-}
-
-int sign(double x) { return (x > 0) - (x < 0); }
-
 template <class T>
 struct Case {
   std::string what;
@@ -60,7 +31,7 @@ void expect_right(std::vector<Case<T>>& all, double gamma, const Machine& machin
     now.push_back(oracle_select<T>(c.scores, c.kept));
     cuts.insert(cuts.end(), {now.back().key, now.back().index, 0, 0, 0});
   }
-  perturb(machine, layers, cuts.data(), gamma, eps, new_cuts.data(), scales.data());
+  perturb(machine, layers, {gamma, eps}, cuts.data(), new_cuts.data(), scales.data());
   for (size_t l = 0; l < all.size(); ++l) {
     const Case<T>& c = all[l];
     const std::string what = name<T>() + ", isa " + std::to_string(static_cast<int>(machine.isa)) + ", " + c.what;
@@ -106,15 +77,36 @@ void test_dtype() {
       expect_right(many, gamma, machine(isa, threads));
     }
   }
+  // Gradients formed inside, and sums of squares that are known already.
+  for (Isa isa : instruction_sets()) {
+    for (const auto& [what, scores] : hard_scores(40001, 1)) {
+      std::vector<Case<T>> formed = {make_case<T>(what, scores, normal(40001, 2, 1e-3), 4000)}, inside = formed;
+      formed[0].grad = oracle_score_grad<T>(inside[0].grad, inside[0].weight, inside[0].scores);
+      std::vector<int64_t> cuts(kCutColumns), outcome[3];
+      const Selected now = oracle_select<T>(inside[0].scores, 4000);
+      cuts[kKey] = now.key;
+      cuts[kIndex] = now.index;
+      double scale[3];
+      const double norm = oracle_norm<T>(inside[0].scores), square = norm * norm, four = 4 * oracle_sum(squares<T>(inside[0].scores));
+      const Ascent how[] = {{0.5, 1e-12}, {0.5, 1e-12, true}, {0.25, 1e-12, true, &four}};
+      for (int k = 0; k < 3; ++k) {
+        Case<T>& c = k == 0 ? formed[0] : inside[0];
+        outcome[k].resize(kCutColumns);
+        const PerturbLayer<T> layer = {c.scores.data(), c.grad.data(), c.weight.data(), c.masked.data(), 40001, 4000};
+        perturb<T>(machine(isa, 2), {layer}, how[k], cuts.data(), outcome[k].data(), &scale[k]);
+        EXPECT(inside[0].masked == formed[0].masked || k == 0, "%s, %s: masked, way %d", name<T>().c_str(), what.c_str(), k);
+        EXPECT(outcome[k] == outcome[0], "%s, %s: cut, way %d", name<T>().c_str(), what.c_str(), k);
+        EXPECT(scale[k] == scale[0] || std::isnan(square), "%s, %s: scale, way %d", name<T>().c_str(), what.c_str(), k);
+      }
+    }
+  }
   // Sums of more than a chunk of chunks.
   const int64_t n = kChunk * kChunk + 12345;
   if (sizeof(BitsOf<T>) == 4) {
     const auto x = stored<T>(normal(n, 1));
     std::vector<double> sums;
     for (int64_t i = 0; i < n; i += kChunk) sums.push_back(loops<T>(best_isa()).chunk_of_squares(&x[i], std::min(kChunk, n - i)));
-    std::vector<double> squares;
-    for (auto bits : x) squares.push_back(value<T>(bits) * value<T>(bits));
-    EXPECT(sum_of_chunks(sums.data(), static_cast<int64_t>(sums.size())) == oracle_sum(squares), "sum of %lld", static_cast<long long>(n));
+    EXPECT(sum_of_chunks(sums.data(), static_cast<int64_t>(sums.size())) == oracle_sum(squares<T>(x)), "sum of %lld", static_cast<long long>(n));
   }
 }
 

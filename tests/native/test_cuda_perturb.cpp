@@ -56,7 +56,9 @@ void check(const Problem<T>& problem, GridSize size, uint64_t seed, bool coopera
   args.gamma = problem.gamma;
   args.eps = problem.eps;
   args.scales = scales.data();
-  args.sums.levels = kernels::sum_levels(args.selection.table);
+  args.squares = nullptr;
+  args.straight_through = false;
+  args.plan();
   Workspace workspace;
   kernels::for_each_array(args, workspace);
   if (cooperative) {

@@ -31,6 +31,7 @@ void check(const Problem<T>& problem, GridSize size, uint64_t seed, bool coopera
   }
   args.selection.kept = problem.kept.data();
   args.selection.cuts = cuts.data();
+  args.plan();
   Workspace workspace;
   kernels::for_each_array(args, workspace);
   if (cooperative) {

@@ -1,21 +1,10 @@
 // update.cu on the emulated grid against SGD written down element by element, with the fused multiply-adds of torch's CUDA kernels.
 #include "cuda/update.cu"
 
-#include "cuda_cases.h"
+#include "step_cases.h"
 
 using namespace cases;
 namespace kernels = s2ap::cuda;
-
-struct Settings {
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov;
-};
-
-template <class T>
-T fused(double a, T b, T c) {  // c + a * b, rounded once to T's precision of computing and once to T
-  Wide<T> scalar = static_cast<Wide<T>>(a);
-  return make<T>(std::fma(scalar, static_cast<Wide<T>>(value(b)), static_cast<Wide<T>>(value(c))));
-}
 
 template <class T>
 void check(const Settings& settings, GridSize size, uint64_t seed, Random& random) {
@@ -32,19 +21,13 @@ void check(const Settings& settings, GridSize size, uint64_t seed, Random& rando
     T* buffer = settings.momentum != 0 ? new_buffers[l].data() : nullptr;
     args.table.push({new_scores[l].data(), grads[l].data(), buffer, static_cast<int64_t>(scores[l].size())});
   }
-  args.set(settings.lr, settings.momentum, settings.dampening, settings.weight_decay, settings.nesterov);
+  args.sgd = kernels::Sgd<T>::of(settings.lr, settings.momentum, settings.dampening, settings.weight_decay, settings.nesterov);
   emulated::launch(size.blocks, size.threads, seed, [&](const emulated::Grid& grid) { kernels::update_chunks(grid, args); });
 
   for (size_t l = 0; l < scores.size(); ++l) {
     for (size_t i = 0; i < scores[l].size(); ++i) {
-      T d = grads[l][i], buffer = buffers[l][i];
-      if (settings.weight_decay != 0) d = fused<T>(settings.weight_decay, scores[l][i], d);
-      if (settings.momentum != 0) {
-        buffer = make<T>(static_cast<Wide<T>>(value(buffer)) * static_cast<Wide<T>>(settings.momentum));
-        buffer = fused<T>(1 - settings.dampening, d, buffer);
-        d = settings.nesterov ? fused<T>(settings.momentum, buffer, d) : buffer;
-      }
-      T score = fused<T>(-settings.lr, d, scores[l][i]);
+      T score = scores[l][i], buffer = buffers[l][i];
+      sgd(settings, score, grads[l][i], buffer);
       EXPECT(same_bits(new_scores[l][i], score), "%s layer %zu, element %zu: score %g, got %g", kName<T>, l, i, value(score),
              value(new_scores[l][i]));
       EXPECT(same_bits(new_buffers[l][i], buffer), "%s layer %zu, element %zu: momentum %g, got %g", kName<T>, l, i, value(buffer),
