@@ -1,30 +1,28 @@
-"""Side-by-side timing, and the table of ratios at the end of a run."""
+"""Side-by-side timing, and the tables at the end of a run."""
 
 from __future__ import annotations
 
 import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-
-import s2ap_ext
+from measure import ROWS, SCALING, Clock, calls, machine, peak_extra_bytes, table, write
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("s2ap_ext")
     group.addoption("--quick", action="store_true", help="tiny sizes: shows that the benchmarks run, measures nothing")
+    group.addoption("--device", default="cpu", help="cpu or cuda (default: cpu)")
     group.addoption("--threads", type=int, default=None, help="threads of torch (default: as torch chooses)")
     group.addoption(
-        "--table", default=None, metavar="FILE", help="write the table of ratios as Markdown, and FILE with .json for .md as data"
+        "--table",
+        default=None,
+        metavar="FILE",
+        help="write the tables as Markdown, and beside FILE with .json for .md the data and with .png the plot of the scaling",
     )
 
 
@@ -38,77 +36,64 @@ def quick(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--quick")
 
 
-ROWS: list[dict] = []
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture
-def side_by_side(benchmark, quick, request):
+def side_by_side(benchmark, quick, device):
     """``side_by_side({"ours": f, "other": g}, rounds=5, what="...")`` times all in turn, round by round, so that drifts meet all alike.
 
     The first is the one that pytest-benchmark reports; ``extra_info`` gets the median milliseconds of each and the ratios to the first.
-    Returns the medians in seconds.
-    """
 
-    def run(functions: dict[str, Callable[[], object]], *, rounds: int, what: str) -> dict[str, float]:
+    ``floor=(name, bytes, others)``: the function ``name`` streams so many bytes; ``others`` are names and the bytes that they have to
+    move at least, and the table says how long that takes at the bandwidth of the former, as a share of their time. ``inspect``: also
+    counts calls and memory. Returns the medians in seconds.
+    """
+    clock = Clock(device)
+
+    def run(
+        functions: dict[str, Callable[[], object]],
+        *,
+        rounds: int,
+        what: str,
+        floor: tuple[str, int, dict[str, int]] | None = None,
+        inspect: bool = False,
+    ) -> dict[str, float]:
         rounds = 1 if quick else rounds
         (first, ours), *others = functions.items()
         times: dict[str, list[float]] = {name: [] for name in functions}
 
-        def timed(name: str, f: Callable[[], object]) -> None:
-            start = time.perf_counter()
-            f()
-            times[name].append(time.perf_counter() - start)
-
         def others_in_turn() -> None:
             for name, f in others:
-                timed(name, f)
+                times[name].append(clock.seconds(f))
 
+        row: dict = {"benchmark": what, "rounds": rounds}
+        if inspect:
+            row["calls"] = {name: calls(f, device) for name, f in functions.items()}
+            row["extra_bytes"] = {name: peak_extra_bytes(f, device) for name, f in functions.items()}
         for f in functions.values():  # warm up
             f()
         gc.collect()
         gc.disable()
         try:
-            benchmark.pedantic(lambda: timed(first, ours), setup=others_in_turn, rounds=rounds)
+            benchmark.pedantic(lambda: times[first].append(clock.seconds(ours)), setup=others_in_turn, rounds=rounds)
         finally:
             gc.enable()
         medians = {name: statistics.median(t) for name, t in times.items()}
-        row = {
-            "benchmark": what,
-            "rounds": rounds,
-            "median_ms": {name: 1e3 * m for name, m in medians.items()},
-            "ratio_to_first": {name: m / medians[first] for name, m in medians.items()},
-        }
+        row["median_ms"] = {name: 1e3 * m for name, m in medians.items()}
+        row["ratio_to_first"] = {name: m / medians[first] for name, m in medians.items()}
+        if floor:
+            name, streamed, moved = floor
+            bandwidth = streamed / medians[name]
+            row["bytes"] = moved
+            row["share_of_floor"] = {other: size / bandwidth / medians[other] for other, size in moved.items()}
         benchmark.extra_info.update(row)
         ROWS.append(row)
         return medians
 
     return run
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "cpu": f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "torch": torch.__version__,
-        "backend": str(s2ap_ext.backend()),
-    }
-
-
-def table(rows: list[dict]) -> str:
-    """Markdown: one line for each thing measured, under a heading for each benchmark."""
-    lines = [f"- {name}: {value}" for name, value in machine().items()]
-    for row in rows:
-        first = next(iter(row["median_ms"]))
-        lines += ["", f"### {row['benchmark']}", "", f"| | median of {row['rounds']}, ms | time relative to {first} |", "|---|---:|---:|"]
-        lines += [f"| {name} | {ms:.3g} | {row['ratio_to_first'][name]:.3g} |" for name, ms in row["median_ms"].items()]
-    return "\n".join(lines) + "\n"
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -118,14 +103,9 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     terminalreporter.section("side by side")
     terminalreporter.write(text)
     if file := config.getoption("--table"):
-        write(Path(file), text)
-        write(Path(file).with_suffix(".json"), json.dumps({"machine": machine(), "rows": ROWS}, indent=1) + "\n")
+        write(Path(file), text.encode())
+        write(Path(file).with_suffix(".json"), json.dumps({"machine": machine(), "rows": ROWS}, indent=1).encode() + b"\n")
+        if SCALING:
+            from test_scaling import plot
 
-
-def write(path: Path, text: str) -> None:
-    """Into a temporary file first, so that no half-written table is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+            write(Path(file).with_suffix(".png"), plot(SCALING, machine()))

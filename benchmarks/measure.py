@@ -1,0 +1,137 @@
+"""Measures one thing at a time, and writes what was measured as a table."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import s2ap_ext
+
+ROWS: list[dict] = []
+SCALING: list[dict] = []  # {"op", "n", "ms"}: what test_scaling.py measured
+
+
+class Clock:
+    """Times one call. On CUDA by events, after everything before has ended and the L2 cache has been overwritten."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if self.cuda else None
+
+    def seconds(self, f: Callable[[], object]) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            f()
+            return time.perf_counter() - start
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush.zero_()
+        torch.cuda.synchronize()
+        begin.record()
+        f()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def calls(f: Callable[[], object], device: torch.device) -> int:
+    """By torch's profiler: kernels launched on a CUDA device; on the CPU, operators called from outside."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    f()
+    with torch.profiler.profile(activities=activities) as profile:
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    if device.type == "cuda":
+        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return sum(event.cpu_parent is None for event in profile.events())
+
+
+def peak_extra_bytes(f: Callable[[], object], device: torch.device) -> int | None:
+    """How much more memory is in use at the peak of ``f()`` than before.
+
+    On CUDA that of torch's allocator; elsewhere that of the process, on Linux only (None otherwise).
+    """
+    f()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        f()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide what the next call takes
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except (OSError, AttributeError):
+        return None
+    before = _status("VmRSS")
+    f()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(entry: str) -> int:
+    return 1024 * int(re.search(rf"{entry}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    return {
+        "commit": commit.stdout.strip() or "unknown",
+        "cpu": f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "backend": str(s2ap_ext.backend()),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: one line for each thing measured, under a heading for each benchmark."""
+    lines = [f"- {name}: {value}" for name, value in machine().items()]
+    for row in rows:
+        first = next(iter(row["median_ms"]))
+        columns = {
+            f"median of {row['rounds']}, ms": [f"{ms:.3g}" for ms in row["median_ms"].values()],
+            f"time relative to {first}": [f"{ratio:.3g}" for ratio in row["ratio_to_first"].values()],
+        }
+        if "bytes" in row:
+            columns["bytes to move, MB"] = [_or_blank(row["bytes"], name, lambda b: f"{b / 1e6:.4g}") for name in row["median_ms"]]
+            columns["share of the streaming floor"] = [
+                _or_blank(row["share_of_floor"], name, lambda share: f"{share:.0%}") for name in row["median_ms"]
+            ]
+        if "calls" in row:
+            columns["calls"] = [f"{count}" for count in row["calls"].values()]
+            columns["extra memory, MB"] = ["" if b is None else f"{b / 1e6:.2f}" for b in row["extra_bytes"].values()]
+        lines += ["", f"### {row['benchmark']}", "", "| | " + " | ".join(columns) + " |", "|---" + len(columns) * "|---:" + "|"]
+        lines += ["| " + " | ".join(cells) + " |" for cells in zip(row["median_ms"], *columns.values(), strict=True)]
+        lines += ["", row["note"]] if "note" in row else []
+    return "\n".join(lines) + "\n"
+
+
+def _or_blank(values: dict, name: str, text: Callable) -> str:
+    return text(values[name]) if name in values else ""
+
+
+def write(path: Path, content: bytes) -> None:
+    """Into a temporary file first, so that no half-written table is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
