@@ -6,6 +6,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "cpu/machine.h"
+
 #define S2AP_TEXT_(x) #x
 #define S2AP_TEXT(x) S2AP_TEXT_(x)
 
@@ -25,4 +27,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     info["flags"] = S2AP_FLAGS;
     return info;
   });
+  m.def("lanes", [] { return s2ap::lanes(s2ap::best_isa()); });
 }

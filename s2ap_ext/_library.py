@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-from . import reference
+from . import reference, sparse_reference
+
+CONVOLUTION = "int[] kernel, int[] stride, int[] padding, int[] dilation, int groups"
 
 # `patterns` holds the three numbers of each layer's reference.Pattern, one layer after the other; empty: all are plain.
 SCHEMAS = {
@@ -29,7 +31,16 @@ SCHEMAS = {
     "update_select": "(Tensor(a!)[] scores, Tensor[] grads, Tensor[] ascent_grads, Tensor scales, Tensor(b!)[] momentum_buffers, "
     "Tensor[] weights, Tensor kept, int[] patterns, Tensor cuts, float lr, float momentum, float dampening, float weight_decay, "
     "bool nesterov, bool straight_through, Tensor(c!)[] masked, Tensor(d!) new_cuts, Tensor(e!) squares) -> ()",
+    # The sparse convolutions, with kernels for the CPU only: sparse_reference.py tells what an entry, an input and blocks are.
+    "sparse_pattern": "(Tensor weight, Tensor? mask, int groups) -> "
+    "(Tensor starts, Tensor columns, Tensor input_starts, Tensor input_columns, Tensor order)",
+    "sparse_conv": "(Tensor input, Tensor starts, Tensor columns, Tensor values, Tensor? bias, Tensor? residual, "
+    f"{CONVOLUTION}, int halo, bool relu, Tensor(a!) out) -> ()",
+    "sparse_conv_input_grad": "(Tensor grad, Tensor starts, Tensor columns, Tensor values, Tensor? residual, Tensor? gate, "
+    f"{CONVOLUTION}, int halo, Tensor(a!) out) -> ()",
+    "sparse_conv_weight_grad": f"(Tensor input, Tensor grad, Tensor starts, Tensor columns, {CONVOLUTION}, Tensor(a!) out) -> ()",
 }
+CPU_ONLY = ("sparse_pattern", "sparse_conv", "sparse_conv_input_grad", "sparse_conv_weight_grad")  # no CUDA kernels
 
 
 def _pattern(patterns, i) -> reference.Pattern:
@@ -71,7 +82,23 @@ def _update_select(
         masked[i].copy_(out)
 
 
-IMPLEMENTATIONS = {"select": _select, "perturb": _perturb, "update": _update, "update_select": _update_select}
+def _fake_sparse_pattern(weight, mask, groups):
+    entries = torch.library.get_ctx().new_dynamic_size()
+    starts, input_starts = weight.shape[0] + 1, groups * weight.shape[1] + 1
+    return tuple(weight.new_empty(size, dtype=torch.int32) for size in (starts, entries, input_starts, entries, entries))
+
+
+IMPLEMENTATIONS = {
+    "select": _select,
+    "perturb": _perturb,
+    "update": _update,
+    "update_select": _update_select,
+    "sparse_pattern": sparse_reference.sparse_pattern,
+    "sparse_conv": sparse_reference.sparse_conv,
+    "sparse_conv_input_grad": sparse_reference.sparse_conv_input_grad,
+    "sparse_conv_weight_grad": sparse_reference.sparse_conv_weight_grad,
+}
+FAKES = {"sparse_pattern": _fake_sparse_pattern}  # all others only write into buffers they are given: there is no shape to infer
 
 
 def _define() -> torch.library.Library:
@@ -79,8 +106,7 @@ def _define() -> torch.library.Library:
     for name, implementation in IMPLEMENTATIONS.items():
         library.define(name + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, implementation, "CompositeExplicitAutograd")
-        # All of them only write into buffers they are given, so there is no shape to infer.
-        torch.library.register_fake(f"s2ap::{name}", lambda *args: None, lib=library)
+        torch.library.register_fake(f"s2ap::{name}", FAKES.get(name, lambda *args: None), lib=library)
     return library
 
 
@@ -111,7 +137,7 @@ class Backend:
 
 
 # Raised with every change of a schema or of a kernel's contract. setup.py compiles it into both libraries and writes it into _build.json.
-INTERFACE = 2
+INTERFACE = 3
 REBUILD = "to mend it, run in the checkout: pip install --force-reinstall --no-deps ."
 
 

@@ -30,6 +30,9 @@ inline Isa best_isa() {
 #endif
 }
 
+// float32 numbers in a vector register.
+inline int64_t lanes(Isa isa) { return isa == Isa::kAvx512 ? 16 : isa == Isa::kAvx2 ? 8 : 4; }
+
 struct Machine {
   Isa isa;
   int threads;

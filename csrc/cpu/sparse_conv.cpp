@@ -1,0 +1,201 @@
+// The ops s2ap::sparse_conv, sparse_conv_input_grad and sparse_conv_weight_grad on the CPU. The kernels are in sparse_conv.h.
+#include "sparse_conv.h"
+
+#include <optional>
+
+#include "torch_binding.h"
+
+namespace s2ap {
+
+using Ints = std::vector<int64_t>;
+using MaybeTensor = std::optional<Tensor>;
+
+// The arguments that say which convolution it is.
+struct ConvArguments {
+  const Ints &kernel, &stride, &padding, &dilation;
+  int64_t groups, halo;
+};
+
+// Sizes of an activation, as images (N, C, H, W) or as blocks.
+struct ActivationSize {
+  int64_t batch, channels, size[2];
+};
+
+inline ActivationSize size_of(const Tensor& t, const char* name, int64_t halo) {
+  if (t.dim() == 4) return {t.size(0), t.size(1), {t.size(2), t.size(3)}};
+  if (t.dim() != 5) fail(name, "4 dimensions, or 5 of blocks", std::to_string(t.dim()));
+  return {t.size(0) * t.size(4), t.size(1), {t.size(2) - 2 * halo, t.size(3) - 2 * halo}};
+}
+
+inline ConvShape conv_shape(const Tensor& in, const char* in_name, const Tensor& out, const char* out_name, const ConvArguments& c) {
+  const ActivationSize input = size_of(in, in_name, c.halo), output = size_of(out, out_name, c.halo);
+  ConvShape s{input.batch, input.channels, output.channels, c.groups, {}, {}, {}, {}, {}, {}};
+  for (int axis = 0; axis < 2; ++axis) {
+    const auto number = [&](const Ints& numbers, const char* name, int64_t least) {
+      if (numbers.size() != 2 || numbers[axis] < least) fail(name, "two numbers of at least " + std::to_string(least), "others");
+      return numbers[axis];
+    };
+    s.in_size[axis] = input.size[axis];
+    s.out_size[axis] = output.size[axis];
+    s.kernel[axis] = number(c.kernel, "kernel", 1);
+    s.stride[axis] = number(c.stride, "stride", 1);
+    s.padding[axis] = number(c.padding, "padding", 0);
+    s.dilation[axis] = number(c.dilation, "dilation", 1);
+    const int64_t left = input.size[axis] + 2 * s.padding[axis] - s.dilation[axis] * (s.kernel[axis] - 1) - 1;
+    const int64_t expected = left < 0 ? 0 : left / s.stride[axis] + 1;
+    if (output.size[axis] != expected) {
+      fail(out_name, "size " + std::to_string(expected) + " along axis " + std::to_string(2 + axis), std::to_string(output.size[axis]));
+    }
+  }
+  if (output.batch != input.batch) fail(out_name, "a batch of " + std::to_string(input.batch), std::to_string(output.batch));
+  if (c.groups < 1 || s.in_channels % c.groups || s.out_channels % c.groups) {
+    fail("groups", "a divisor of both numbers of channels", std::to_string(c.groups));
+  }
+  return s;
+}
+
+// The entries, checked: rows of the `rows` channels, columns below the row length.
+inline Entries entries_of(const Tensor& starts, const Tensor& columns, const Tensor* values, int64_t rows, int64_t row_length) {
+  check_tensor(starts, "starts", ScalarType::Int, rows + 1);
+  const auto* start = static_cast<const int32_t*>(starts.const_data_ptr());
+  check_tensor(columns, "columns", ScalarType::Int, columns.numel());
+  if (start[0] != 0 || start[rows] != columns.numel()) fail("starts", "an end at " + std::to_string(columns.numel()), std::to_string(start[rows]));
+  const auto* column = static_cast<const int32_t*>(columns.const_data_ptr());
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t from = start[r], to = start[r + 1];
+    if (from > to || (from < to && (column[from] < 0 || column[to - 1] >= row_length))) {
+      fail("columns", "ascending ones below " + std::to_string(row_length) + " in each row", "others in row " + std::to_string(r));
+    }
+  }
+  if (values) check_tensor(*values, "values", ScalarType::Float, columns.numel());
+  return {start, column, values ? static_cast<const float*>(values->const_data_ptr()) : nullptr};
+}
+
+template <class T>
+Images<T> images_of(const Tensor& t) {
+  using Bare = std::remove_const_t<T>;
+  return {static_cast<Bare*>(const_cast<void*>(t.const_data_ptr())), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+template <class T>
+Blocks<T> blocks_of(const Tensor& t, int64_t halo) {
+  return {static_cast<float*>(const_cast<void*>(t.const_data_ptr())), t.size(0), t.size(1), t.size(2) - 2 * halo, t.size(3) - 2 * halo, halo, t.size(4)};
+}
+
+inline void check_like(const MaybeTensor& t, const char* name, const Tensor& like) {
+  if (!t) return;
+  bool same = t->dim() == like.dim() && t->scalar_type() == like.scalar_type() && t->is_cpu();
+  for (int64_t i = 0; same && i < like.dim(); ++i) same = t->size(i) == like.size(i);
+  if (!same) fail(name, "a tensor of the size and dtype of out", "another");
+}
+
+// Runs f with activations as images of their element type, or g with them as blocks.
+template <class F, class G>
+void by_layout(const Tensor& in, const char* name, const Tensor& out, const MaybeTensor& residual, const MaybeTensor& gate,
+               const ConvShape& shape, int64_t halo, const F& f, const G& g) {
+  check_like(residual, "residual", out);
+  check_like(gate, "gate", out);
+  if (!in.is_cpu() || !out.is_cpu() || in.scalar_type() != out.scalar_type() || in.dim() != out.dim()) {
+    fail(name, "a CPU tensor of the dtype and the layout of out", "another");
+  }
+  if (in.numel() == 0 || out.numel() == 0) return;
+  if (in.dim() == 4) {
+    if (in.scalar_type() == ScalarType::Float) return f(float{});
+    if (in.scalar_type() == ScalarType::BFloat16) return f(uint16_t{});
+    fail(name, "float32 or bfloat16", toString(in.scalar_type()));
+  }
+  const int64_t lanes = s2ap::lanes(best_isa());
+  if (in.scalar_type() != ScalarType::Float || in.size(4) != lanes || out.size(4) != lanes) {
+    fail(name, "float32 blocks of " + std::to_string(lanes) + " images", "others");
+  }
+  const auto check = [](const Tensor& t, const char* what) {
+    if (!t.is_contiguous()) fail(what, "contiguous blocks", "strided ones");
+  };
+  check(in, name);
+  check(out, "out");
+  if (residual) check(*residual, "residual");
+  if (gate) check(*gate, "gate");
+  if (std::max(shape.stride[0], shape.stride[1]) > 2) fail("stride", "at most 2 for blocks", "more");
+  g();
+}
+
+inline void check_reach(const Axis& y, const Axis& x, int64_t halo) {
+  if (!reaches(y, halo) || !reaches(x, halo)) fail("halo", "zeros as far as the kernel reaches", std::to_string(halo));
+}
+
+const float* bias_of(const MaybeTensor& bias, int64_t channels) {
+  if (!bias) return nullptr;
+  check_tensor(*bias, "bias", ScalarType::Float, channels);
+  return static_cast<const float*>(bias->const_data_ptr());
+}
+
+void sparse_conv_cpu(const Tensor& input, const Tensor& starts, const Tensor& columns, const Tensor& values, const MaybeTensor& bias,
+                     const MaybeTensor& residual, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
+                     int64_t groups, int64_t halo, bool relu, const Tensor& out) {
+  const ConvShape shape = conv_shape(input, "input", out, "out", {kernel, stride, padding, dilation, groups, halo});
+  const Entries entries = entries_of(starts, columns, &values, shape.out_channels, shape.in_channels / groups * shape.taps());
+  const float* const b = bias_of(bias, shape.out_channels);
+  by_layout(
+      input, "input", out, residual, {}, shape, halo,
+      [&](auto element) {
+        using T = decltype(element);
+        const Images<const T> other = residual ? images_of<const T>(*residual) : Images<const T>{};
+        sparse_conv<T>(torch_machine(), shape, entries, images_of<const T>(input), {b, other, relu, {}}, images_of<T>(out));
+      },
+      [&] {
+        check_reach(forward_axis(shape, 0), forward_axis(shape, 1), halo);
+        const Blocks<const float> other = residual ? blocks_of<const float>(*residual, halo) : Blocks<const float>{};
+        sparse_conv(torch_machine(), shape, entries, blocks_of<const float>(input, halo), {b, other, relu, {}}, blocks_of<float>(out, halo));
+      });
+}
+
+void sparse_conv_input_grad_cpu(const Tensor& grad, const Tensor& starts, const Tensor& columns, const Tensor& values,
+                                const MaybeTensor& residual, const MaybeTensor& gate, const Ints& kernel, const Ints& stride,
+                                const Ints& padding, const Ints& dilation, int64_t groups, int64_t halo, const Tensor& out) {
+  const ConvShape shape = conv_shape(out, "out", grad, "grad", {kernel, stride, padding, dilation, groups, halo});
+  const Entries entries = entries_of(starts, columns, &values, shape.in_channels, shape.out_channels / groups * shape.taps());
+  by_layout(
+      grad, "grad", out, residual, gate, shape, halo,
+      [&](auto element) {
+        using T = decltype(element);
+        Epilogue<Images<const T>> epilogue;
+        if (residual) epilogue.residual = images_of<const T>(*residual);
+        if (gate) epilogue.gate = images_of<const T>(*gate);
+        sparse_conv_input_grad<T>(torch_machine(), shape, entries, images_of<const T>(grad), epilogue, images_of<T>(out));
+      },
+      [&] {
+        for_each_residue(shape, [&](const Axis& y, const Axis& x) { check_reach(y, x, halo); });
+        Epilogue<Blocks<const float>> epilogue;
+        if (residual) epilogue.residual = blocks_of<const float>(*residual, halo);
+        if (gate) epilogue.gate = blocks_of<const float>(*gate, halo);
+        sparse_conv_input_grad(torch_machine(), shape, entries, blocks_of<const float>(grad, halo), epilogue, blocks_of<float>(out, halo));
+      });
+}
+
+void sparse_conv_weight_grad_cpu(const Tensor& input, const Tensor& grad, const Tensor& starts, const Tensor& columns, const Ints& kernel,
+                                 const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups, const Tensor& out) {
+  if (input.dim() != 4) fail("input", "4 dimensions", std::to_string(input.dim()));
+  const ConvShape shape = conv_shape(input, "input", grad, "grad", {kernel, stride, padding, dilation, groups, 0});
+  const Entries entries = entries_of(starts, columns, nullptr, shape.out_channels, shape.in_channels / groups * shape.taps());
+  check_tensor(out, "out", ScalarType::Float, columns.numel());
+  auto* const sums = static_cast<float*>(out.mutable_data_ptr());
+  if (input.numel() == 0 || grad.numel() == 0) {
+    std::fill_n(sums, out.numel(), 0.0f);
+    return;
+  }
+  by_layout(
+      input, "input", grad, {}, {}, shape, 0,
+      [&](auto element) {
+        using T = decltype(element);
+        sparse_conv_weight_grad<T>(torch_machine(), shape, entries, images_of<const T>(input), images_of<const T>(grad), sums);
+      },
+      [] {});
+}
+
+}  // namespace s2ap
+
+STABLE_TORCH_LIBRARY_IMPL(s2ap, CPU, m) {
+  m.impl("sparse_conv", TORCH_BOX(&s2ap::sparse_conv_cpu));
+  m.impl("sparse_conv_input_grad", TORCH_BOX(&s2ap::sparse_conv_input_grad_cpu));
+  m.impl("sparse_conv_weight_grad", TORCH_BOX(&s2ap::sparse_conv_weight_grad_cpu));
+}

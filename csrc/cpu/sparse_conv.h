@@ -1,0 +1,734 @@
+// sparse_conv: convolution with the kept weights of a layer, its gradient with respect to the input, and that with respect to those weights.
+//
+// What is computed is torch's conv2d with a weight most of whose entries are 0: any kernel size, stride, padding, dilation and groups, a
+// linear layer being the case of one position. The kept entries come in rows, one for each output channel, as in a CSR matrix whose columns
+// are flat indices into the weight of that channel (input channel, then kernel row and column).
+//
+// How. Nothing is skipped and nothing is looked up per position: every kept entry becomes an offset into a packed copy of the input and a value
+// (tiles.h), and each tile of output positions runs through the entries of one output channel after the other. The packed copy holds a piece of
+// the input that fits the second-level cache, with the padding around it as zeros, so that there are no borders. Input positions that a stride
+// skips between two outputs are apart in it ("phases"), so that neighbouring outputs read neighbouring vectors whatever the stride.
+//
+// Vectors are made in one of two ways:
+//   Images     a vector is the same position of as many images as it has lanes. Activations whose strides have the batch innermost
+//              (logical shape (N, C, H, W), memory C, H, W, N) are packed and written by whole vectors.
+//   Positions  a vector is consecutive positions of the padded plane, image after image: for few images, down to one, and for linear layers.
+//              Those positions that are padding are computed too, and dropped.
+//
+// The gradient with respect to the input is the same with rows and columns of the weight exchanged. With a stride, the input's positions
+// of each residue are an output of their own, that some of the kernel's entries reach ("passes").
+//
+// The gradient of a kept weight is a dot product over all positions and images. Slices of these are added up in a fixed order, and every output
+// is one sum in a fixed order, so that the bits do not depend on the number of threads.
+//
+// Bytes: input read, and packed again (1 + halo) times into the cache; output written; 8 bytes for an entry and tile.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../plan.h"
+#include "tiles.h"
+
+namespace s2ap {
+
+// A convolution: sizes as torch has them. Index 0 is the vertical axis, 1 the horizontal one.
+struct ConvShape {
+  int64_t batch, in_channels, out_channels, groups;
+  int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
+
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+};
+
+// A tensor of logical shape (N, C, H, W), by its strides in elements. Null data: there is none.
+template <class T>
+struct Images {
+  T* data = nullptr;
+  int64_t n = 0, c = 0, h = 0, w = 0;
+};
+
+// The kept entries. Rows are the channels that are written, columns flat indices into (channels that are read within the group, taps).
+struct Entries {
+  const int32_t* starts;   // [rows + 1]
+  const int32_t* columns;  // [entries], ascending within a row
+  const float* values;     // [entries]; not for weight gradients
+};
+
+// What follows the sums: + bias + residual, ReLU, and 0 where `gate` is not above 0. Images are of the output's size.
+template <class Images>
+struct Epilogue {
+  const float* bias = nullptr;  // [channels]
+  Images residual = {};
+  bool relu = false;
+  Images gate = {};
+};
+
+// Along one axis: output i of a pass is at out_first + i * out_step and reads input i * in_step + shift of each tap that reaches it.
+struct Axis {
+  static constexpr int64_t kUnreached = INT64_MIN;
+  int64_t in_size, outputs, in_step, out_first, out_step;
+  std::vector<int64_t> shifts;  // of each kernel row or column
+  // Of the shifts that are there: shift = quotient * in_step + phase.
+  std::vector<int64_t> phases;
+  int64_t first = 0, last = 0;  // quotients
+
+  void derive() {
+    bool any = false;
+    for (int64_t shift : shifts) {
+      if (shift == kUnreached) continue;
+      const int64_t q = quotient(shift), phase = shift - q * in_step;
+      first = any ? std::min(first, q) : q;
+      last = any ? std::max(last, q) : q;
+      any = true;
+      if (std::find(phases.begin(), phases.end(), phase) == phases.end()) phases.push_back(phase);
+    }
+    if (!any) phases.push_back(0);
+  }
+  int64_t quotient(int64_t shift) const { return shift >= 0 ? shift / in_step : -((-shift + in_step - 1) / in_step); }
+  int64_t phase_index(int64_t shift) const {
+    return std::find(phases.begin(), phases.end(), shift - quotient(shift) * in_step) - phases.begin();
+  }
+  int64_t span() const { return last - first; }
+  int64_t least() const { return first * in_step; }
+  int64_t most() const { return last * in_step + in_step - 1; }
+};
+
+inline Axis forward_axis(const ConvShape& s, int axis) {
+  Axis a{s.in_size[axis], s.out_size[axis], s.stride[axis], 0, 1, {}, {}};
+  for (int64_t k = 0; k < s.kernel[axis]; ++k) a.shifts.push_back(k * s.dilation[axis] - s.padding[axis]);
+  a.derive();
+  return a;
+}
+
+// The input's positions residue, residue + stride, ...
+inline Axis backward_axis(const ConvShape& s, int axis, int64_t residue) {
+  const int64_t stride = s.stride[axis];
+  Axis a{s.out_size[axis], (s.in_size[axis] - residue + stride - 1) / stride, 1, residue, stride, {}, {}};
+  for (int64_t k = 0; k < s.kernel[axis]; ++k) {
+    const int64_t at = residue + s.padding[axis] - k * s.dilation[axis];
+    a.shifts.push_back(at % stride == 0 ? at / stride : Axis::kUnreached);
+  }
+  a.derive();
+  return a;
+}
+
+// f(y, x) for the passes that a gradient with respect to the input consists of.
+template <class F>
+void for_each_residue(const ConvShape& shape, const F& f) {
+  for (int64_t y = 0; y < std::min(shape.stride[0], shape.in_size[0]); ++y) {
+    for (int64_t x = 0; x < std::min(shape.stride[1], shape.in_size[1]); ++x) f(backward_axis(shape, 0, y), backward_axis(shape, 1, x));
+  }
+}
+
+// Elements as they are in memory.
+S2AP_INLINE float as_float(float x) { return x; }
+S2AP_INLINE float as_float(uint16_t bits) { return Element<BFloat16>::widen(bits); }
+S2AP_INLINE void assign(float& to, float x) { to = x; }
+S2AP_INLINE void assign(uint16_t& to, float x) { to = Element<BFloat16>::narrow(x); }
+
+// Memory of one thread that grows to what it was asked for and stays.
+inline float* scratch(int which, int64_t floats) {
+  struct Block {
+    std::unique_ptr<float[]> memory;
+    int64_t size = 0;
+  };
+  static thread_local Block blocks[3];
+  Block& block = blocks[which];
+  if (block.size < floats) {
+    block.memory = std::make_unique_for_overwrite<float[]>(floats + 16);
+    block.size = floats;
+  }
+  const auto address = reinterpret_cast<uintptr_t>(block.memory.get());
+  return block.memory.get() + (64 - address % 64) % 64 / sizeof(float);
+}
+
+// How a pass is cut into pieces, and where everything lies in a piece's packed input.
+class Layout {
+ public:
+  static constexpr int64_t kBudget = 56 * 1024;  // floats of a packed piece: what leaves room in the second-level cache for the rest
+
+  Layout(const Axis& y, const Axis& x, int64_t batch, int64_t channels, int64_t lanes)
+      : y_(y), x_(x), batch_(batch), channels_(channels), lanes_(lanes) {
+    phases_ = static_cast<int64_t>(y.phases.size() * x.phases.size());
+    by_images_ = share_of_images() >= share_of_positions();
+    by_images_ ? cut_images() : cut_positions();
+  }
+
+  bool by_images() const { return by_images_; }
+  int64_t lanes() const { return lanes_; }
+  int64_t pieces() const { return groups_ * pieces_y_ * pieces_x_; }
+  // Pieces that share the lines of memory that they are read from and written to. Pieces i * together() and on are of the same lines.
+  int64_t together() const { return by_images_ ? std::min(groups_, 16 / lanes_) : 1; }
+  int64_t channel() const { return phases_ * plane_; }  // floats of a channel, packed
+  int64_t packed() const { return channels_ * channel() + kWidest * lanes_; }
+  int64_t row() const { return pitch_ * lanes_; }
+
+  // Offset of the input of a tap, of a channel's; kUnreached if it reaches no output.
+  int64_t offset(int64_t ky, int64_t kx) const {
+    const int64_t dy = y_.shifts[ky], dx = x_.shifts[kx];
+    if (dy == Axis::kUnreached || dx == Axis::kUnreached) return Axis::kUnreached;
+    const int64_t phase = y_.phase_index(dy) * static_cast<int64_t>(x_.phases.size()) + x_.phase_index(dx);
+    return phase * plane_ + ((y_.quotient(dy) - y_.first) * pitch_ + x_.quotient(dx) - x_.first) * (by_images_ ? lanes_ : 1);
+  }
+
+  // Images: rows [y0, y1) and columns [x0, x1) of images [n0, n0 + lanes). Positions: [f0, f1) of the planes of all images.
+  struct Piece {
+    int64_t n0 = 0, images = 0, y0 = 0, y1 = 0, x0 = 0, x1 = 0, f0 = 0, f1 = 0;
+  };
+  Piece piece(int64_t i) const {
+    Piece p;
+    if (!by_images_) {
+      p.f0 = i * strip_;
+      p.f1 = std::min(positions(), p.f0 + strip_);
+      return p;
+    }
+    p.n0 = i % groups_ * lanes_;
+    p.images = std::min(lanes_, batch_ - p.n0);
+    const int64_t at = i / groups_;
+    p.y0 = at / pieces_x_ * rows_;
+    p.y1 = std::min(y_.outputs, p.y0 + rows_);
+    p.x0 = at % pieces_x_ * columns_;
+    p.x1 = std::min(x_.outputs, p.x0 + columns_);
+    return p;
+  }
+
+  // Copies a piece of an input's channels [first, first + channels) to `to`.
+  template <class T>
+  void pack(const Images<const T>& in, int64_t first, const Piece& p, float* to) const {
+    for (int64_t c = 0; c < channels_; ++c) {
+      const T* source = in.data + (first + c) * in.c;
+      for (int64_t py : y_.phases) {
+        for (int64_t px : x_.phases) {
+          by_images_ ? pack_images(in, source, py, px, p, to) : pack_positions(in, source, py, px, p, to);
+          to += plane_;
+        }
+      }
+    }
+  }
+
+  // Copies a piece of what was computed, or of a gradient there, so that it lies as the inputs of offset 0 do; other positions are 0.
+  template <class T>
+  void pack_outputs(const Images<const T>& in, int64_t channel, const Piece& p, float* to) const {
+    const T* source = in.data + channel * in.c;
+    if (by_images_) {
+      for (int64_t y = p.y0; y < p.y1; ++y, to += row()) {
+        copy_vectors(source + p.n0 * in.n + y * in.h + p.x0 * in.w, in.n, in.w, p.images, p.x1 - p.x0, to);
+      }
+    } else {
+      std::fill_n(to, strip_, 0.0f);
+      for_each_run(p.f0, p.f1, [&](int64_t at, int64_t n, int64_t y, int64_t x, int64_t count) {
+        const int64_t inside = y < y_.outputs ? std::min(count, x_.outputs - x) : 0;
+        for (int64_t i = 0; i < inside; ++i) to[at + i] = as_float(source[n * in.n + y * in.h + (x + i) * in.w]);
+      });
+    }
+  }
+
+  // f(rows, columns, y, x): tiles that make up a piece, counted from its own first row and column. Positions: one row of vectors.
+  template <class F>
+  void for_each_tile(const Piece& p, const F& f) const {
+    const int64_t height = by_images_ ? p.y1 - p.y0 : 1;
+    const int64_t width = by_images_ ? p.x1 - p.x0 : (p.f1 - p.f0 + lanes_ - 1) / lanes_;
+    const int64_t across = (width + kWidest - 1) / kWidest;
+    for (int64_t y = 0; y < height;) {
+      const int64_t rows = width <= kWidest / 2 && height - y >= 2 ? 2 : 1;
+      for (int64_t i = 0; i < across; ++i) f(rows, width * (i + 1) / across - width * i / across, y, width * i / across);
+      y += rows;
+    }
+  }
+
+  // f(at, image, y, x, count) for positions [from, to): `count` neighbours of one row, the first being the at-th of the positions.
+  template <class F>
+  void for_each_run(int64_t from, int64_t to, const F& f) const {
+    const int64_t height = y_.outputs + y_.span();
+    for (int64_t at = from; at < to;) {
+      const int64_t line = at / pitch_, x = at % pitch_, count = std::min(pitch_ - x, to - at);
+      f(at - from, line / height, line % height, x, count);
+      at += count;
+    }
+  }
+  int64_t positions() const { return batch_ * (y_.outputs + y_.span()) * (x_.outputs + x_.span()); }
+  int64_t strip() const { return strip_; }
+
+ private:
+  // Which share of the arithmetic is on outputs that are wanted, as far as the tiles are wide enough to keep the machine busy.
+  double share_of_images() const {
+    const auto positions = static_cast<double>(y_.outputs * x_.outputs);
+    const int64_t groups = (batch_ + lanes_ - 1) / lanes_;
+    return static_cast<double>(batch_) / static_cast<double>(groups * lanes_) * std::min(1.0, positions / 6);
+  }
+  double share_of_positions() const {
+    const int64_t tile = lanes_ * std::min<int64_t>(kWidest, (positions() + lanes_ - 1) / lanes_);
+    const int64_t computed = (positions() + tile - 1) / tile * tile;
+    return 0.8 * static_cast<double>(batch_ * y_.outputs * x_.outputs) / static_cast<double>(computed);
+  }
+
+  void cut_images() {
+    groups_ = (batch_ + lanes_ - 1) / lanes_;
+    const int64_t budget = kBudget / (channels_ * phases_ * lanes_);  // vectors of a plane
+    double least = INFINITY;
+    for (int64_t across = 1; across <= std::max<int64_t>(1, x_.outputs / 4); ++across) {
+      const int64_t columns = (x_.outputs + across - 1) / across, width = columns + x_.span();
+      const int64_t fits = std::max<int64_t>(budget / width - y_.span(), 1);
+      const int64_t down = (y_.outputs + std::min(fits, y_.outputs) - 1) / std::min(fits, y_.outputs);
+      const int64_t rows = (y_.outputs + down - 1) / down;
+      const double over = std::max(1.0, static_cast<double>((rows + y_.span()) * width) / static_cast<double>(budget));
+      const double cost = over * static_cast<double>((rows + y_.span()) * width) / static_cast<double>(rows * columns);
+      if (cost < least) {
+        least = cost;
+        rows_ = rows;
+        columns_ = columns;
+      }
+    }
+    pieces_y_ = (y_.outputs + rows_ - 1) / rows_;
+    pieces_x_ = (x_.outputs + columns_ - 1) / columns_;
+    pitch_ = columns_ + x_.span();
+    plane_ = (rows_ + y_.span()) * pitch_ * lanes_;
+  }
+
+  void cut_positions() {
+    pitch_ = x_.outputs + x_.span();
+    const int64_t reach = y_.span() * pitch_ + x_.span(), tile = kWidest * lanes_;
+    const int64_t all = (positions() + lanes_ - 1) / lanes_ * lanes_;
+    const int64_t fits = std::max<int64_t>((kBudget / (channels_ * phases_) - reach) / tile, 1) * tile;
+    strip_ = std::min(all, fits);
+    pieces_x_ = (positions() + strip_ - 1) / strip_;
+    plane_ = (strip_ + reach + lanes_ - 1) / lanes_ * lanes_;
+  }
+
+  // `count` vectors, `step` apart, of `images` lanes, `across` apart; the other lanes are 0.
+  template <class T>
+  void copy_vectors(const T* from, int64_t across, int64_t step, int64_t images, int64_t count, float* to) const {
+    if (across == 1 && images == lanes_) {
+      if (lanes_ == 16) return copy_whole<16>(from, step, count, to);
+      if (lanes_ == 8) return copy_whole<8>(from, step, count, to);
+      return copy_whole<4>(from, step, count, to);
+    }
+    if (images < lanes_) std::fill_n(to, count * lanes_, 0.0f);
+    for (int64_t n = 0; n < images; ++n) {
+      for (int64_t i = 0; i < count; ++i) to[i * lanes_ + n] = as_float(from[n * across + i * step]);
+    }
+  }
+  template <int lanes, class T>
+  static void copy_whole(const T* from, int64_t step, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int l = 0; l < lanes; ++l) to[i * lanes + l] = as_float(from[i * step + l]);
+    }
+  }
+
+  // The outputs [first, first + count) whose input at the phase lies inside: [low, high).
+  static void inside(const Axis& axis, int64_t phase, int64_t first, int64_t count, int64_t& low, int64_t& high) {
+    const auto outputs_below = [&](int64_t position) {  // how many i have i * in_step + phase < position
+      const int64_t left = position - phase;
+      return left <= 0 ? -((-left) / axis.in_step) : (left + axis.in_step - 1) / axis.in_step;
+    };
+    low = std::clamp<int64_t>(outputs_below(0), first, first + count);
+    high = std::clamp<int64_t>(outputs_below(axis.in_size), low, first + count);
+  }
+
+  template <class T>
+  void pack_images(const Images<const T>& in, const T* source, int64_t py, int64_t px, const Piece& p, float* to) const {
+    int64_t left, right;
+    const int64_t first = p.x0 + x_.first, width = p.x1 - p.x0 + x_.span();
+    inside(x_, px, first, width, left, right);
+    for (int64_t y = p.y0 + y_.first; y < p.y1 + y_.last; ++y, to += row()) {
+      const int64_t at = y * y_.in_step + py;
+      if (at < 0 || at >= y_.in_size || left == right) {
+        std::fill_n(to, width * lanes_, 0.0f);
+        continue;
+      }
+      std::fill_n(to, (left - first) * lanes_, 0.0f);
+      std::fill_n(to + (right - first) * lanes_, (first + width - right) * lanes_, 0.0f);
+      const int64_t x = left * x_.in_step + px;
+      copy_vectors(source + p.n0 * in.n + at * in.h + x * in.w, in.n, in.w * x_.in_step, p.images, right - left,
+                   to + (left - first) * lanes_);
+    }
+  }
+
+  template <class T>
+  void pack_positions(const Images<const T>& in, const T* source, int64_t py, int64_t px, const Piece& p, float* to) const {
+    const int64_t end = std::min(p.f0 + plane_, positions());
+    std::fill_n(to, plane_, 0.0f);
+    for_each_run(p.f0, end, [&](int64_t at, int64_t n, int64_t line, int64_t column, int64_t count) {
+      const int64_t y = (line + y_.first) * y_.in_step + py;
+      if (y < 0 || y >= y_.in_size) return;
+      int64_t left, right;
+      inside(x_, px, column + x_.first, count, left, right);
+      float* const row = to + at - (column + x_.first);
+      const int64_t step = x_.in_step;
+      const T* const from = source + n * in.n + y * in.h + px * in.w;
+      for (int64_t i = left; i < right; ++i) row[i] = as_float(from[i * step * in.w]);
+    });
+  }
+
+  const Axis &y_, &x_;
+  int64_t batch_, channels_, lanes_, phases_;
+  bool by_images_;
+  int64_t groups_ = 1, pieces_y_ = 1, pieces_x_ = 1;
+  int64_t rows_ = 1, columns_ = 1;  // outputs of a piece
+  int64_t strip_ = 0;               // positions of a piece
+  int64_t pitch_ = 0;               // vectors, or positions, from one packed row to the next
+  int64_t plane_ = 0;               // floats of one phase of a channel
+};
+
+// The entries as a layout's tiles take them: those that reach an output. `values` is empty where all do.
+struct PlacedEntries {
+  std::vector<int32_t> starts, offsets;
+  std::vector<float> values;
+
+  PlacedEntries(const Machine& machine, const Entries& entries, int64_t rows, const ConvShape& shape, const Layout& layout) {
+    const int64_t taps = shape.taps(), all = entries.starts[rows];
+    std::vector<int64_t> offset(taps);
+    bool whole = true;
+    for (int64_t t = 0; t < taps; ++t) {
+      offset[t] = layout.offset(t / shape.kernel[1], t % shape.kernel[1]);
+      whole &= offset[t] != Axis::kUnreached;
+    }
+    starts.resize(rows + 1);
+    for (int64_t r = 0; r < rows; ++r) {
+      int32_t count = entries.starts[r + 1] - entries.starts[r];
+      if (!whole) {
+        count = 0;
+        for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) count += offset[entries.columns[j] % taps] != Axis::kUnreached;
+      }
+      starts[r + 1] = starts[r] + count;
+    }
+    offsets.resize(starts[rows]);
+    values.resize(whole ? 0 : starts[rows]);
+    for_each(machine, rows, all, [&](int64_t r) {
+      int32_t to = starts[r];
+      int64_t channel = 0, end = taps;
+      for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) {
+        for (; entries.columns[j] >= end; end += taps) ++channel;
+        const int64_t at = offset[entries.columns[j] - (end - taps)];
+        if (at == Axis::kUnreached) continue;
+        if (!whole) values[to] = entries.values[j];
+        offsets[to++] = static_cast<int32_t>(channel * layout.channel() + at);
+      }
+    });
+  }
+};
+
+template <class T>
+bool lies_as(const Images<const T>& images, const Images<T>& out) {
+  return images.data == nullptr || (images.n == out.n && images.c == out.c && images.h == out.h && images.w == out.w);
+}
+
+// One pass: writes the outputs that `y` and `x` describe, for all channels.
+template <class T>
+void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, int64_t rows, int64_t channels,
+               const Entries& entries, const Images<const T>& in, const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
+  const TileLoops& loops = tile_loops(machine.isa);
+  const int64_t lanes = s2ap::lanes(machine.isa), group_rows = rows / shape.groups, group_channels = channels / shape.groups;
+  const Layout layout(y, x, shape.batch, group_channels, lanes);
+  const PlacedEntries placed(machine, entries, rows, shape, layout);
+  const float* const values = placed.values.empty() ? entries.values : placed.values.data();
+  // Where there are fewer pieces than threads can share, rows are shared out too; a piece is then packed again for each share.
+  const int64_t together = layout.together(), batches = (layout.pieces() + together - 1) / together, pieces = batches * shape.groups;
+  const int64_t shares = std::clamp<int64_t>(machine.threads > 1 ? 4 * machine.threads / pieces : 1, 1, std::max<int64_t>(1, group_rows / 8));
+  const int64_t work = shape.batch * y.outputs * x.outputs * (rows + channels);
+
+  for_each(machine, pieces * shares, work, [&](int64_t task) {
+    const int64_t share = task % shares, group = task / shares % shape.groups;
+    const int64_t first = group * group_rows + group_rows * share / shares, last = group * group_rows + group_rows * (share + 1) / shares;
+    float* const packed = scratch(0, layout.packed());
+    const int64_t batch = task / shares / shape.groups;
+    for (int64_t piece = batch * together; piece < std::min(layout.pieces(), (batch + 1) * together); ++piece) {
+    const typename Layout::Piece p = layout.piece(piece);
+    layout.pack(in, group * group_channels, p, packed);
+
+    constexpr bool kFloat = std::is_same_v<T, float>;
+    const Images<const T>&residual = epilogue.residual, &gate = epilogue.gate;
+    const bool direct = kFloat && layout.by_images() && p.images == lanes && out.n == 1 && lies_as(residual, out) && lies_as(gate, out);
+    constexpr int64_t kTogether = 16;  // rows whose results wait to be written
+    layout.for_each_tile(p, [&](int64_t tile_rows, int64_t tile_columns, int64_t ty, int64_t tx) {
+      const TileLoop tile = (tile_rows == 2 ? loops.two_rows[0].data() : loops.one_row[0].data())[tile_columns - 1];
+      TileArgs args{};
+      args.in = packed + ty * layout.row() + tx * lanes;
+      args.in_row = layout.row();
+      args.starts = placed.starts.data();
+      args.ends = args.starts + 1;
+      args.offsets = placed.offsets.data();
+      args.values = values;
+      args.bias = epilogue.bias;
+      if constexpr (kFloat) {
+        if (direct) {
+          const auto place = [&](const auto& images) {
+            return images.data + p.n0 + first * images.c + (y.out_first + (p.y0 + ty) * y.out_step) * images.h +
+                   (x.out_first + (p.x0 + tx) * x.out_step) * images.w;
+          };
+          args.first = first;
+          args.last = last;
+          args.out = place(out);
+          args.out_channel = out.c;
+          args.out_row = out.h * y.out_step;
+          args.out_column = out.w * x.out_step;
+          args.residual = residual.data ? place(residual) : nullptr;
+          args.gate = gate.data ? place(gate) : nullptr;
+          args.relu = epilogue.relu;
+          tile(args);
+          return;
+        }
+      }
+      const int64_t size = tile_rows * tile_columns * lanes;
+      float* const results = scratch(1, kTogether * kWidest * lanes);
+      args.out = results;
+      args.out_channel = size;
+      args.out_row = tile_columns * lanes;
+      args.out_column = lanes;
+      const auto write = [&](int64_t row, float result, int64_t n, int64_t oy, int64_t ox) {
+        const int64_t at_y = y.out_first + oy * y.out_step, at_x = x.out_first + ox * x.out_step;
+        const auto at = [&](const Images<const T>& i) { return as_float(i.data[n * i.n + row * i.c + at_y * i.h + at_x * i.w]); };
+        if (residual.data) result += at(residual);
+        if (epilogue.relu) result = result > 0 ? result : 0;
+        if (gate.data) result = at(gate) > 0 ? result : 0;
+        assign(out.data[n * out.n + row * out.c + at_y * out.h + at_x * out.w], result);
+      };
+      for (args.first = first; args.first < last; args.first = args.last) {
+        args.last = std::min(last, args.first + kTogether);
+        tile(args);
+        for (int64_t row = args.first; row < args.last; ++row) {
+          const float* const result = results + (row - args.first) * size;
+          if (layout.by_images()) {
+            for (int64_t i = 0; i < tile_rows * tile_columns; ++i) {
+              for (int64_t n = 0; n < p.images; ++n) {
+                write(row, result[i * lanes + n], p.n0 + n, p.y0 + ty + i / tile_columns, p.x0 + tx + i % tile_columns);
+              }
+            }
+          } else {
+            const int64_t from = p.f0 + tx * lanes, to = std::min(p.f1, from + size);
+            layout.for_each_run(from, to, [&](int64_t at, int64_t n, int64_t line, int64_t column, int64_t count) {
+              if (line >= y.outputs) return;
+              for (int64_t i = 0; i < std::min(count, x.outputs - column); ++i) write(row, result[at + i], n, line, column + i);
+            });
+          }
+        }
+      }
+    });
+    }
+  });
+}
+
+// out = conv2d(in, weight), and the epilogue. `entries` has a row for each output channel.
+template <class T>
+void sparse_conv(const Machine& machine, const ConvShape& shape, const Entries& entries, const Images<const T>& in,
+                 const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
+  const Axis y = forward_axis(shape, 0), x = forward_axis(shape, 1);
+  conv_pass<T>(machine, shape, y, x, shape.out_channels, shape.in_channels, entries, in, epilogue, out);
+}
+
+// The gradient with respect to the input, and the epilogue. `entries` has a row for each input channel.
+template <class T>
+void sparse_conv_input_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Images<const T>& grad,
+                            const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
+  for_each_residue(shape, [&](const Axis& y, const Axis& x) {
+    conv_pass<T>(machine, shape, y, x, shape.in_channels, shape.out_channels, entries, grad, epilogue, out);
+  });
+}
+
+// The gradient with respect to the entries' values, `sums` [entries]. `entries` has a row for each output channel.
+template <class T>
+void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Images<const T>& in,
+                             const Images<const T>& grad, float* sums) {
+  const TileLoops& loops = tile_loops(machine.isa);
+  const int64_t lanes = s2ap::lanes(machine.isa), group_rows = shape.out_channels / shape.groups, group_channels = shape.in_channels / shape.groups;
+  const Axis y = forward_axis(shape, 0), x = forward_axis(shape, 1);
+  const Layout layout(y, x, shape.batch, group_channels, lanes);
+  const PlacedEntries placed(machine, entries, shape.out_channels, shape, layout);
+  const int64_t count = entries.starts[shape.out_channels];
+  // So many partial sums of each value, whatever the number of threads. Slices go to them in turn, a contiguous range to each.
+  const int64_t pieces = layout.pieces(), parts = std::min<int64_t>(pieces, 8);
+  const int64_t shares = std::clamp<int64_t>(8 / (parts * shape.groups), 1, std::max<int64_t>(1, group_rows / 8));
+  const auto partial = std::make_unique<float[]>(parts * count);
+  const int64_t work = shape.batch * y.outputs * x.outputs * (shape.in_channels + shape.out_channels);
+
+  for_each(machine, parts * shape.groups * shares, work, [&](int64_t task) {
+    const int64_t share = task % shares, group = task / shares % shape.groups, part = task / shares / shape.groups;
+    const int64_t first = group * group_rows + group_rows * share / shares, last = group * group_rows + group_rows * (share + 1) / shares;
+    float* const packed = scratch(0, layout.packed());
+    for (int64_t i = pieces * part / parts; i < pieces * (part + 1) / parts; ++i) {
+      const typename Layout::Piece p = layout.piece(i);
+      layout.pack(in, group * group_channels, p, packed);
+      DotArgs args{};
+      args.rows = layout.by_images() ? p.y1 - p.y0 : 1;
+      args.columns = layout.by_images() ? p.x1 - p.x0 : (p.f1 - p.f0 + lanes - 1) / lanes;
+      args.a_row = args.x_row = layout.row();
+      args.x = packed;
+      args.offsets = placed.offsets.data();
+      args.sums = partial.get() + part * count;
+      float* const gradient = scratch(2, layout.by_images() ? args.rows * layout.row() : layout.strip());
+      args.a = gradient;
+      for (int64_t row = first; row < last; ++row) {
+        args.first = placed.starts[row];
+        args.last = placed.starts[row + 1];
+        if (args.first == args.last) continue;
+        layout.pack_outputs(grad, row, p, gradient);
+        loops.dots(args);
+      }
+    }
+  });
+  for_each(machine, (count + kChunk - 1) / kChunk, count * parts, [&](int64_t c) {
+    for (int64_t j = c * kChunk; j < std::min(count, (c + 1) * kChunk); ++j) {
+      float sum = partial[j];
+      for (int64_t part = 1; part < parts; ++part) sum += partial[part * count + j];
+      sums[j] = sum;
+    }
+  });
+}
+
+// ---- Blocks
+
+// Activations in blocks: [batch / lanes][channels][height + 2 halo][width + 2 halo][lanes], the halo being zeros. Nothing needs to be
+// packed then: a tile reads its inputs where they are.
+template <class T>
+struct Blocks {
+  T* data = nullptr;
+  int64_t count = 0, channels = 0, height = 0, width = 0, halo = 0, lanes = 0;  // height and width: without the halo
+
+  int64_t row() const { return (width + 2 * halo) * lanes; }
+  int64_t channel() const { return (height + 2 * halo) * row(); }
+  T* at(int64_t block, int64_t c, int64_t y, int64_t x) const {
+    return data + (block * channels + c) * channel() + (y + halo) * row() + (x + halo) * lanes;
+  }
+};
+
+// Whether all that the pass reads lies within the halo.
+inline bool reaches(const Axis& axis, int64_t halo) {
+  for (int64_t shift : axis.shifts) {
+    if (shift == Axis::kUnreached) continue;
+    if (shift < -halo || (axis.outputs - 1) * axis.in_step + shift >= axis.in_size + halo) return false;
+  }
+  return true;
+}
+
+// The entries by where their inputs lie, and cut into runs of input channels whose part of a tile's inputs stays in the first-level cache.
+struct BlockEntries {
+  std::vector<int32_t> bounds;   // [runs + 1][rows]
+  std::vector<int32_t> offsets;  // [entries]
+  std::vector<float> values;     // [entries], or empty if all entries reach an output
+  int64_t runs = 1;
+
+  BlockEntries(const Machine& machine, const Entries& entries, int64_t rows, const ConvShape& shape, const Axis& y, const Axis& x,
+               int64_t channels, int64_t channel, int64_t row, int64_t lanes) {
+    const int64_t all = entries.starts[rows], taps = shape.taps();
+    std::vector<int64_t> offset(taps);
+    int64_t reached = 0;
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t dy = y.shifts[t / shape.kernel[1]], dx = x.shifts[t % shape.kernel[1]];
+      const bool unreached = dy == Axis::kUnreached || dx == Axis::kUnreached;
+      offset[t] = unreached ? Axis::kUnreached : dy * row + dx * lanes;
+      reached += !unreached;
+    }
+    const double per_channel = static_cast<double>(all) * static_cast<double>(reached) / static_cast<double>(rows * channels * taps);
+    const int64_t in_cache = kInCache / ((y.span() + 1) * (x.span() + kWidest) * lanes);
+    const int64_t run = std::max<int64_t>({1, in_cache, static_cast<int64_t>(kWorthARun / std::max(per_channel, 1e-9))});
+    runs = (channels + run - 1) / run;
+    const int64_t each = (channels + runs - 1) / runs;
+
+    bounds.resize((runs + 1) * rows);
+    std::vector<int32_t> counts(rows + 1);
+    if (reached < taps) {
+      for (int64_t r = 0; r < rows; ++r) {
+        int32_t count = 0;
+        int64_t end = taps;
+        for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) {
+          while (entries.columns[j] >= end) end += taps;
+          count += offset[entries.columns[j] - (end - taps)] != Axis::kUnreached;
+        }
+        counts[r + 1] = counts[r] + count;
+      }
+      values.resize(counts[rows]);
+    } else {
+      std::copy_n(entries.starts, rows + 1, counts.data());
+    }
+    offsets.resize(counts[rows]);
+    for_each(machine, rows, all, [&](int64_t r) {
+      int32_t to = counts[r];
+      int64_t c = 0, end = taps, done = 0;
+      for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) {
+        for (; entries.columns[j] >= end; end += taps) ++c;
+        const int64_t at = offset[entries.columns[j] - (end - taps)];
+        if (at == Axis::kUnreached) continue;
+        for (; done <= c / each; ++done) bounds[done * rows + r] = to;
+        if (!values.empty()) values[to] = entries.values[j];
+        offsets[to++] = static_cast<int32_t>(c * channel + at);
+      }
+      for (; done <= runs; ++done) bounds[done * rows + r] = to;
+    });
+  }
+
+  static constexpr int64_t kInCache = 5 * 1024;  // floats
+  static constexpr double kWorthARun = 12;       // entries of an output channel
+};
+
+inline void block_pass(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, const Entries& entries,
+                       const Blocks<const float>& in, const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
+  const TileLoops& loops = tile_loops(machine.isa);
+  const int64_t rows = out.channels / shape.groups, channels = in.channels / shape.groups;
+  const BlockEntries placed(machine, entries, out.channels, shape, y, x, channels, in.channel(), in.row(), in.lanes);
+  const float* const values = placed.values.empty() ? entries.values : placed.values.data();
+  const int64_t blocks = out.count * shape.groups;
+  const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (y.outputs + 1) / 2);
+  const int64_t work = out.count * y.outputs * x.outputs * out.lanes * (rows + channels);
+  const int64_t across = (x.outputs + kWidest - 1) / kWidest;
+
+  for_each(machine, blocks * pieces, work, [&](int64_t task) {
+    const int64_t piece = task % pieces, group = task / pieces % shape.groups, block = task / pieces / shape.groups;
+    const int64_t top = y.outputs * piece / pieces, bottom = y.outputs * (piece + 1) / pieces;
+    TileArgs args{};
+    args.in_row = y.in_step * in.row();
+    args.offsets = placed.offsets.data();
+    args.values = values;
+    args.first = group * rows;
+    args.last = (group + 1) * rows;
+    args.out_channel = out.channel();
+    args.out_row = y.out_step * out.row();
+    args.out_column = x.out_step * out.lanes;
+    args.bias = epilogue.bias;
+    for (int64_t oy = top, height; oy < bottom; oy += height) {
+      height = x.outputs <= kWidest / 2 && bottom - oy >= 2 ? 2 : 1;
+      for (int64_t i = 0; i < across; ++i) {
+        const int64_t ox = x.outputs * i / across, width = x.outputs * (i + 1) / across - ox;
+        const TileLoop tile = (height == 2 ? loops.two_rows[x.in_step - 1].data() : loops.one_row[x.in_step - 1].data())[width - 1];
+        const auto place = [&](const auto& images) {
+          return images.data ? images.at(block, args.first, y.out_first + oy * y.out_step, x.out_first + ox * x.out_step) : nullptr;
+        };
+        args.in = in.at(block, group * channels, oy * y.in_step, ox * x.in_step);
+        args.out = place(out);
+        if (oy + height < bottom) {  // the rows that the tile below this one reads beyond those of this one
+          const int64_t below = std::max(oy * y.in_step + y.most() + 1, (oy + height) * y.in_step + y.least());
+          for (int64_t c = group * channels; c < (group + 1) * channels; ++c) {
+            for (int64_t row = below; row <= (oy + 2 * height - 1) * y.in_step + y.most() && row < in.height; ++row) {
+              const float* const later = in.at(block, c, row, ox * x.in_step);
+              for (int64_t i = 0; i < width * x.in_step * in.lanes; i += 16) __builtin_prefetch(later + i, 0, 2);
+            }
+          }
+        }
+        for (int64_t run = 0; run < placed.runs; ++run) {
+          const bool last = run + 1 == placed.runs;
+          args.starts = placed.bounds.data() + run * out.channels;
+          args.ends = args.starts + out.channels;
+          args.resume = run > 0;
+          args.residual = last ? place(epilogue.residual) : nullptr;
+          args.relu = last && epilogue.relu;
+          args.gate = last ? place(epilogue.gate) : nullptr;
+          tile(args);
+        }
+      }
+    }
+  });
+}
+
+inline void sparse_conv(const Machine& machine, const ConvShape& shape, const Entries& entries, const Blocks<const float>& in,
+                        const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
+  block_pass(machine, shape, forward_axis(shape, 0), forward_axis(shape, 1), entries, in, epilogue, out);
+}
+
+inline void sparse_conv_input_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Blocks<const float>& grad,
+                                   const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
+  for_each_residue(shape, [&](const Axis& y, const Axis& x) { block_pass(machine, shape, y, x, entries, grad, epilogue, out); });
+}
+
+}  // namespace s2ap

@@ -1,0 +1,98 @@
+// The inner loops of the sparse convolutions, compiled for three instruction sets and chosen when the program runs, as in loops.h.
+//
+// A tile is `rows` x `columns` output positions, each a vector register of sums, of one output channel after the other. For every kept weight
+// there is one broadcast of its value, one look-up of where its inputs lie, and a multiply-add with an operand from memory for each position.
+// That is what the machine can load, so positions per weight are what counts: as many as there are registers.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "element.h"
+#include "machine.h"
+
+#ifdef S2AP_X86
+#include <immintrin.h>
+#endif
+
+#define S2AP_ALL _Pragma("GCC unroll 16")
+
+namespace s2ap {
+
+constexpr int kWidest = 14;  // sums that 16 registers have room for, beside a value and an operand
+
+// A tile of some output channels, and what it is made of. Lengths and offsets are in floats.
+struct TileArgs {
+  const float* in;         // the inputs of the tile's first position, for offset 0
+  int64_t in_row;          // from one of its rows to the next
+  const int32_t *starts, *ends;  // [channels]: each output channel's entries
+  const int32_t* offsets;  // [entries]: how far the inputs of an entry are from `in`
+  const float* values;     // [entries]
+  int64_t first, last;     // output channels
+  float* out;              // the first position of channel `first`
+  int64_t out_channel, out_row, out_column;
+  bool resume;            // the sums start from what is in `out`, and not from the bias
+  const float* bias;      // [channels], or null
+  const float* residual;  // null, or what is added; lies as `out`
+  bool relu;
+  const float* gate;  // null, or results count where it is above 0; lies as `out`
+};
+using TileLoop = void (*)(const TileArgs&);
+
+// sums[j] += sum over rows and columns of a[row][column] * x[offsets[j]][row][column], columns being vectors.
+struct DotArgs {
+  const float *a, *x;
+  int64_t a_row, x_row;
+  int64_t rows, columns;
+  const int32_t* offsets;
+  int64_t first, last;  // of j
+  float* sums;
+};
+
+struct TileLoops {
+  // [step - 1][columns - 1]: columns whose inputs are `step` vectors apart
+  std::array<std::array<TileLoop, kWidest>, 2> one_row;
+  std::array<std::array<TileLoop, kWidest / 2>, 2> two_rows;
+  void (*dots)(const DotArgs&);
+};
+
+}  // namespace s2ap
+
+#define S2AP_LOOPS plain
+#define S2AP_TARGET
+#define S2AP_WIDTH 16
+#include "tiles_body.h"
+#undef S2AP_LOOPS
+#undef S2AP_TARGET
+#undef S2AP_WIDTH
+
+#ifdef S2AP_X86
+#define S2AP_LOOPS avx2
+#define S2AP_TARGET __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
+#define S2AP_WIDTH 32
+#include "tiles_body.h"
+#undef S2AP_LOOPS
+#undef S2AP_TARGET
+#undef S2AP_WIDTH
+
+#define S2AP_LOOPS avx512
+#define S2AP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
+#define S2AP_WIDTH 64
+#include "tiles_body.h"
+#undef S2AP_LOOPS
+#undef S2AP_TARGET
+#undef S2AP_WIDTH
+#endif
+
+namespace s2ap {
+
+inline const TileLoops& tile_loops(Isa isa) {
+#ifdef S2AP_X86
+  if (isa == Isa::kAvx512) return avx512::kTileLoops;
+  if (isa == Isa::kAvx2) return avx2::kTileLoops;
+#endif
+  return plain::kTileLoops;
+}
+
+}  // namespace s2ap

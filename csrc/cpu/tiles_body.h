@@ -1,0 +1,157 @@
+// The loops of tiles.h for one instruction set: included once for each, with S2AP_LOOPS (the namespace), S2AP_TARGET (the function
+// attribute) and S2AP_WIDTH (bytes in a vector register).
+
+namespace s2ap {
+namespace S2AP_LOOPS {
+
+constexpr int64_t kFloats = S2AP_WIDTH / sizeof(float);
+typedef float Floats __attribute__((vector_size(S2AP_WIDTH)));
+typedef float LooseFloats __attribute__((vector_size(S2AP_WIDTH), aligned(4), may_alias));  // at any address
+
+S2AP_TARGET S2AP_INLINE void load_floats(Floats& v, const float* p) { v = *reinterpret_cast<const LooseFloats*>(p); }
+S2AP_TARGET S2AP_INLINE void store_floats(float* p, const Floats& v) { *reinterpret_cast<LooseFloats*>(p) = v; }
+
+// One number in all lanes.
+S2AP_TARGET S2AP_INLINE Floats broadcast(float x) {
+#if S2AP_WIDTH == 64
+  return (Floats)_mm512_set1_ps(x);
+#elif S2AP_WIDTH == 32
+  return (Floats)_mm256_set1_ps(x);
+#else
+  return Floats{x, x, x, x};
+#endif
+}
+
+// sum += a * b, rounded once where the machine can.
+S2AP_TARGET S2AP_INLINE void add_product(Floats& sum, const Floats& a, const Floats& b) {
+#if S2AP_WIDTH == 64
+  sum = (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif S2AP_WIDTH == 32
+  sum = (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  sum = sum + a * b;
+#endif
+}
+
+template <int step, int rows, int columns>
+S2AP_TARGET void tile(const TileArgs& given) {
+  const TileArgs args = given;  // a copy that the stores below cannot change, in the eyes of the compiler
+  float* out = args.out;
+  for (int64_t o = args.first; o < args.last; ++o, out += args.out_channel) {
+    S2AP_ALL for (int r = 0; r < rows; ++r) {  // what is written two channels on
+      const float* const later = out + 2 * args.out_channel + r * args.out_row;
+      S2AP_ALL for (int c = 0; c < columns; c += 64 / S2AP_WIDTH) __builtin_prefetch(later + c * args.out_column, 1);
+    }
+    Floats sum[rows][columns];
+    if (args.resume) {
+      S2AP_ALL for (int r = 0; r < rows; ++r) {
+        S2AP_ALL for (int c = 0; c < columns; ++c) load_floats(sum[r][c], out + r * args.out_row + c * args.out_column);
+      }
+    } else {
+      const Floats start = args.bias ? broadcast(args.bias[o]) : Floats{};
+      S2AP_ALL for (int r = 0; r < rows; ++r) {
+        S2AP_ALL for (int c = 0; c < columns; ++c) sum[r][c] = start;
+      }
+    }
+    const int32_t *offset = args.offsets + args.starts[o], *const end = args.offsets + args.ends[o];
+    for (const float* value = args.values + args.starts[o]; offset < end; ++offset, ++value) {
+      const Floats v = broadcast(*value);
+      const float* const x = args.in + *offset;
+      S2AP_ALL for (int r = 0; r < rows; ++r) {
+        S2AP_ALL for (int c = 0; c < columns; ++c) {
+          Floats at;
+          load_floats(at, x + r * args.in_row + c * step * kFloats);
+          add_product(sum[r][c], v, at);
+        }
+      }
+    }
+    if (args.residual) {
+      const float* const other = args.residual + (out - args.out);
+      S2AP_ALL for (int r = 0; r < rows; ++r) {
+        S2AP_ALL for (int c = 0; c < columns; ++c) {
+          Floats at;
+          load_floats(at, other + r * args.out_row + c * args.out_column);
+          sum[r][c] = sum[r][c] + at;
+        }
+      }
+    }
+    if (args.relu) {
+      S2AP_ALL for (int r = 0; r < rows; ++r) {
+        S2AP_ALL for (int c = 0; c < columns; ++c) sum[r][c] = sum[r][c] > 0 ? sum[r][c] : Floats{};
+      }
+    }
+    if (args.gate) {
+      const float* const gate = args.gate + (out - args.out);
+      S2AP_ALL for (int r = 0; r < rows; ++r) {
+        S2AP_ALL for (int c = 0; c < columns; ++c) {
+          Floats at;
+          load_floats(at, gate + r * args.out_row + c * args.out_column);
+          sum[r][c] = at > 0 ? sum[r][c] : Floats{};
+        }
+      }
+    }
+    S2AP_ALL for (int r = 0; r < rows; ++r) {
+      S2AP_ALL for (int c = 0; c < columns; ++c) store_floats(out + r * args.out_row + c * args.out_column, sum[r][c]);
+    }
+  }
+}
+
+// sums[j] += the dot products of a with x[offsets[j]], over `rows` rows of `columns` vectors.
+S2AP_TARGET inline void dots(const DotArgs& args) {
+  constexpr int kTogether = 4;
+  int64_t j = args.first;
+  for (; j + kTogether <= args.last; j += kTogether) {
+    Floats sum[kTogether] = {};
+    for (int64_t r = 0; r < args.rows; ++r) {
+      const float* const a = args.a + r * args.a_row;
+      const float* const x = args.x + r * args.x_row;
+      for (int64_t c = 0; c < args.columns; ++c) {
+        Floats shared;
+        load_floats(shared, a + c * kFloats);
+        S2AP_ALL for (int k = 0; k < kTogether; ++k) {
+          Floats at;
+          load_floats(at, x + args.offsets[j + k] + c * kFloats);
+          add_product(sum[k], shared, at);
+        }
+      }
+    }
+    S2AP_ALL for (int k = 0; k < kTogether; ++k) {
+      float total = 0;
+      for (int64_t lane = 0; lane < kFloats; ++lane) total += sum[k][lane];
+      args.sums[j + k] += total;
+    }
+  }
+  for (; j < args.last; ++j) {
+    Floats sum = {};
+    for (int64_t r = 0; r < args.rows; ++r) {
+      const float* const a = args.a + r * args.a_row;
+      const float* const x = args.x + r * args.x_row + args.offsets[j];
+      for (int64_t c = 0; c < args.columns; ++c) {
+        Floats left, right;
+        load_floats(left, a + c * kFloats);
+        load_floats(right, x + c * kFloats);
+        add_product(sum, left, right);
+      }
+    }
+    float total = 0;
+    for (int64_t lane = 0; lane < kFloats; ++lane) total += sum[lane];
+    args.sums[j] += total;
+  }
+}
+
+template <int step, int rows, int... columns>
+constexpr std::array<TileLoop, sizeof...(columns)> tiles_of(std::integer_sequence<int, columns...>) {
+  return {tile<step, rows, columns + 1>...};
+}
+
+template <int rows>
+using Columns = std::make_integer_sequence<int, kWidest / rows>;
+
+inline constexpr TileLoops kTileLoops = {
+    {tiles_of<1, 1>(Columns<1>()), tiles_of<2, 1>(Columns<1>())},
+    {tiles_of<1, 2>(Columns<2>()), tiles_of<2, 2>(Columns<2>())},
+    dots,
+};
+
+}  // namespace S2AP_LOOPS
+}  // namespace s2ap
