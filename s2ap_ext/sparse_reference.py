@@ -1,12 +1,13 @@
 """The specification of the sparse convolutions, in plain PyTorch: every op for one layer, with no tricks.
 
-**Entries.** The kept weights of a layer, as a CSR matrix: ``starts`` (int32 [rows + 1]), ``columns`` (int32 [entries], ascending within a row)
-and ``values`` (float32 [entries]). Forward, a row is an output channel and a column a flat index into its weight ``[inputs / groups, *kernel]``.
-For the gradient with respect to the input, a row is an input channel and a column a flat index into ``[outputs / groups, *kernel]``.
+**Entries.** The kept weights of a layer, as a CSR matrix: ``starts`` (int32 [rows + 1]), ``columns`` (int32 [entries], ascending within a
+row) and ``values`` (float32 [entries]). Forward, a row is an output channel and a column a flat index into its weight
+``[inputs / groups, *kernel]``. For the gradient with respect to the input, a row is an input channel and a column a flat index into
+``[outputs / groups, *kernel]``.
 
 **Activations** are images, logical shape (N, C, H, W) with any strides, or *blocks*: contiguous
-``[N / lanes, C, H + 2 * halo, W + 2 * halo, lanes]``, whose halo is zeros and stays so. The kernels read blocks where they are; ``lanes`` is the
-machine's (:func:`s2ap_ext.ops.lanes`), here it may be any.
+``[N / lanes, C, H + 2 * halo, W + 2 * halo, lanes]``, whose halo is zeros and stays so. The kernels read blocks where they are; ``lanes``
+is the machine's, here it may be any.
 """
 
 from __future__ import annotations
