@@ -54,8 +54,10 @@ inline ConvShape conv_shape(const Tensor& in, const char* in_name, const Tensor&
   return s;
 }
 
-// The entries, checked: rows of the `rows` channels, columns below the row length.
-inline Entries entries_of(const Tensor& starts, const Tensor& columns, const Tensor* values, int64_t rows, int64_t row_length) {
+// The entries, checked: `rows` rows, columns below inputs * taps, or where that shows.
+inline Entries entries_of(const Tensor& starts, const Tensor& columns, const Tensor* values, int64_t rows, int64_t inputs, int64_t taps) {
+  const int64_t row_length = inputs * taps;
+  if (row_length * taps >= INT64_C(1) << 32) fail("columns", "rows of fewer than 2**32 / taps columns", std::to_string(row_length));
   check_tensor(starts, "starts", ScalarType::Int, rows + 1);
   const auto* start = static_cast<const int32_t*>(starts.const_data_ptr());
   check_tensor(columns, "columns", ScalarType::Int, columns.numel());
@@ -133,7 +135,7 @@ void sparse_conv_cpu(const Tensor& input, const Tensor& starts, const Tensor& co
                      const MaybeTensor& residual, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
                      int64_t groups, int64_t halo, bool relu, const Tensor& out) {
   const ConvShape shape = conv_shape(input, "input", out, "out", {kernel, stride, padding, dilation, groups, halo});
-  const Entries entries = entries_of(starts, columns, &values, shape.out_channels, shape.in_channels / groups * shape.taps());
+  const Entries entries = entries_of(starts, columns, &values, shape.out_channels, shape.in_channels / groups, shape.taps());
   const float* const b = bias_of(bias, shape.out_channels);
   by_layout(
       input, "input", out, residual, {}, shape, halo,
@@ -153,7 +155,7 @@ void sparse_conv_input_grad_cpu(const Tensor& grad, const Tensor& starts, const 
                                 const MaybeTensor& residual, const MaybeTensor& gate, const Ints& kernel, const Ints& stride,
                                 const Ints& padding, const Ints& dilation, int64_t groups, int64_t halo, const Tensor& out) {
   const ConvShape shape = conv_shape(out, "out", grad, "grad", {kernel, stride, padding, dilation, groups, halo});
-  const Entries entries = entries_of(starts, columns, &values, shape.in_channels, shape.out_channels / groups * shape.taps());
+  const Entries entries = entries_of(starts, columns, &values, shape.in_channels, shape.out_channels / groups, shape.taps());
   by_layout(
       grad, "grad", out, residual, gate, shape, halo,
       [&](auto element) {
@@ -176,7 +178,7 @@ void sparse_conv_weight_grad_cpu(const Tensor& input, const Tensor& grad, const 
                                  const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups, const Tensor& out) {
   if (input.dim() != 4) fail("input", "4 dimensions", std::to_string(input.dim()));
   const ConvShape shape = conv_shape(input, "input", grad, "grad", {kernel, stride, padding, dilation, groups, 0});
-  const Entries entries = entries_of(starts, columns, nullptr, shape.out_channels, shape.in_channels / groups * shape.taps());
+  const Entries entries = entries_of(starts, columns, nullptr, shape.out_channels, shape.in_channels / groups, shape.taps());
   check_tensor(out, "out", ScalarType::Float, columns.numel());
   auto* const sums = static_cast<float*>(out.mutable_data_ptr());
   if (input.numel() == 0 || grad.numel() == 0) {

@@ -26,6 +26,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -129,20 +130,25 @@ S2AP_INLINE float as_float(uint16_t bits) { return Element<BFloat16>::widen(bits
 S2AP_INLINE void assign(float& to, float x) { to = x; }
 S2AP_INLINE void assign(uint16_t& to, float x) { to = Element<BFloat16>::narrow(x); }
 
-// Memory of one thread that grows to what it was asked for and stays.
-inline float* scratch(int which, int64_t floats) {
+// Memory of one thread that grows to what it was asked for and stays: fresh memory would cost a page fault for every 4 KB in every call.
+enum class Scratch { kPacked, kResults, kGradient, kOffsets, kValues, kPlaces };
+
+template <class T = float>
+T* scratch(Scratch which, int64_t size) {
   struct Block {
-    std::unique_ptr<float[]> memory;
+    std::unique_ptr<std::byte[]> memory;
     int64_t size = 0;
   };
-  static thread_local Block blocks[3];
-  Block& block = blocks[which];
-  if (block.size < floats) {
-    block.memory = std::make_unique_for_overwrite<float[]>(floats + 16);
-    block.size = floats;
+  static thread_local Block blocks[static_cast<int>(Scratch::kPlaces) + 1];
+  Block& block = blocks[static_cast<int>(which)];
+  constexpr int64_t kAlignment = 64;
+  const int64_t bytes = size * static_cast<int64_t>(sizeof(T)) + kAlignment;
+  if (block.size < bytes) {
+    block.memory = std::make_unique_for_overwrite<std::byte[]>(bytes);
+    block.size = bytes;
   }
   const auto address = reinterpret_cast<uintptr_t>(block.memory.get());
-  return block.memory.get() + (64 - address % 64) % 64 / sizeof(float);
+  return reinterpret_cast<T*>(block.memory.get() + (kAlignment - address % kAlignment) % kAlignment);
 }
 
 // How a pass is cut into pieces, and where everything lies in a piece's packed input.
@@ -373,43 +379,78 @@ class Layout {
   int64_t plane_ = 0;               // floats of one phase of a channel
 };
 
-// The entries as a layout's tiles take them: those that reach an output. `values` is empty where all do.
+// The entries as tiles take them: those that reach an output, by where their inputs lie. They are cut into runs of input channels.
 struct PlacedEntries {
-  std::vector<int32_t> starts, offsets;
-  std::vector<float> values;
+  int64_t runs = 1;
+  const int32_t* bounds;   // [runs + 1][rows]: where each row's entries of a run begin
+  const int32_t* offsets;  // [entries]
+  const float* values;     // [entries]
 
-  PlacedEntries(const Machine& machine, const Entries& entries, int64_t rows, const ConvShape& shape, const Layout& layout) {
-    const int64_t taps = shape.taps(), all = entries.starts[rows];
-    std::vector<int64_t> offset(taps);
-    bool whole = true;
-    for (int64_t t = 0; t < taps; ++t) {
-      offset[t] = layout.offset(t / shape.kernel[1], t % shape.kernel[1]);
-      whole &= offset[t] != Axis::kUnreached;
+  // tap_offset [taps]: offset of a tap's input, or kUnreached; channel: from one channel to the next; each: channels of a run.
+  PlacedEntries(const Machine& machine, const Entries& entries, int64_t rows, int64_t channels, const std::vector<int64_t>& tap_offset,
+                int64_t channel, int64_t each) {
+    const auto taps = static_cast<int64_t>(tap_offset.size()), all = int64_t{entries.starts[rows]};
+    runs = (channels + each - 1) / each;
+    const int64_t* const offset = tap_offset.data();
+    const bool whole = std::find(tap_offset.begin(), tap_offset.end(), Axis::kUnreached) == tap_offset.end();
+    auto* const places = scratch<int32_t>(Scratch::kPlaces, (runs + 1) * rows + rows + 1);
+    int32_t* const starts = places + (runs + 1) * rows;
+    std::copy_n(entries.starts, rows + 1, starts);
+    if (!whole) {
+      for_each(machine, rows, all, [&](int64_t r) {
+        int32_t count = 0;
+        for_each_of_row(entries, r, taps, [&](int32_t, int64_t, int64_t tap) { count += offset[tap] != Axis::kUnreached; });
+        starts[r + 1] = count;
+      });
+      for (int64_t r = 0; r < rows; ++r) starts[r + 1] += starts[r];
     }
-    starts.resize(rows + 1);
-    for (int64_t r = 0; r < rows; ++r) {
-      int32_t count = entries.starts[r + 1] - entries.starts[r];
-      if (!whole) {
-        count = 0;
-        for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) count += offset[entries.columns[j] % taps] != Axis::kUnreached;
-      }
-      starts[r + 1] = starts[r] + count;
-    }
-    offsets.resize(starts[rows]);
-    values.resize(whole ? 0 : starts[rows]);
+    auto* const to_offsets = scratch<int32_t>(Scratch::kOffsets, all + 1);
+    float* const to_values = whole ? nullptr : scratch(Scratch::kValues, all + 1);
     for_each(machine, rows, all, [&](int64_t r) {
       int32_t to = starts[r];
-      int64_t channel = 0, end = taps;
-      for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) {
-        for (; entries.columns[j] >= end; end += taps) ++channel;
-        const int64_t at = offset[entries.columns[j] - (end - taps)];
-        if (at == Axis::kUnreached) continue;
-        if (!whole) values[to] = entries.values[j];
-        offsets[to++] = static_cast<int32_t>(channel * layout.channel() + at);
-      }
+      int64_t run = 0, end = 0;  // the next run that begins, and with which channel
+      for_each_of_row(entries, r, taps, [&](int32_t j, int64_t c, int64_t tap) {
+        for (; c >= end; end += each) places[run++ * rows + r] = to;
+        if (!whole) to_values[to] = entries.values[j];
+        to_offsets[to] = static_cast<int32_t>(c * channel + offset[tap]);
+        to += offset[tap] != Axis::kUnreached;  // or what follows takes its place
+      });
+      for (; run <= runs; ++run) places[run * rows + r] = to;
     });
+    bounds = places;
+    offsets = to_offsets;
+    values = whole ? entries.values : to_values;
+  }
+
+  const int32_t* starts(int64_t run, int64_t rows) const { return bounds + run * rows; }
+
+ private:
+  // f(entry, channel, tap)
+  template <class F>
+  static void for_each_of_row(const Entries& entries, int64_t r, int64_t taps, const F& f) {
+    const uint64_t part = ((uint64_t{1} << 32) + taps - 1) / taps;  // a division for each entry would take longer than all the rest
+    for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) {
+      const auto c = static_cast<int64_t>(entries.columns[j] * part >> 32);
+      f(j, c, entries.columns[j] - c * taps);
+    }
   }
 };
+
+// The offsets that offset(ky, kx) gives for all taps.
+template <class F>
+std::vector<int64_t> offsets_of_taps(const ConvShape& shape, const F& offset) {
+  std::vector<int64_t> offsets;
+  for (int64_t ky = 0; ky < shape.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < shape.kernel[1]; ++kx) offsets.push_back(offset(ky, kx));
+  }
+  return offsets;
+}
+
+inline PlacedEntries place_in(const Layout& layout, const Machine& machine, const Entries& entries, int64_t rows, int64_t channels,
+                              const ConvShape& shape) {
+  const auto offsets = offsets_of_taps(shape, [&](int64_t ky, int64_t kx) { return layout.offset(ky, kx); });
+  return {machine, entries, rows, channels, offsets, layout.channel(), channels};
+}
 
 template <class T>
 bool lies_as(const Images<const T>& images, const Images<T>& out) {
@@ -423,8 +464,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
   const TileLoops& loops = tile_loops(machine.isa);
   const int64_t lanes = s2ap::lanes(machine.isa), group_rows = rows / shape.groups, group_channels = channels / shape.groups;
   const Layout layout(y, x, shape.batch, group_channels, lanes);
-  const PlacedEntries placed(machine, entries, rows, shape, layout);
-  const float* const values = placed.values.empty() ? entries.values : placed.values.data();
+  const PlacedEntries placed = place_in(layout, machine, entries, rows, group_channels, shape);
   // Where there are fewer pieces than threads can share, rows are shared out too; a piece is then packed again for each share.
   const int64_t together = layout.together(), batches = (layout.pieces() + together - 1) / together, pieces = batches * shape.groups;
   const int64_t shares = std::clamp<int64_t>(machine.threads > 1 ? 4 * machine.threads / pieces : 1, 1, std::max<int64_t>(1, group_rows / 8));
@@ -433,7 +473,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
   for_each(machine, pieces * shares, work, [&](int64_t task) {
     const int64_t share = task % shares, group = task / shares % shape.groups;
     const int64_t first = group * group_rows + group_rows * share / shares, last = group * group_rows + group_rows * (share + 1) / shares;
-    float* const packed = scratch(0, layout.packed());
+    float* const packed = scratch(Scratch::kPacked, layout.packed());
     const int64_t batch = task / shares / shape.groups;
     for (int64_t piece = batch * together; piece < std::min(layout.pieces(), (batch + 1) * together); ++piece) {
     const typename Layout::Piece p = layout.piece(piece);
@@ -448,10 +488,10 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
       TileArgs args{};
       args.in = packed + ty * layout.row() + tx * lanes;
       args.in_row = layout.row();
-      args.starts = placed.starts.data();
-      args.ends = args.starts + 1;
-      args.offsets = placed.offsets.data();
-      args.values = values;
+      args.starts = placed.starts(0, rows);
+      args.ends = placed.starts(1, rows);
+      args.offsets = placed.offsets;
+      args.values = placed.values;
       args.bias = epilogue.bias;
       if constexpr (kFloat) {
         if (direct) {
@@ -473,7 +513,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
         }
       }
       const int64_t size = tile_rows * tile_columns * lanes;
-      float* const results = scratch(1, kTogether * kWidest * lanes);
+      float* const results = scratch(Scratch::kResults, kTogether * kWidest * lanes);
       args.out = results;
       args.out_channel = size;
       args.out_row = tile_columns * lanes;
@@ -536,7 +576,7 @@ void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, con
   const int64_t lanes = s2ap::lanes(machine.isa), group_rows = shape.out_channels / shape.groups, group_channels = shape.in_channels / shape.groups;
   const Axis y = forward_axis(shape, 0), x = forward_axis(shape, 1);
   const Layout layout(y, x, shape.batch, group_channels, lanes);
-  const PlacedEntries placed(machine, entries, shape.out_channels, shape, layout);
+  const PlacedEntries placed = place_in(layout, machine, entries, shape.out_channels, group_channels, shape);
   const int64_t count = entries.starts[shape.out_channels];
   // So many partial sums of each value, whatever the number of threads. Slices go to them in turn, a contiguous range to each.
   const int64_t pieces = layout.pieces(), parts = std::min<int64_t>(pieces, 8);
@@ -547,7 +587,7 @@ void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, con
   for_each(machine, parts * shape.groups * shares, work, [&](int64_t task) {
     const int64_t share = task % shares, group = task / shares % shape.groups, part = task / shares / shape.groups;
     const int64_t first = group * group_rows + group_rows * share / shares, last = group * group_rows + group_rows * (share + 1) / shares;
-    float* const packed = scratch(0, layout.packed());
+    float* const packed = scratch(Scratch::kPacked, layout.packed());
     for (int64_t i = pieces * part / parts; i < pieces * (part + 1) / parts; ++i) {
       const typename Layout::Piece p = layout.piece(i);
       layout.pack(in, group * group_channels, p, packed);
@@ -556,13 +596,13 @@ void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, con
       args.columns = layout.by_images() ? p.x1 - p.x0 : (p.f1 - p.f0 + lanes - 1) / lanes;
       args.a_row = args.x_row = layout.row();
       args.x = packed;
-      args.offsets = placed.offsets.data();
+      args.offsets = placed.offsets;
       args.sums = partial.get() + part * count;
-      float* const gradient = scratch(2, layout.by_images() ? args.rows * layout.row() : layout.strip());
+      float* const gradient = scratch(Scratch::kGradient, layout.by_images() ? args.rows * layout.row() : layout.strip());
       args.a = gradient;
       for (int64_t row = first; row < last; ++row) {
-        args.first = placed.starts[row];
-        args.last = placed.starts[row + 1];
+        args.first = entries.starts[row];  // forward, every tap reaches an output
+        args.last = entries.starts[row + 1];
         if (args.first == args.last) continue;
         layout.pack_outputs(grad, row, p, gradient);
         loops.dots(args);
@@ -603,72 +643,28 @@ inline bool reaches(const Axis& axis, int64_t halo) {
   return true;
 }
 
-// The entries by where their inputs lie, and cut into runs of input channels whose part of a tile's inputs stays in the first-level cache.
-struct BlockEntries {
-  std::vector<int32_t> bounds;   // [runs + 1][rows]
-  std::vector<int32_t> offsets;  // [entries]
-  std::vector<float> values;     // [entries], or empty if all entries reach an output
-  int64_t runs = 1;
-
-  BlockEntries(const Machine& machine, const Entries& entries, int64_t rows, const ConvShape& shape, const Axis& y, const Axis& x,
-               int64_t channels, int64_t channel, int64_t row, int64_t lanes) {
-    const int64_t all = entries.starts[rows], taps = shape.taps();
-    std::vector<int64_t> offset(taps);
-    int64_t reached = 0;
-    for (int64_t t = 0; t < taps; ++t) {
-      const int64_t dy = y.shifts[t / shape.kernel[1]], dx = x.shifts[t % shape.kernel[1]];
-      const bool unreached = dy == Axis::kUnreached || dx == Axis::kUnreached;
-      offset[t] = unreached ? Axis::kUnreached : dy * row + dx * lanes;
-      reached += !unreached;
-    }
-    const double per_channel = static_cast<double>(all) * static_cast<double>(reached) / static_cast<double>(rows * channels * taps);
-    const int64_t in_cache = kInCache / ((y.span() + 1) * (x.span() + kWidest) * lanes);
-    const int64_t run = std::max<int64_t>({1, in_cache, static_cast<int64_t>(kWorthARun / std::max(per_channel, 1e-9))});
-    runs = (channels + run - 1) / run;
-    const int64_t each = (channels + runs - 1) / runs;
-
-    bounds.resize((runs + 1) * rows);
-    std::vector<int32_t> counts(rows + 1);
-    if (reached < taps) {
-      for (int64_t r = 0; r < rows; ++r) {
-        int32_t count = 0;
-        int64_t end = taps;
-        for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) {
-          while (entries.columns[j] >= end) end += taps;
-          count += offset[entries.columns[j] - (end - taps)] != Axis::kUnreached;
-        }
-        counts[r + 1] = counts[r] + count;
-      }
-      values.resize(counts[rows]);
-    } else {
-      std::copy_n(entries.starts, rows + 1, counts.data());
-    }
-    offsets.resize(counts[rows]);
-    for_each(machine, rows, all, [&](int64_t r) {
-      int32_t to = counts[r];
-      int64_t c = 0, end = taps, done = 0;
-      for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) {
-        for (; entries.columns[j] >= end; end += taps) ++c;
-        const int64_t at = offset[entries.columns[j] - (end - taps)];
-        if (at == Axis::kUnreached) continue;
-        for (; done <= c / each; ++done) bounds[done * rows + r] = to;
-        if (!values.empty()) values[to] = entries.values[j];
-        offsets[to++] = static_cast<int32_t>(c * channel + at);
-      }
-      for (; done <= runs; ++done) bounds[done * rows + r] = to;
-    });
-  }
-
-  static constexpr int64_t kInCache = 5 * 1024;  // floats
-  static constexpr double kWorthARun = 12;       // entries of an output channel
-};
+// Runs of input channels whose part of a tile's inputs stays in the first-level cache, but not so short that sums are loaded and stored for
+// next to nothing.
+inline int64_t channels_of_run(const Entries& entries, int64_t rows, int64_t channels, const Axis& y, const Axis& x, int64_t lanes) {
+  constexpr int64_t kInCache = 5 * 1024;  // floats
+  constexpr double kWorthARun = 12;       // entries of an output channel
+  const double per_channel = static_cast<double>(entries.starts[rows]) / static_cast<double>(rows * channels);
+  const int64_t in_cache = kInCache / ((y.span() + 1) * (x.span() + kWidest) * lanes);
+  const int64_t run = std::max({int64_t{1}, in_cache, static_cast<int64_t>(kWorthARun / std::max(per_channel, 1e-3))});
+  const int64_t runs = (channels + run - 1) / run;
+  return (channels + runs - 1) / runs;
+}
 
 inline void block_pass(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, const Entries& entries,
                        const Blocks<const float>& in, const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
   const TileLoops& loops = tile_loops(machine.isa);
   const int64_t rows = out.channels / shape.groups, channels = in.channels / shape.groups;
-  const BlockEntries placed(machine, entries, out.channels, shape, y, x, channels, in.channel(), in.row(), in.lanes);
-  const float* const values = placed.values.empty() ? entries.values : placed.values.data();
+  const auto offsets = offsets_of_taps(shape, [&](int64_t ky, int64_t kx) {
+    const int64_t dy = y.shifts[ky], dx = x.shifts[kx];
+    return dy == Axis::kUnreached || dx == Axis::kUnreached ? Axis::kUnreached : dy * in.row() + dx * in.lanes;
+  });
+  const PlacedEntries placed(machine, entries, out.channels, channels, offsets, in.channel(),
+                             channels_of_run(entries, out.channels, channels, y, x, in.lanes));
   const int64_t blocks = out.count * shape.groups;
   const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (y.outputs + 1) / 2);
   const int64_t work = out.count * y.outputs * x.outputs * out.lanes * (rows + channels);
@@ -679,8 +675,8 @@ inline void block_pass(const Machine& machine, const ConvShape& shape, const Axi
     const int64_t top = y.outputs * piece / pieces, bottom = y.outputs * (piece + 1) / pieces;
     TileArgs args{};
     args.in_row = y.in_step * in.row();
-    args.offsets = placed.offsets.data();
-    args.values = values;
+    args.offsets = placed.offsets;
+    args.values = placed.values;
     args.first = group * rows;
     args.last = (group + 1) * rows;
     args.out_channel = out.channel();
@@ -708,8 +704,8 @@ inline void block_pass(const Machine& machine, const ConvShape& shape, const Axi
         }
         for (int64_t run = 0; run < placed.runs; ++run) {
           const bool last = run + 1 == placed.runs;
-          args.starts = placed.bounds.data() + run * out.channels;
-          args.ends = args.starts + out.channels;
+          args.starts = placed.starts(run, out.channels);
+          args.ends = placed.starts(run + 1, out.channels);
           args.resume = run > 0;
           args.residual = last ? place(epilogue.residual) : nullptr;
           args.relu = last && epilogue.relu;

@@ -1,0 +1,326 @@
+// The sparse convolutions against naive sums in double: shapes, layouts, epilogues, instruction sets, and the same bits for any number of
+// threads.
+#include "cpu/sparse_conv.h"
+#include "cpu/sparse_pattern.h"
+#include "cpu_cases.h"
+
+namespace {
+
+using namespace s2ap;
+using cases::machine;
+
+struct Case {
+  int64_t batch, in_channels, out_channels, groups, size[2], kernel[2], stride[2], padding[2], dilation[2];
+  double density;
+};
+
+const Case kCases[] = {
+    {16, 5, 7, 1, {6, 9}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.3},   // whole vectors
+    {19, 5, 18, 1, {6, 9}, {3, 3}, {2, 2}, {1, 1}, {1, 1}, 0.3},  // and images left over
+    {3, 4, 4, 1, {8, 8}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.5},    // few images
+    {1, 8, 8, 1, {7, 5}, {3, 3}, {2, 1}, {1, 1}, {1, 1}, 0.4},    // one
+    {2, 6, 8, 2, {9, 9}, {3, 1}, {1, 2}, {1, 0}, {2, 1}, 0.5},    // groups, dilation
+    {17, 6, 9, 3, {5, 7}, {2, 3}, {2, 2}, {0, 2}, {1, 2}, 0.5},
+    {16, 4, 6, 1, {10, 10}, {3, 3}, {3, 3}, {1, 1}, {1, 1}, 0.5},  // a stride beyond 2
+    {9, 3, 4, 1, {11, 11}, {7, 7}, {2, 2}, {3, 3}, {1, 1}, 0.3},
+    {16, 6, 5, 1, {6, 6}, {1, 1}, {2, 2}, {0, 0}, {1, 1}, 0.5},  // residues that no entry reaches
+    {40, 33, 12, 1, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 0.2},  // a linear layer
+    {1, 33, 12, 1, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 0.2},
+    {16, 3, 3, 1, {4, 4}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0},  // nothing kept
+    {16, 3, 3, 1, {4, 4}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},  // all
+    {16, 70, 40, 1, {8, 37}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.3},  // several pieces, several runs
+    {1, 300, 20, 1, {20, 21}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.05},
+};
+
+// A tensor of logical shape (N, C, H, W) in some layout.
+struct Tensor {
+  int64_t n, c, h, w;
+  std::vector<float> values;  // contiguous
+
+  double at(int64_t i, int64_t j, int64_t y, int64_t x) const { return values[((i * c + j) * h + y) * w + x]; }
+};
+
+Tensor random(int64_t n, int64_t c, int64_t h, int64_t w, uint32_t seed) {
+  Tensor t{n, c, h, w, std::vector<float>(n * c * h * w)};
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal;
+  for (float& v : t.values) v = normal(generator);
+  return t;
+}
+
+enum Order { kImagesFirst, kChannelsLast, kBatchInnermost };
+
+template <class T>
+struct Stored {
+  std::vector<T> memory;
+  Images<T> images;
+
+  Stored(const Tensor& t, Order order) : memory(t.values.size()) {
+    const int64_t n = t.n, c = t.c, h = t.h, w = t.w;
+    const Images<T> strides[] = {{nullptr, c * h * w, h * w, w, 1}, {nullptr, c * h * w, 1, c * w, c}, {nullptr, 1, n * h * w, n * w, n}};
+    images = strides[order];
+    images.data = memory.data();
+    each(t, [&](int64_t flat, T& place) { assign(place, t.values[flat]); });
+  }
+  Images<const T> input() const { return {images.data, images.n, images.c, images.h, images.w}; }
+  Tensor read(const Tensor& like) {
+    Tensor t = like;
+    each(like, [&](int64_t flat, T& place) { t.values[flat] = as_float(place); });
+    return t;
+  }
+  template <class F>
+  void each(const Tensor& t, const F& f) {
+    int64_t flat = 0;
+    for (int64_t i = 0; i < t.n; ++i) {
+      for (int64_t j = 0; j < t.c; ++j) {
+        for (int64_t y = 0; y < t.h; ++y) {
+          for (int64_t x = 0; x < t.w; ++x) f(flat++, memory[i * images.n + j * images.c + y * images.h + x * images.w]);
+        }
+      }
+    }
+  }
+};
+
+// The same in blocks.
+struct Blocked {
+  std::vector<float> memory;
+  Blocks<float> blocks;
+
+  Blocked(const Tensor& t, int64_t halo, int64_t lanes) {
+    blocks = {nullptr, (t.n + lanes - 1) / lanes, t.c, t.h, t.w, halo, lanes};
+    memory.resize(blocks.count * t.c * blocks.channel());
+    blocks.data = memory.data();
+    each(t, [&](int64_t flat, float& place) { place = t.values[flat]; });
+  }
+  Blocks<const float> input() const {
+    return {blocks.data, blocks.count, blocks.channels, blocks.height, blocks.width, blocks.halo, blocks.lanes};
+  }
+  Tensor read(const Tensor& like) {
+    Tensor t = like;
+    each(like, [&](int64_t flat, float& place) { t.values[flat] = place; });
+    return t;
+  }
+  double sum_of_magnitudes() const {
+    double sum = 0;
+    for (float v : memory) sum += std::abs(v);
+    return sum;
+  }
+  template <class F>
+  void each(const Tensor& t, const F& f) {
+    int64_t flat = 0;
+    for (int64_t i = 0; i < t.n; ++i) {
+      for (int64_t j = 0; j < t.c; ++j) {
+        for (int64_t y = 0; y < t.h; ++y) {
+          for (int64_t x = 0; x < t.w; ++x) f(flat++, blocks.at(i / blocks.lanes, j, y, x)[i % blocks.lanes]);
+        }
+      }
+    }
+  }
+};
+
+void expect_close(const Tensor& got, const std::vector<double>& expected, double tolerance, const std::string& what) {
+  for (size_t i = 0; i < expected.size(); ++i) {
+    EXPECT(std::abs(got.values[i] - expected[i]) <= tolerance * (1 + std::abs(expected[i])), "%s: element %zu: %g, not %g", what.c_str(), i,
+           got.values[i], expected[i]);
+  }
+}
+
+struct Problem {
+  Case c;
+  ConvShape shape;
+  WeightShape weight_shape;
+  std::vector<float> weight;  // dense
+  std::vector<int32_t> starts, columns, input_starts, input_columns, order;
+  std::vector<float> values, input_values, bias;
+  Tensor in, out;  // out: some gradient there
+
+  explicit Problem(const Case& given) : c(given) {
+    shape = {c.batch, c.in_channels, c.out_channels, c.groups, {}, {}, {}, {}, {}, {}};
+    for (int a = 0; a < 2; ++a) {
+      shape.in_size[a] = c.size[a];
+      shape.kernel[a] = c.kernel[a];
+      shape.stride[a] = c.stride[a];
+      shape.padding[a] = c.padding[a];
+      shape.dilation[a] = c.dilation[a];
+      shape.out_size[a] = (c.size[a] + 2 * c.padding[a] - c.dilation[a] * (c.kernel[a] - 1) - 1) / c.stride[a] + 1;
+    }
+    in = random(c.batch, c.in_channels, c.size[0], c.size[1], 1);
+    out = random(c.batch, c.out_channels, shape.out_size[0], shape.out_size[1], 2);
+    weight_shape = {c.out_channels, c.in_channels / c.groups, shape.taps(), c.groups};
+    std::mt19937 generator(3);
+    std::normal_distribution<float> normal;
+    std::uniform_real_distribution<double> uniform;
+    weight.resize(weight_shape.outputs * weight_shape.row());
+    for (float& w : weight) w = uniform(generator) < c.density ? normal(generator) : 0;
+    for (int64_t i = 0; i < c.out_channels; ++i) bias.push_back(normal(generator));
+    const auto kept = [&](int64_t i) { return weight[i] != 0; };
+    starts.resize(c.out_channels + 1);
+    count_entries(machine(Isa::kPlain, 3), weight_shape, kept, starts.data());
+    const int64_t count = starts.back();
+    for (auto* list : {&columns, &input_columns, &order}) list->resize(count);
+    input_starts.resize(c.in_channels + 1);
+    list_entries(machine(Isa::kPlain, 3), weight_shape, kept, starts.data(), columns.data(), input_starts.data(), input_columns.data(),
+                 order.data());
+    for (int64_t o = 0; o < c.out_channels; ++o) {
+      for (int32_t j = starts[o]; j < starts[o + 1]; ++j) values.push_back(weight[o * weight_shape.row() + columns[j]]);
+    }
+    for (int32_t j : order) input_values.push_back(values[j]);
+  }
+
+  // f(flat index of in, of the weight, of out)
+  template <class F>
+  void each_product(const F& f) const {
+    const int64_t outputs = c.out_channels / c.groups, inputs = c.in_channels / c.groups;
+    for (int64_t n = 0; n < c.batch; ++n) {
+      for (int64_t o = 0; o < c.out_channels; ++o) {
+        for (int64_t y = 0; y < out.h; ++y) {
+          for (int64_t x = 0; x < out.w; ++x) {
+            for (int64_t i = 0; i < inputs; ++i) {
+              for (int64_t t = 0; t < shape.taps(); ++t) {
+                const int64_t iy = y * c.stride[0] - c.padding[0] + t / c.kernel[1] * c.dilation[0];
+                const int64_t ix = x * c.stride[1] - c.padding[1] + t % c.kernel[1] * c.dilation[1];
+                if (iy < 0 || iy >= in.h || ix < 0 || ix >= in.w) continue;
+                const int64_t channel = o / outputs * inputs + i;
+                f(((n * in.c + channel) * in.h + iy) * in.w + ix, o * weight_shape.row() + i * shape.taps() + t,
+                  ((n * out.c + o) * out.h + y) * out.w + x);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  Entries forward() const { return {starts.data(), columns.data(), values.data()}; }
+  Entries backward() const { return {input_starts.data(), input_columns.data(), input_values.data()}; }
+};
+
+int64_t reach(const Problem& p) {
+  int64_t halo = 0;
+  const auto extend = [&](const Axis& y, const Axis& x) {
+    while (!reaches(y, halo) || !reaches(x, halo)) ++halo;
+  };
+  extend(forward_axis(p.shape, 0), forward_axis(p.shape, 1));
+  for_each_residue(p.shape, extend);
+  return halo;
+}
+
+void epilogue(std::vector<double>& result, const Tensor& like, const float* bias, const Tensor* residual, bool relu, const Tensor* gate) {
+  for (size_t i = 0; i < result.size(); ++i) {
+    if (bias) result[i] += bias[i / (like.h * like.w) % like.c];
+    if (residual) result[i] += residual->values[i];
+    if (relu && result[i] < 0) result[i] = 0;
+    if (gate && !(gate->values[i] > 0)) result[i] = 0;
+  }
+}
+
+void test_images(const Problem& p, Isa isa, Order order, bool with_epilogue, const std::vector<double>& forward,
+                 const std::vector<double>& backward) {
+  const Tensor other = random(p.out.n, p.out.c, p.out.h, p.out.w, 4), before = random(p.in.n, p.in.c, p.in.h, p.in.w, 5);
+  const Tensor gate = random(p.in.n, p.in.c, p.in.h, p.in.w, 6);
+  const Stored<float> in(p.in, order), grad(p.out, order), residual(other, order), in_residual(before, order), in_gate(gate, order);
+  Tensor first_out, first_in;
+  for (int threads : {1, 3}) {
+    Stored<float> out(p.out, order), grad_in(p.in, order);
+    Epilogue<Images<const float>> after, after_grad;
+    if (with_epilogue) {
+      after = {p.bias.data(), residual.input(), true, {}};
+      after_grad = {nullptr, in_residual.input(), false, in_gate.input()};
+    }
+    sparse_conv<float>(machine(isa, threads), p.shape, p.forward(), in.input(), after, out.images);
+    sparse_conv_input_grad<float>(machine(isa, threads), p.shape, p.backward(), grad.input(), after_grad, grad_in.images);
+    std::vector<double> expected = forward, expected_in = backward;
+    if (with_epilogue) {
+      epilogue(expected, p.out, p.bias.data(), &other, true, nullptr);
+      epilogue(expected_in, p.in, nullptr, &before, false, &gate);
+    }
+    const Tensor got = out.read(p.out), got_in = grad_in.read(p.in);
+    expect_close(got, expected, 1e-4, "images, forward");
+    expect_close(got_in, expected_in, 1e-4, "images, gradient");
+    if (threads == 1) {
+      first_out = got;
+      first_in = got_in;
+    }
+    EXPECT(got.values == first_out.values && got_in.values == first_in.values, "the bits depend on the number of threads");
+  }
+}
+
+void test_blocks(const Problem& p, Isa isa, bool with_epilogue, const std::vector<double>& forward, const std::vector<double>& backward) {
+  const int64_t halo = reach(p), width = lanes(isa);
+  const Tensor other = random(p.out.n, p.out.c, p.out.h, p.out.w, 4), before = random(p.in.n, p.in.c, p.in.h, p.in.w, 5);
+  const Tensor gate = random(p.in.n, p.in.c, p.in.h, p.in.w, 6);
+  const Blocked in(p.in, halo, width), grad(p.out, halo, width), residual(other, halo, width), in_residual(before, halo, width),
+      in_gate(gate, halo, width);
+  for (int threads : {1, 3}) {
+    Blocked out(p.out, halo, width), grad_in(p.in, halo, width);
+    Epilogue<Blocks<const float>> after, after_grad;
+    if (with_epilogue) {
+      after = {p.bias.data(), residual.input(), true, {}};
+      after_grad = {nullptr, in_residual.input(), false, in_gate.input()};
+    }
+    sparse_conv(machine(isa, threads), p.shape, p.forward(), in.input(), after, out.blocks);
+    sparse_conv_input_grad(machine(isa, threads), p.shape, p.backward(), grad.input(), after_grad, grad_in.blocks);
+    std::vector<double> expected = forward, expected_in = backward;
+    if (with_epilogue) {
+      epilogue(expected, p.out, p.bias.data(), &other, true, nullptr);
+      epilogue(expected_in, p.in, nullptr, &before, false, &gate);
+    }
+    expect_close(out.read(p.out), expected, 1e-4, "blocks, forward");
+    expect_close(grad_in.read(p.in), expected_in, 1e-4, "blocks, gradient");
+    if (p.c.batch % width == 0) {  // all that is not inside is still 0
+      double inside = 0;
+      for (float v : out.read(p.out).values) inside += std::abs(v);
+      EXPECT(std::abs(inside - out.sum_of_magnitudes()) <= 1e-6 * (1 + inside), "something was written to the halo");
+    }
+  }
+}
+
+void test_weight_grad(const Problem& p, Isa isa, Order order, const std::vector<double>& expected) {
+  const Stored<float> in(p.in, order), grad(p.out, order);
+  std::vector<float> first;
+  for (int threads : {1, 3}) {
+    std::vector<float> sums(p.columns.size(), -1.f);
+    sparse_conv_weight_grad<float>(machine(isa, threads), p.shape, p.forward(), in.input(), grad.input(), sums.data());
+    for (int64_t o = 0; o < p.c.out_channels; ++o) {
+      for (int32_t j = p.starts[o]; j < p.starts[o + 1]; ++j) {
+        const double want = expected[o * p.weight_shape.row() + p.columns[j]];
+        EXPECT(std::abs(sums[j] - want) <= 1e-3 * (1 + std::abs(want)), "entry %d: %g, not %g", j, sums[j], want);
+      }
+    }
+    if (threads == 1) first = sums;
+    EXPECT(sums == first, "the bits of a weight gradient depend on the number of threads");
+  }
+}
+
+void test_half(const Problem& p, Isa isa, const std::vector<double>& forward) {
+  const Stored<uint16_t> in(p.in, kBatchInnermost);
+  Stored<uint16_t> out(p.out, kBatchInnermost);
+  sparse_conv<uint16_t>(machine(isa, 2), p.shape, p.forward(), in.input(), {}, out.images);
+  double largest = 0;
+  for (double v : forward) largest = std::max(largest, std::abs(v));
+  expect_close(out.read(p.out), forward, 0.02 * (1 + largest), "bfloat16, forward");
+}
+
+}  // namespace
+
+int main() {
+  for (const Case& c : kCases) {
+    const Problem p(c);
+    std::vector<double> forward(p.out.values.size()), backward(p.in.values.size()), weight_grad(p.weight.size());
+    p.each_product([&](int64_t i, int64_t w, int64_t o) {
+      forward[o] += double{p.in.values[i]} * p.weight[w];
+      backward[i] += double{p.out.values[o]} * p.weight[w];
+      weight_grad[w] += double{p.out.values[o]} * p.in.values[i];
+    });
+    for (Isa isa : cases::instruction_sets()) {
+      for (Order order : {kImagesFirst, kChannelsLast, kBatchInnermost}) {
+        for (bool with_epilogue : {false, true}) test_images(p, isa, order, with_epilogue, forward, backward);
+        test_weight_grad(p, isa, order, weight_grad);
+      }
+      if (c.stride[0] <= 2 && c.stride[1] <= 2) {
+        for (bool with_epilogue : {false, true}) test_blocks(p, isa, with_epilogue, forward, backward);
+      }
+      test_half(p, isa, forward);
+    }
+  }
+  std::puts("sparse convolutions: ok");
+}
