@@ -1,6 +1,7 @@
 """Pruned layers, and the conversion of whole models."""
 
 from .convert import densify, sparsify, train_scores, train_weights
+from .convolution import dense_kernels
 from .layers import Pruned, PrunedWeight, S2APConv2d, S2APLinear, refresh, sparse_layers
 
 __all__ = [
@@ -8,6 +9,7 @@ __all__ = [
     "PrunedWeight",
     "S2APConv2d",
     "S2APLinear",
+    "dense_kernels",
     "densify",
     "refresh",
     "sparse_layers",

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from ..reference import Pattern
 from ..sparsity import check_sparsity, pattern_for
 from .layers import DENSE_TO_PRUNED, Pruned, PrunedWeight, S2APConv2d, S2APLinear, bake, refresh, sparse_layers
+from .layout import forget_layout, keep_layout
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -79,6 +80,7 @@ def sparsify(
         layer._label = label
         if isinstance(weight, nn.Parameter):
             shared.setdefault(id(weight), layer)
+    keep_layout(model)
     return model
 
 
@@ -137,6 +139,7 @@ def densify(model: nn.Module) -> nn.Module:
             for name, plist in list(module.parametrizations.items()):
                 if any(isinstance(p, PrunedWeight) for p in plist):
                     parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    forget_layout(model)
     return model
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..reference import CUT_COLUMNS, PLAIN, WEIGHT, Pattern, score_grad
 from ..sparsity import check_sparsity, kept_in_pattern, pattern_for, score_init
+from .convolution import Entries, pays, sparse_conv2d
 from .selection import Move, Selection, select_stale
 
 
@@ -215,7 +216,24 @@ class S2APConv2d(Pruned, nn.Conv2d):
         self._start_pruning(sparsity, pattern_for(granularity, self.weight.shape, sparsity))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self._masked_weight(), self.bias)
+        masked = self._masked_weight()
+        density = 1 - self._sparsity  # near enough; with learned counts too, since it only decides what is faster
+        if self._selection is not None and pays(self, input, density):
+            return sparse_conv2d(self, input, masked, self._entries(), every_weight=self.scores.requires_grad)
+        return self._conv_forward(input, masked, self.bias)
+
+    def _entries(self) -> Entries:
+        """Of the present selection, made once for each; only their values where only the weights have changed."""
+        made = self._selection
+        if made.entries is None:
+            earlier = made.same_mask.entries if made.same_mask is not None else None
+            with torch.no_grad():
+                if earlier is not None:
+                    made.entries = earlier.refreshed(self._masked)
+                else:  # where weights train, a kept one that happens to be 0 needs its gradient too
+                    made.entries = Entries.of(self._masked, self._mask() if self.weight.requires_grad else None, self.groups)
+            made.same_mask = None
+        return made.entries
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d, *, sparsity: float = 0.9, granularity: str = "weight") -> S2APConv2d:

@@ -17,6 +17,7 @@ from .. import ops
 from ..reference import FLIPS, NANS, perturbed, score_grad
 
 if TYPE_CHECKING:
+    from .convolution import Entries
     from .layers import Pruned
 
 
@@ -36,13 +37,15 @@ class Snapshot:
 class Selection:
     """What a layer's masked weight was made from."""
 
-    __slots__ = ("cut", "kept", "mask", "scores", "square", "weight")
+    __slots__ = ("cut", "entries", "kept", "mask", "same_mask", "scores", "square", "weight")
 
     def __init__(self, layer: Pruned, cut: Tensor, mask: Tensor | None = None, square: Tensor | None = None) -> None:
         self.scores, self.weight, self.kept = Snapshot(layer.scores), Snapshot(layer.weight), Snapshot(layer.kept)
         self.cut = cut  # int64 [5], see reference.py
         self.mask = mask  # bool, made from the cut when first asked for
         self.square = square  # float64, the scores' sum of squares where update_select has returned it
+        self.entries: Entries | None = None  # the kept weights as a list, made by convolutions that compute with it
+        self.same_mask: Selection | None = None  # an earlier selection that may have entries with this mask
 
     def matches(self, layer: Pruned) -> bool:
         return self.mask_matches(layer) and self.weight.matches(layer.weight)
@@ -80,6 +83,7 @@ def select_stale(layers: Iterable[Pruned]) -> None:
             mask, made = layer._mask(), layer._selection
             layer._masked = torch.where(mask, layer.weight, 0)
             layer._selection = Selection(layer, made.cut, mask, made.square)
+            layer._selection.same_mask = made if made.entries is not None else made.same_mask
         for group in _groups(layer for layer in stale if layer not in reweighted):
             _, cuts = ops.select(*_operands(group), patterns=_patterns(group), out=_memory(group))
             if cuts.device.type == "cpu":
