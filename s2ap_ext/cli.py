@@ -161,6 +161,30 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import report, speed
+    from .nn import cost
+
+    if arguments.calibrate:
+        print(f"{cost.save(speed.calibrate())}: {cost.load()}")
+        if not arguments.checkpoint:
+            return 0
+    if not arguments.checkpoint:
+        raise ValueError("profile: expected CHECKPOINT or --calibrate")
+    from .pipeline import extras, load_model
+    from .pipeline import stages as pipeline
+    from .pipeline.recipe import override
+
+    extras.require()
+    _, recipe, _ = load_model(arguments.checkpoint)
+    data = pipeline.open_data(override(recipe, _overrides(arguments)))
+    model, _, _ = load_model(arguments.checkpoint, data=data)
+    report.print_profile(speed.profile(model, torch.rand(arguments.batch, *data.shape)), arguments.batch)
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from .pipeline import extras
 
@@ -219,10 +243,21 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "clean and robust accuracy of a checkpoint")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="such as RUN_DIR/finetuned.safetensors")
     _recipe_options(sub)
+    sub = command("profile", _profile, "what a checkpoint's convolutions cost on the CPU, dense and on their kept weights")
+    sub.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", type=Path, help="such as RUN_DIR/finetuned.safetensors")
+    sub.add_argument("--batch", type=_count, default=64, metavar="N", help="images at once (default: 64)")
+    sub.add_argument("--calibrate", action="store_true", help="fit the cost model to this machine first, and keep its numbers")
+    _recipe_options(sub)
     sub = command("report", _report, "the table and the plots of a finished run")
     sub.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     command("doctor", _doctor, "which kernels run here, and why")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
+    return int(text)
 
 
 def _training_options(parser: argparse.ArgumentParser) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .pipeline import checkpoint
 from .pipeline.extras import optional
 from .pipeline.run_folder import METRICS, RESULTS, read_metrics
+
+if TYPE_CHECKING:
+    from .speed import Measured
 
 # A palette that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = {"pretrain": "#0072B2", "prune": "#D55E00", "finetune": "#009E73"}
@@ -55,6 +59,26 @@ def print_table(results: dict[str, Any]) -> None:
     console.print(table)
     if sentence := outcome(rows):
         print(sentence)
+
+
+def print_profile(rows: Sequence[Measured], batch: int) -> None:
+    """Prints what each convolution costs, forward and gradient with respect to the input, beside what the cost model expects."""
+    console_module, table_module = optional("rich.console"), optional("rich.table")
+    table = table_module.Table(title=f"forward and input gradient, batch {batch}, in ms (in brackets: expected)", title_style="bold")
+    for column in ("layer", "weight", "input", "kept %", "dense", "sparse", "ratio", "training takes"):
+        table.add_column(column, justify="left" if column in ("layer", "training takes") else "right")
+    for row in rows:
+        table.add_row(
+            row.layer,
+            "x".join(map(str, row.weight)),
+            "x".join(map(str, row.input[1:])),
+            f"{100 * row.density:.1f}",
+            f"{row.dense_ms:.2f} ({row.predicted_dense_ms:.2f})",
+            f"{row.sparse_ms:.2f} ({row.predicted_sparse_ms:.2f})",
+            f"{row.dense_ms / row.sparse_ms:.1f}",
+            row.choice,
+        )
+    console_module.Console().print(table)
 
 
 def outcome(rows: list[dict[str, Any]]) -> str:

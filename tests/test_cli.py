@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import s2ap_ext
+from s2ap_ext import speed
 from s2ap_ext.cli import main
+from s2ap_ext.nn import cost
 from s2ap_ext.pipeline import checkpoint
 
 SMALL = [
@@ -121,6 +123,24 @@ def test_report_draws_and_prints_again(finished, capsys):
     assert main(["report", str(finished)]) == 0
     assert "finetuned" in capsys.readouterr().out
     assert sorted(path.name for path in finished.glob("*.png")) == ["curves.png", "density.png", "mask_distance.png"]
+
+
+@pytest.mark.skipif(s2ap_ext.backend().cpu != "C++", reason="without the kernels there is nothing to compare")
+def test_profile_measures_every_convolution_and_calibrates(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cost.load.cache_clear()
+    try:
+        monkeypatch.setattr(speed, "calibrate", lambda: cost.Rates(dense=50.0))
+        assert main(["profile", "--calibrate", str(finished / "finetuned.safetensors"), "--batch", "9"]) == 0
+        assert cost.load().dense == 50
+        out = capsys.readouterr().out
+        assert str(tmp_path / "s2ap_ext" / "rates.json") in out
+        assert all(layer in out for layer in ("conv1", "conv2", "conv3", "batch 9"))
+    finally:
+        monkeypatch.undo()
+        cost.load.cache_clear()
+    assert main(["profile"]) == 2
+    assert "profile: expected CHECKPOINT or --calibrate" in capsys.readouterr().err
 
 
 def test_version_and_doctor(capsys):

@@ -1,0 +1,174 @@
+"""What convolutions cost on this machine, dense and on their kept weights alone: the measurements behind ``s2ap profile``.
+
+The choice between the two while training is :mod:`s2ap_ext.nn.cost`'s; here it is shown beside the truth, and its numbers are fitted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ._library import backend
+from .nn import cost
+from .nn.convolution import Entries
+from .nn.layout import empty_batch_innermost
+
+ROUNDS = 5
+CALIBRATION = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels and size of 3x3 convolutions: those of a ResNet
+DENSITIES = (0.2, 0.1, 0.05, 0.01)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One convolution, forward and gradient with respect to the input together, in milliseconds."""
+
+    layer: str
+    weight: tuple[int, ...]
+    input: tuple[int, ...]
+    density: float
+    dense_ms: float
+    sparse_ms: float
+    predicted_dense_ms: float
+    predicted_sparse_ms: float
+    choice: str  # what training takes: "sparse" or "dense"
+
+
+def profile(model: nn.Module, x: Tensor) -> list[Measured]:
+    """Measures every convolution of ``model``, at the sizes it has for ``x``.
+
+    Args:
+        model: with pruned or with plain convolutions; what is not 0 counts as kept.
+        x: float32 images [N, C, H, W] on the CPU.
+
+    Raises:
+        ValueError: the C++ kernels are not there, or there is no convolution.
+    """
+    _require_kernels()
+    inputs: dict[str, tuple[nn.Conv2d, tuple[int, ...]]] = {}
+
+    def watch(name: str, layer: nn.Conv2d):
+        return layer.register_forward_pre_hook(lambda layer, args: inputs.setdefault(name, (layer, tuple(args[0].shape))) and None)
+
+    hooks = [watch(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(x)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if not inputs:
+        raise ValueError("model: expected a convolution, found none")
+    return [_measure(name, layer, shape) for name, (layer, shape) in inputs.items() if layer.padding_mode == "zeros"]
+
+
+def calibrate() -> cost.Rates:
+    """Fits the cost model's numbers to this machine, in some seconds. :func:`s2ap_ext.nn.cost.save` keeps them.
+
+    Dense: the median rate. Sparse: the two numbers with the smallest sum of squared relative errors.
+
+    Raises:
+        ValueError: the C++ kernels are not there.
+    """
+    _require_kernels()
+    dense, rows = [], []
+    for channels, size in CALIBRATION:
+        for density in DENSITIES:
+            layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+            with torch.no_grad():
+                layer.weight.mul_(torch.rand_like(layer.weight) < density)
+            m = _measure("", layer, (64, channels, size, size))
+            shape = cost.Shape.from_sizes(m.weight, m.input, layer.stride)
+            dense.append(2e-6 * shape.multiply_adds / m.dense_ms)
+            # Each row: arithmetic and activations per measured second, whose weighted sum should be 1.
+            rows.append([2e-6 * density * shape.multiply_adds / m.sparse_ms, 2e-6 * shape.activations / m.sparse_ms])
+    a = torch.tensor(rows, dtype=torch.float64)
+    per_multiply_add, per_activation = torch.linalg.lstsq(a, torch.ones(len(a), 1, dtype=torch.float64)).solution.flatten().tolist()
+    if min(per_multiply_add, per_activation) <= 0:
+        raise ValueError("calibrate: the measurements contradict each other; is anything else running on this machine?")
+    return cost.Rates(dense=statistics.median(dense), sparse=1 / per_multiply_add, activations=1 / per_activation)
+
+
+def _require_kernels() -> None:
+    if backend().cpu != "C++":
+        raise ValueError(f"profile: expected the C++ kernels, found none: {backend()}")
+
+
+def _measure(name: str, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> Measured:
+    weight = getattr(layer, "masked_weight", layer.weight).detach().contiguous()
+    density = float((weight != 0).float().mean())
+    convolution = (layer.kernel_size, _pair(layer.stride), _padding(layer), _pair(layer.dilation), layer.groups)
+    x = torch.randn(input_shape)
+    with torch.no_grad():
+        y = layer._conv_forward(x, weight, None)
+    entries = Entries.of(weight, None, layer.groups)
+
+    def dense(memory_format) -> Callable[[], object]:
+        a, w, g = (t.contiguous(memory_format=memory_format) for t in (x, weight, y))
+        _, stride, padding, dilation, groups = convolution
+
+        def run():
+            layer._conv_forward(a, w, None)
+            torch.ops.aten.convolution_backward(g, a, w, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
+
+        return run
+
+    def innermost(t: Tensor) -> Tensor:
+        return empty_batch_innermost(tuple(t.shape), t).copy_(t)
+
+    a, g = innermost(x), innermost(y)
+    to_y, to_x = torch.empty_like(g), torch.empty_like(a)
+
+    def sparse():
+        torch.ops.s2ap.sparse_conv(a, entries.starts, entries.columns, entries.values, None, None, *convolution, 0, False, to_y)
+        torch.ops.s2ap.sparse_conv_input_grad(
+            g, entries.input_starts, entries.input_columns, entries.input_values, None, None, *convolution, 0, to_x
+        )
+
+    with torch.no_grad():
+        first, last, mine = _in_turn([dense(torch.contiguous_format), dense(torch.channels_last), sparse])
+    shape = cost.Shape.from_sizes(tuple(weight.shape), input_shape, convolution[1])
+    return Measured(
+        layer=name,
+        weight=tuple(weight.shape),
+        input=input_shape,
+        density=density,
+        dense_ms=1e3 * min(first, last),
+        sparse_ms=1e3 * mine,
+        predicted_dense_ms=2e3 * cost.dense_seconds(shape),
+        predicted_sparse_ms=2e3 * cost.sparse_seconds(shape, density),
+        choice="sparse" if cost.prefers_sparse(shape, density) else "dense",
+    )
+
+
+def _in_turn(functions: list[Callable[[], object]]) -> list[float]:
+    """Median seconds of each, one after the other round by round, so that drifts meet all alike."""
+    times: list[list[float]] = [[] for _ in functions]
+    for round_ in range(ROUNDS + 1):
+        for f, mine in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            f()
+            if round_:
+                mine.append(time.perf_counter() - start)
+    return [statistics.median(mine) for mine in times]
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, int]:
+    if layer.padding == "valid":
+        return (0, 0)
+    if layer.padding == "same":
+        spans = [d * (k - 1) for d, k in zip(_pair(layer.dilation), layer.kernel_size, strict=True)]
+        if any(span % 2 for span in spans):
+            raise ValueError(f"profile: expected padding that is the same on both sides, got {layer}")
+        return tuple(span // 2 for span in spans)
+    return _pair(layer.padding)
