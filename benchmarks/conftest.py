@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import ROWS, SCALING, Clock, calls, machine, peak_extra_bytes, table, write
+from measure import ROOFLINE, ROWS, SCALING, Clock, calls, limits, machine, peak_extra_bytes, table, write
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,7 +49,8 @@ def side_by_side(benchmark, quick, device):
 
     ``floor=(name, bytes, others)``: the function ``name`` streams so many bytes; ``others`` are names and the bytes that they have to
     move at least, and the table says how long that takes at the bandwidth of the former, as a share of their time. ``inspect``: also
-    counts calls and memory. Returns the medians in seconds.
+    counts calls and memory. ``benchmarked=False`` for all but the last in a test, since pytest-benchmark takes one. Returns the medians in
+    seconds.
     """
     clock = Clock(device)
 
@@ -60,6 +61,7 @@ def side_by_side(benchmark, quick, device):
         what: str,
         floor: tuple[str, int, dict[str, int]] | None = None,
         inspect: bool = False,
+        benchmarked: bool = True,
     ) -> dict[str, float]:
         rounds = 1 if quick else rounds
         (first, ours), *others = functions.items()
@@ -78,7 +80,12 @@ def side_by_side(benchmark, quick, device):
         gc.collect()
         gc.disable()
         try:
-            benchmark.pedantic(lambda: times[first].append(clock.seconds(ours)), setup=others_in_turn, rounds=rounds)
+            if benchmarked:
+                benchmark.pedantic(lambda: times[first].append(clock.seconds(ours)), setup=others_in_turn, rounds=rounds)
+            else:
+                for _ in range(rounds):
+                    others_in_turn()
+                    times[first].append(clock.seconds(ours))
         finally:
             gc.enable()
         medians = {name: statistics.median(t) for name, t in times.items()}
@@ -105,6 +112,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if file := config.getoption("--table"):
         write(Path(file), text.encode())
         write(Path(file).with_suffix(".json"), json.dumps({"machine": machine(), "rows": ROWS}, indent=1).encode() + b"\n")
+        if ROOFLINE:
+            from test_sparse_layers import roofline
+
+            write(Path(file).with_name(f"{Path(file).stem}-roofline.png"), roofline(ROOFLINE, machine(), *limits()))
         if SCALING:
             from test_scaling import plot
 

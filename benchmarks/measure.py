@@ -19,6 +19,7 @@ import s2ap_ext
 
 ROWS: list[dict] = []
 SCALING: list[dict] = []  # {"op", "n", "ms"}: what test_scaling.py measured
+ROOFLINE: list[dict] = []  # {"layer", "density", "flops", "bytes", "seconds"}: what test_sparse_layers.py measured
 
 
 class Clock:
@@ -122,6 +123,20 @@ def table(rows: list[dict]) -> str:
         lines += ["| " + " | ".join(cells) + " |" for cells in zip(row["median_ms"], *columns.values(), strict=True)]
         lines += ["", row["note"]] if "note" in row else []
     return "\n".join(lines) + "\n"
+
+
+def limits() -> tuple[float, float]:
+    """The CPU's limits, measured: floating point operations per second (a matrix product), and bytes per second (torch.mul)."""
+    a, b = torch.randn(1024, 1024), torch.randn(64 << 20)
+    out, product = torch.empty_like(b), torch.empty_like(a)
+
+    def best(f: Callable[[], object]) -> float:
+        clock = Clock(torch.device("cpu"))
+        f()
+        return min(clock.seconds(f) for _ in range(7))
+
+    flops = 2 * 1024**3 / best(lambda: torch.mm(a, a, out=product))
+    return flops, 8 * b.numel() / best(lambda: torch.mul(b, 2.0, out=out))
 
 
 def _or_blank(values: dict, name: str, text: Callable) -> str:

@@ -1,0 +1,159 @@
+"""Sparsity that pays, for whole networks: ResNet-18 for CIFAR, inference, attack and training steps on the kept weights.
+
+pytest benchmarks/test_sparse_networks.py
+"""
+
+import importlib.util
+
+import pytest
+import torch
+from baselines import mask_every_forward
+
+from s2ap_ext import AWP, S2AP, backend, densify, engine, sparsify
+from s2ap_ext.attacks import pgd
+from s2ap_ext.losses import get_loss
+from s2ap_ext.models import build_model
+from s2ap_ext.nn import dense_kernels, refresh, train_scores, train_weights
+
+pytestmark = pytest.mark.skipif(backend().cpu != "C++", reason="needs the C++ kernels")
+
+SPARSITIES = (0.9, 0.95, 0.99)
+PGD = {"eps": 8 / 255, "step_size": 2 / 255}
+
+
+def network(quick):
+    return build_model("resnet18", num_classes=10, width=8 if quick else 64, seed=0)
+
+
+def images(count):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, 3, 32, 32, generator=generator), torch.randint(10, (count,), generator=generator)
+
+
+def pruned(quick, sparsity):
+    return densify(sparsify(network(quick), sparsity)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64, 256])
+def test_inference(side_by_side, quick, batch, tmp_path):
+    batch = min(batch, 9) if quick else batch
+    x, _ = images(batch)
+    xc = x.contiguous(memory_format=torch.channels_last)
+    densities = (0.1, 0.01) if quick else (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
+
+    def without_gradients(f):
+        def run():
+            with torch.no_grad():
+                f()
+
+        return run
+
+    functions = {}
+    for density in densities:
+        fast = engine.compile_sparse(pruned(quick, 1 - density), x[:1])
+        functions[f"ours, {density:.1%} kept"] = lambda fast=fast: fast(x)
+    dense = pruned(quick, 0.95)
+    last = pruned(quick, 0.95).to(memory_format=torch.channels_last)
+    functions["eager, contiguous"] = lambda: dense(x)
+    functions["eager, channels_last"] = lambda: last(xc)
+    half = pruned(quick, 0.95).bfloat16().to(memory_format=torch.channels_last)
+    functions["eager, channels_last, bfloat16"] = lambda: half(xc.bfloat16())
+    if not quick:
+        compiled = torch.compile(last)
+        functions["torch.compile, channels_last"] = lambda: compiled(xc)
+    if session := _onnxruntime(dense, x, tmp_path / "dense.onnx"):
+        functions["onnxruntime"] = lambda: session.run(None, {"x": x.numpy()})
+    side_by_side({name: without_gradients(f) for name, f in functions.items()}, rounds=7, what=f"inference, ResNet-18, batch {batch}")
+
+
+def _onnxruntime(model, x, path):
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
+        return None
+    import onnxruntime
+
+    torch.onnx.export(model, (x,), str(path), input_names=["x"], dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def test_attack(side_by_side, quick):
+    batch, steps = (9, 2) if quick else (64, 10)
+    x, y = images(batch)
+    functions = {}
+
+    def attack(model, x=x):
+        return lambda: pgd(model, x, y, steps=steps, **PGD)
+
+    for sparsity in SPARSITIES:
+        functions[f"ours, {1 - sparsity:.0%} kept"] = attack(sparsify(network(quick), sparsity))
+    functions["dense, contiguous"] = attack(pruned(quick, 0.95))
+    functions["dense, channels_last"] = attack(
+        pruned(quick, 0.95).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    )
+    if not quick:
+        functions["dense, torch.compile"] = attack(torch.compile(pruned(quick, 0.95).to(memory_format=torch.channels_last)))
+    side_by_side(functions, rounds=3, what=f"PGD-{steps} attack, ResNet-18, batch {batch}")
+
+
+class Step:
+    """One training step on PGD examples. ``wrap`` makes the perturbed step; None: a plain one."""
+
+    def __init__(self, quick, model, wrap):
+        self.x, self.y = images(9 if quick else 64)
+        self.model = model
+        self.loss = get_loss("pgd_at", steps=2 if quick else 10, **PGD)
+        self.base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
+        self.optimizer = wrap and wrap(model, self.base)
+
+    def __call__(self):
+        refresh(self.model)
+        x_adv = self.loss.attack(self.model, self.x, self.y)
+
+        def closure():
+            self.base.zero_grad()
+            value, _ = self.loss(self.model, self.x, x_adv, self.y)
+            value.backward()
+            return value
+
+        if self.optimizer:
+            self.optimizer.step(closure)
+        else:
+            closure()
+            self.base.step()
+
+
+def dense_everywhere(step):
+    def run():
+        with dense_kernels(), engine.disabled():
+            step()
+
+    return run
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_search_step(side_by_side, quick, sparsity):
+    def ours():
+        return Step(quick, train_scores(sparsify(network(quick), sparsity)), lambda m, base: S2AP(m, base, gamma=1e-3))
+
+    side_by_side(
+        {
+            "S2AP, on the kept weights": ours(),
+            "S2AP, dense convolutions": dense_everywhere(ours()),
+            "plain, sort in every forward": Step(quick, mask_every_forward(network(quick), sparsity), None),
+        },
+        rounds=3,
+        what=f"mask search step with PGD, ResNet-18, {1 - sparsity:.0%} kept",
+    )
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_finetuning_step(side_by_side, quick, sparsity):
+    def ours():
+        return Step(quick, train_weights(sparsify(network(quick), sparsity)), lambda m, base: AWP(m, base))
+
+    side_by_side(
+        {"AWP, on the kept weights": ours(), "AWP, dense convolutions": dense_everywhere(ours())},
+        rounds=3,
+        what=f"finetuning step with PGD, ResNet-18, {1 - sparsity:.0%} kept",
+    )
