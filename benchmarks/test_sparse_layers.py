@@ -1,4 +1,4 @@
-"""Sparse convolutions, layer by layer: the shapes of ResNet-18 for CIFAR, batch 64, against torch's dense ones and SparseProp, if installed.
+"""Sparse convolutions, layer by layer: the shapes of ResNet-18, batch 64, against torch's dense ones and SparseProp (if installed).
 
 pytest benchmarks/test_sparse_layers.py
 """

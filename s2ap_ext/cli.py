@@ -141,7 +141,9 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from . import report
+    import torch
+
+    from . import report, speed
     from .pipeline import evaluate, extras, load_model, progress
     from .pipeline import stages as pipeline
     from .pipeline.recipe import override
@@ -154,10 +156,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     recipe = override(recipe, _overrides(arguments))
     device = pipeline.pick_device(recipe.device)
     data = pipeline.open_data(recipe)
+    if arguments.engine == "sparse" and device.type != "cpu":
+        raise ValueError(f"--engine sparse: expected the CPU, got {device}; add --device cpu")
     model, _, name = load_model(arguments.checkpoint, data=data, device=device)
+    network = None
+    if arguments.engine == "sparse":
+        from .engine import compile_sparse
+
+        network = compile_sparse(model, torch.rand(1, *data.shape))
     with pipeline.reproducible(recipe):
-        row = evaluate(recipe, data, model, name, show=progress.for_this_terminal()) | {"seconds": 0.0}
-    report.print_table({"recipe": recipe.name, "attack": pipeline.describe_attack(recipe), "rows": [row]})
+        row = evaluate(recipe, data, model, name, run=network, show=progress.for_this_terminal()) | {"seconds": 0.0}
+        report.print_table({"recipe": recipe.name, "attack": pipeline.describe_attack(recipe), "rows": [row]})
+        if network is not None:
+            for part in network.dense_parts:
+                print(f"dense: {part.name}: {part.reason}")
+            report.print_latency(speed.latency(model, network, data.shape))
     return 0
 
 
@@ -242,6 +255,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--from", dest="start", metavar="CHECKPOINT", type=Path, help=f"the {start} model to start from")
     sub = command("evaluate", _evaluate, "clean and robust accuracy of a checkpoint")
     sub.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="such as RUN_DIR/finetuned.safetensors")
+    sub.add_argument(
+        "--engine", choices=("torch", "sparse"), default="torch", help="sparse: on the kept weights only, on the CPU; also its latency"
+    )
     _recipe_options(sub)
     sub = command("profile", _profile, "what a checkpoint's convolutions cost on the CPU, dense and on their kept weights")
     sub.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", type=Path, help="such as RUN_DIR/finetuned.safetensors")

@@ -12,7 +12,7 @@ from .pipeline.extras import optional
 from .pipeline.run_folder import METRICS, RESULTS, read_metrics
 
 if TYPE_CHECKING:
-    from .speed import Measured
+    from .speed import Latency, Measured
 
 # A palette that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = {"pretrain": "#0072B2", "prune": "#D55E00", "finetune": "#009E73"}
@@ -78,6 +78,18 @@ def print_profile(rows: Sequence[Measured], batch: int) -> None:
             f"{row.dense_ms / row.sparse_ms:.1f}",
             row.choice,
         )
+    console_module.Console().print(table)
+
+
+def print_latency(rows: Sequence[Latency]) -> None:
+    """Prints how long images take, dense and sparse."""
+    console_module, table_module = optional("rich.console"), optional("rich.table")
+    table = table_module.Table(title="inference", title_style="bold")
+    for column in ("batch", "dense ms", "sparse ms", "ratio", "dense images/s", "sparse images/s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        rates = [f"{1e3 * row.batch / ms:,.0f}" for ms in (row.dense_ms, row.sparse_ms)]
+        table.add_row(str(row.batch), f"{row.dense_ms:.2f}", f"{row.sparse_ms:.2f}", f"{row.dense_ms / row.sparse_ms:.1f}", *rates)
     console_module.Console().print(table)
 
 

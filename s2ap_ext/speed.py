@@ -5,16 +5,18 @@ The choice between the two while training is :mod:`s2ap_ext.nn.cost`'s; here it 
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ._library import backend
-from .nn import cost
+from .nn import cost, densify
 from .nn.convolution import Entries
 from .nn.layout import empty_batch_innermost
 
@@ -66,6 +68,33 @@ def profile(model: nn.Module, x: Tensor) -> list[Measured]:
     if not inputs:
         raise ValueError("model: expected a convolution, found none")
     return [_measure(name, layer, shape) for name, (layer, shape) in inputs.items() if layer.padding_mode == "zeros"]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds for one batch, without gradients."""
+
+    batch: int
+    dense_ms: float
+    sparse_ms: float
+
+
+def latency(model: nn.Module, network: nn.Module, shape: tuple[int, int, int], batches: Sequence[int] = (1, 8, 64)) -> list[Latency]:
+    """How long ``model`` and ``network``, which computes the same on the kept weights, take for batches of images of ``shape`` (C, H, W).
+
+    ``model`` is measured in both of torch's memory formats, and the faster one counts.
+    """
+    rows = []
+    model = densify(copy.deepcopy(model)).eval()  # without what a pruned layer does besides
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for batch in batches:
+            x = torch.rand(batch, *shape)
+            x_last = x.contiguous(memory_format=torch.channels_last)
+            calls = [partial(model, x), partial(last, x_last), partial(network, x)]
+            dense, dense_last, sparse = (1e3 * seconds for seconds in _in_turn(calls))
+            rows.append(Latency(batch, min(dense, dense_last), sparse))
+    return rows
 
 
 def calibrate() -> cost.Rates:

@@ -365,7 +365,11 @@ class Layout {
       float* const row = to + at - (column + x_.first);
       const int64_t step = x_.in_step;
       const T* const from = source + n * in.n + y * in.h + px * in.w;
-      for (int64_t i = left; i < right; ++i) row[i] = as_float(from[i * step * in.w]);
+      if (step * in.w == 1) {  // so that it vectorises
+        for (int64_t i = left; i < right; ++i) row[i] = as_float(from[i]);
+      } else {
+        for (int64_t i = left; i < right; ++i) row[i] = as_float(from[i * step * in.w]);
+      }
     });
   }
 
@@ -467,7 +471,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
   const PlacedEntries placed = place_in(layout, machine, entries, rows, group_channels, shape);
   // Where there are fewer pieces than threads can share, rows are shared out too; a piece is then packed again for each share.
   const int64_t together = layout.together(), batches = (layout.pieces() + together - 1) / together, pieces = batches * shape.groups;
-  const int64_t shares = std::clamp<int64_t>(machine.threads > 1 ? 4 * machine.threads / pieces : 1, 1, std::max<int64_t>(1, group_rows / 8));
+  const int64_t shares = std::clamp<int64_t>(machine.threads / pieces, 1, std::max<int64_t>(1, group_rows / 8));
   const int64_t work = shape.batch * y.outputs * x.outputs * (rows + channels);
 
   for_each(machine, pieces * shares, work, [&](int64_t task) {
@@ -518,13 +522,29 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
       args.out_channel = size;
       args.out_row = tile_columns * lanes;
       args.out_column = lanes;
-      const auto write = [&](int64_t row, float result, int64_t n, int64_t oy, int64_t ox) {
+      // `count` results of one output row; (n, oy, ox) is where the first belongs.
+      const auto write = [&](int64_t row, const float* from, int64_t step, int64_t count, int64_t n, int64_t oy, int64_t ox) {
         const int64_t at_y = y.out_first + oy * y.out_step, at_x = x.out_first + ox * x.out_step;
-        const auto at = [&](const Images<const T>& i) { return as_float(i.data[n * i.n + row * i.c + at_y * i.h + at_x * i.w]); };
-        if (residual.data) result += at(residual);
-        if (epilogue.relu) result = result > 0 ? result : 0;
-        if (gate.data) result = at(gate) > 0 ? result : 0;
-        assign(out.data[n * out.n + row * out.c + at_y * out.h + at_x * out.w], result);
+        const auto place = [&](const auto& images) {
+          return images.data ? images.data + n * images.n + row * images.c + at_y * images.h + at_x * images.w : nullptr;
+        };
+        const T *const other = place(residual), *const open = place(gate);
+        const auto finish = [&](int64_t i, int64_t other_at, int64_t open_at) {
+          float result = from[i * step];
+          if (other) result += as_float(other[other_at]);
+          if (epilogue.relu) result = result > 0 ? result : 0;
+          if (open) result = as_float(open[open_at]) > 0 ? result : 0;
+          return result;
+        };
+        T* const to = place(out);
+        const int64_t across = out.w * x.out_step;
+        if (step == 1 && across == 1 && lies_as(residual, out) && lies_as(gate, out)) {  // so that it vectorises
+          for (int64_t i = 0; i < count; ++i) assign(to[i], finish(i, i, i));
+        } else {
+          for (int64_t i = 0; i < count; ++i) {
+            assign(to[i * across], finish(i, i * residual.w * x.out_step, i * gate.w * x.out_step));
+          }
+        }
       };
       for (args.first = first; args.first < last; args.first = args.last) {
         args.last = std::min(last, args.first + kTogether);
@@ -532,16 +552,14 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
         for (int64_t row = args.first; row < args.last; ++row) {
           const float* const result = results + (row - args.first) * size;
           if (layout.by_images()) {
-            for (int64_t i = 0; i < tile_rows * tile_columns; ++i) {
-              for (int64_t n = 0; n < p.images; ++n) {
-                write(row, result[i * lanes + n], p.n0 + n, p.y0 + ty + i / tile_columns, p.x0 + tx + i % tile_columns);
-              }
+            for (int64_t r = 0; r < tile_rows; ++r) {
+              const float* const line = result + r * tile_columns * lanes;
+              for (int64_t n = 0; n < p.images; ++n) write(row, line + n, lanes, tile_columns, p.n0 + n, p.y0 + ty + r, p.x0 + tx);
             }
           } else {
             const int64_t from = p.f0 + tx * lanes, to = std::min(p.f1, from + size);
             layout.for_each_run(from, to, [&](int64_t at, int64_t n, int64_t line, int64_t column, int64_t count) {
-              if (line >= y.outputs) return;
-              for (int64_t i = 0; i < std::min(count, x.outputs - column); ++i) write(row, result[at + i], n, line, column + i);
+              if (line < y.outputs) write(row, result + at, 1, std::min(count, x.outputs - column), n, line, column);
             });
           }
         }

@@ -96,10 +96,14 @@ def evaluate(
     model: nn.Module,
     name: str = "model",
     *,
+    run: nn.Module | None = None,
     show: progress.Silent | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Clean and robust accuracy on the test images under the recipe's attack, and how sparse ``model`` is.
+
+    Args:
+        run: what computes the logits in ``model``'s place, such as what :func:`s2ap_ext.engine.compile_sparse` made of it.
 
     Returns:
         its name (``model``), ``clean`` and ``robust`` in [0, 1], the number of ``images``, and of the weights of more than one
@@ -126,7 +130,7 @@ def evaluate(
     show.start(f"test {name}", len(batches))
     note = ""
     try:
-        found = accuracy(model, shown(), _test_attack(recipe))
+        found = accuracy(model if run is None else run, shown(), _test_attack(recipe))
         note = f"clean {progress.percent(found.clean)}  robust {progress.percent(found.robust)}"
     finally:
         show.stop(note)
