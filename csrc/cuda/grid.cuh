@@ -9,7 +9,8 @@
 //   grid_barrier()             all threads of the grid (cooperative launches only); orders memory within the grid
 //   ballot(p)                  bit j: p of lane j. All 32 lanes must call it, as with shuffle
 //   shuffle(v, lane)           v of another lane
-//   atomic_add(p, v)           in shared or global memory, no order implied
+//   atomic_add(p, v)           in shared or global memory, no order implied; gives what was there before
+//   atomic_or(p, v)            likewise
 //   shared<S>()                the block's S, not initialised; one S per kernel
 #pragma once
 
@@ -17,7 +18,7 @@
 
 #if defined(__CUDACC__)
 #define S2AP_DEVICE __device__ __forceinline__
-#define S2AP_DEVICE_APART __device__ __noinline__  // what few launches need: it is to cost the rest of the kernel no registers
+#define S2AP_DEVICE_APART __device__ __noinline__  // off the hot path: it is to cost the rest of the kernel no registers
 #define S2AP_UNROLL _Pragma("unroll")
 #include <cooperative_groups.h>
 #else
@@ -51,10 +52,11 @@ struct CudaGrid {
     return __shfl_sync(~0u, value, static_cast<int>(lane));
   }
 
-  S2AP_DEVICE void atomic_add(uint32_t* p, uint32_t v) const { atomicAdd(p, v); }
-  S2AP_DEVICE void atomic_add(int64_t* p, int64_t v) const {  // two's complement: the same bits as the unsigned sum
-    atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(v));
+  S2AP_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t v) const { return atomicAdd(p, v); }
+  S2AP_DEVICE int64_t atomic_add(int64_t* p, int64_t v) const {  // two's complement: the same bits as the unsigned sum
+    return static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(v)));
   }
+  S2AP_DEVICE uint32_t atomic_or(uint32_t* p, uint32_t v) const { return atomicOr(p, v); }
 
   template <class S>
   S2AP_DEVICE S& shared() const {
@@ -65,13 +67,31 @@ struct CudaGrid {
 
 S2AP_DEVICE unsigned count_bits(uint32_t bits) { return __popc(bits); }
 S2AP_DEVICE unsigned first_bit(uint32_t bits) { return __ffs(bits) - 1; }
+S2AP_DEVICE int bit_length(uint32_t x) { return 32 - __clz(x); }
+S2AP_DEVICE int bit_length(uint64_t x) { return 64 - __clzll(x); }
 
 #else
 
 S2AP_DEVICE unsigned count_bits(uint32_t bits) { return std::popcount(bits); }
 S2AP_DEVICE unsigned first_bit(uint32_t bits) { return std::countr_zero(bits); }
+template <class V>
+S2AP_DEVICE int bit_length(V x) {
+  return static_cast<int>(std::bit_width(x));
+}
 
 #endif
+
+// Runs the phases first to last - 1 of a kernel with grid barriers between them. One that is idle, which must be the same to all threads from
+// the barrier in front of it on, costs no barrier of its own.
+template <class Grid, class IsIdle, class Run>
+S2AP_DEVICE void run_phases(const Grid& grid, int first, int last, IsIdle is_idle, Run run) {
+  bool separated = true;  // from what the last phase did
+  for (int phase = first; phase < last; ++phase) {
+    if (!separated) grid.grid_barrier();
+    separated = is_idle(phase);
+    if (!separated) run(phase);
+  }
+}
 
 // Sum over the warp, in every lane.
 template <class Grid, class V>

@@ -11,7 +11,7 @@
 // Whether an element stayed before, for the flips, is a question that each op answers in its own way, by one of the masks below.
 #pragma once
 
-#include "radix.cuh"
+#include "selection.cuh"
 #include "sums.cuh"
 
 namespace s2ap::cuda {
@@ -20,12 +20,12 @@ namespace s2ap::cuda {
 template <class T>
 struct ScoreReader {
   using Raw = T;
+  static constexpr bool kFlips = false, kNotes = false;
   const T* scores;
 
   S2AP_DEVICE Raw load(int64_t i) const { return scores[i]; }
   S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(raw); }
-  S2AP_DEVICE void tally(Raw, Compute<T>, int64_t, bool, Tally&) const {}
-  S2AP_DEVICE void drop(Raw, int64_t, Tally&) const {}
+  S2AP_DEVICE void tally(Raw, Compute<T>, Tally&) const {}
 };
 
 // ---- Masks: bool keeps(key, i), key being that of element i.
@@ -249,7 +249,7 @@ S2AP_DEVICE void cut_groups(const Grid& grid, const Selection<T>& s, const Group
 
 // ---- Apply
 
-// Writes what stays of the layers of one kind. make_mask(layer, reader) makes the mask. The reader is that of radix.cuh, but for patterns
+// Writes what stays of the layers of one kind. make_mask(layer, reader) makes the mask. The reader is that of selection.cuh, but for patterns
 // of this kind.
 template <int kind, class Grid, class Args, class MakeMask>
 S2AP_DEVICE void apply_pattern(const Grid& grid, const Args& args, MakeMask make_mask) {
@@ -277,7 +277,8 @@ S2AP_DEVICE void apply_pattern(const Grid& grid, const Args& args, MakeMask make
             bool keep = mask.keeps(key, first + j);
             row.masked[first + j] = keep ? element.weight : T{};
             tally.nans += key > KeyTraits<decltype(key)>::kInfinityKey;
-            reader.tally(element.raw, score, first + j, keep, tally);
+            if constexpr (decltype(reader)::kFlips) tally.flips += keep != reader.was_kept(element.raw, first + j);
+            reader.tally(element.raw, score, tally);
           });
     }
     add_tally(grid, s.cuts + segment.layer * kCutColumns, tally);
@@ -308,7 +309,7 @@ S2AP_DEVICE void apply_groups(const Grid& grid, const Args& args) {
 
 // ---- All of it
 
-// How many phases follow prepare(): those of the plain selection, or more where groups are so long that their sums take several levels.
+// How many phases follow guess(): those of the plain selection, or more where groups are so long that their sums take several levels.
 template <class T>
 int selection_and_pattern_phases(const Groups& groups) {
   int patterns = groups.levels == 0 ? 1 : groups.levels + 2;
@@ -336,6 +337,11 @@ template <class Grid, class Args, class T>
 S2AP_DEVICE void selection_and_pattern_phase(const Grid& grid, const Args& args, SelectionStorage<T>& storage, int phase) {
   if (args.groups.any) pattern_phase(grid, args, phase);
   if (phase < kSelectionPhases<T>) selection_phase(grid, args, storage, phase);
+}
+
+template <class Args>
+S2AP_DEVICE bool selection_and_pattern_phase_is_idle(const Args& args, int phase) {
+  return !args.groups.any && is_idle(args.selection, phase);
 }
 
 }  // namespace s2ap::cuda

@@ -8,10 +8,10 @@
 // Where the gradients are those of the masked weights (straight_through), the scores' own, g * w * sign(s), are formed likewise wherever
 // they are read.
 //
-// First the norms, one pass over s and g and a grid barrier for each level of their sums (sums.cuh); then the selection of radix.cuh
-// with s + z for s. Bytes per element, float32: 8 for the norms, 8 for each of 3 digits, 16 to apply: 48. The floor is 28 (the norms must
-// be known before the first s + z); scores and gradients come out of the L2 cache from the second time on where they fit. With
-// straight_through the norms and the digits read w as well: 16 more. Where the sums of squares of the scores are given, the norms read 4
+// First the norms, one pass over s and g and a grid barrier for each level of their sums (sums.cuh); then the selection of selection.cuh
+// with s + z for s. Bytes per element, float32: 8 for the norms, which must be known before the first s + z; 8 for the sweep, 8 for the
+// weights and the masked weights, which makes the floor of 24; 1/2 for two bits each, and, where a tenth is kept, 0.8 for the lists. With
+// straight_through the norms and the sweep read w as well: 8 more. Where the sums of squares of the scores are given, the norms read 4
 // less, but for straight_through, which needs the scores' signs. Windows take 8 + 16, groups 8 + 8 + 16 (pattern.cuh).
 //
 // One cooperative launch for all layers, for the reasons given in select.cu.
@@ -32,6 +32,7 @@ struct PerturbedReader {
   struct Raw {
     T score, grad;
   };
+  static constexpr bool kFlips = true, kNotes = true;
   Layer<T> row;
   bool straight_through;
   Compute<T> scale;
@@ -40,12 +41,10 @@ struct PerturbedReader {
   S2AP_DEVICE Raw load(int64_t i) const { return {row.scores[i], gradient(row, i, straight_through)}; }
   S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(perturbed(raw.score, raw.grad, scale)); }
   S2AP_DEVICE bool was_kept(Raw raw, int64_t i) const { return now.keeps(key_of(widen(raw.score)), i); }
-  S2AP_DEVICE void tally(Raw raw, Compute<T> moved, int64_t i, bool keep, Tally& tally) const {
+  S2AP_DEVICE void tally(Raw raw, Compute<T> moved, Tally& tally) const {
     Compute<T> present = widen(raw.score);
-    tally.flips += keep != was_kept(raw, i);
     tally.signs += (moved > 0) != (present > 0) || (moved < 0) != (present < 0);
   }
-  S2AP_DEVICE void drop(Raw raw, int64_t i, Tally& tally) const { tally.flips += was_kept(raw, i) ? 1 : -1; }
 };
 
 template <class T>
@@ -91,12 +90,12 @@ struct PerturbArgs {
     sums.levels = sum_levels(selection.table);
     groups.take(selection.table, 2);
   }
-  int phases() const { return sums.levels + selection_and_pattern_phases<T>(groups); }
+  int phases() const { return sums.levels + 1 + selection_and_pattern_phases<T>(groups); }
 };
 
 template <class T, class Array>
 void for_each_array(PerturbArgs<T>& args, Array&& array) {
-  for_each_array(args.selection, array);
+  for_each_array(args.selection, true, array);
   for_each_array(args.sums, args.selection.table, array);
   for_each_array(args.groups, array);
   array(args.saved_cuts, static_cast<int64_t>(args.selection.table.layers));
@@ -114,22 +113,28 @@ template <class Grid, class T>
 S2AP_DEVICE void perturb_phases(const Grid& grid, const PerturbArgs<T>& args, int first, int last) {
   auto& storage = grid.template shared<SelectionStorage<T>>();
   const Table<Layer<T>>& table = args.selection.table;
-  for (int phase = first; phase < last; ++phase) {
-    if (phase > first) grid.grid_barrier();
-    if (phase == 0) {
-      save_cuts(grid, args.cuts_now, args.saved_cuts, table.layers);
-      prepare(grid, args.selection);
-      sum_squares(grid, table, args.sums, [&](const Layer<T>& row, int quantity, int64_t i) {
-        return quantity == 0 ? gradient(row, i, args.straight_through) : row.scores[i];
+  int levels = args.sums.levels;
+  run_phases(
+      grid, first, last, [&](int phase) { return selection_and_pattern_phase_is_idle(args, phase - levels - 1); },
+      [&](int phase) {
+        if (phase == 0) {
+          save_cuts(grid, args.cuts_now, args.saved_cuts, table.layers);
+          prepare(grid, args.selection);
+          sum_squares(grid, table, args.sums, [&](const Layer<T>& row, int quantity, int64_t i) {
+            return quantity == 0 ? gradient(row, i, args.straight_through) : row.scores[i];
+          });
+          if (args.groups.any) {
+            sum_groups(grid, table, args.groups, 1, [&](int layer) { return ScoreReader<T>{table.rows[layer].scores}; });
+          }
+        } else if (phase < levels) {
+          sum_again(grid, table, args.sums, phase);
+        } else if (phase == levels) {
+          write_scales(grid, args);
+          guess(grid, args, storage);
+        } else {
+          selection_and_pattern_phase(grid, args, storage, phase - levels - 1);
+        }
       });
-      if (args.groups.any) sum_groups(grid, table, args.groups, 1, [&](int layer) { return ScoreReader<T>{table.rows[layer].scores}; });
-    } else if (phase < args.sums.levels) {
-      sum_again(grid, table, args.sums, phase);
-    } else {
-      if (phase == args.sums.levels) write_scales(grid, args);
-      selection_and_pattern_phase(grid, args, storage, phase - args.sums.levels);
-    }
-  }
 }
 
 }  // namespace s2ap::cuda

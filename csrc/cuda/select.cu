@@ -1,11 +1,12 @@
 // select: the masked weights of all layers at once, out[l] = weights[l] where |scores[l]| is among the kept[l] largest, else +0; or what the
 // layer's pattern says.
 //
-// The algorithm is that of radix.cuh: exact for every input, 3 digits for float32. Bytes per element, float32: the scores once per
-// digit and once more, the weights, the masked weights: 4 * 4 + 4 + 4 = 24. The floor is 12; but from the second time on, the scores of all
-// but the largest networks come out of the L2 cache. Patterns (pattern.cuh) take less: 12 for windows, 16 for groups.
+// The algorithm is that of selection.cuh: exact for every input. Bytes per element, float32: the scores, the weights and the masked weights
+// once each, which is the floor of 12; 1/4 for a bit each; and, where a tenth is kept, 0.8 for the lists. Where all scores are equal, the
+// scores are read twice. Where the sample misleads they are read 5 times: 28; in layers too small for a sample, 4 times: 24.
+// Patterns (pattern.cuh) take 12 for windows, 16 for groups.
 //
-// One cooperative launch for all layers, 5 grid barriers in it for float32. A launch per layer and phase would be 100 launches for a
+// One cooperative launch for all layers, usually with 4 grid barriers in it. A launch per layer and phase would be 100 launches for a
 // ResNet-18, most of them too small to fill a GPU. Nothing is copied to the host, so nothing waits; `kept` is read on the device.
 #include "pattern.cuh"
 
@@ -27,21 +28,23 @@ struct SelectArgs {
 
 template <class T, class Array>
 void for_each_array(SelectArgs<T>& args, Array&& array) {
-  for_each_array(args.selection, array);
+  for_each_array(args.selection, false, array);
   for_each_array(args.groups, array);
 }
 
 template <class Grid, class T>
 S2AP_DEVICE void select_phases(const Grid& grid, const SelectArgs<T>& args, int first, int last) {
   auto& storage = grid.template shared<SelectionStorage<T>>();
-  for (int phase = first; phase < last; ++phase) {
-    if (phase > first) grid.grid_barrier();
-    if (phase == 0) {
-      prepare(grid, args.selection);
-    } else {
-      selection_and_pattern_phase(grid, args, storage, phase - 1);
-    }
-  }
+  run_phases(
+      grid, first, last, [&](int phase) { return selection_and_pattern_phase_is_idle(args, phase - 1); },
+      [&](int phase) {
+        if (phase == 0) {
+          prepare(grid, args.selection);
+          guess(grid, args, storage);
+        } else {
+          selection_and_pattern_phase(grid, args, storage, phase - 1);
+        }
+      });
 }
 
 }  // namespace s2ap::cuda

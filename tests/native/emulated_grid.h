@@ -178,9 +178,10 @@ class Grid {
   V shuffle(V value, unsigned lane, Where where = Where::current()) const;
 
   template <class V>
-  void atomic_add(V* p, std::type_identity_t<V> v) const {
-    std::atomic_ref<V>(*p).fetch_add(v, std::memory_order_relaxed);
+  V atomic_add(V* p, std::type_identity_t<V> v) const {
+    return std::atomic_ref<V>(*p).fetch_add(v, std::memory_order_relaxed);
   }
+  uint32_t atomic_or(uint32_t* p, uint32_t v) const { return std::atomic_ref<uint32_t>(*p).fetch_or(v, std::memory_order_relaxed); }
   template <class S>
   S& shared() const;
 
