@@ -140,6 +140,19 @@ void test_flips(Random& random) {
   check(problem, kGrids[3], 6, true, false, "flips");
 }
 
+// Layers large enough for a bracket, beside one that is not: flips and signs are then counted from bits.
+template <class T>
+void test_layers_with_a_bracket(Random& random) {
+  const int64_t n = kernels::kSampledFrom + 777;
+  Problem<T> problem;
+  problem.gamma = 0.5;
+  problem.add(numbers<T>(0, n, random), numbers<T>(0, n, random), n / 10, random);
+  problem.add(numbers<T>(1, 5000, random), numbers<T>(0, 5000, random), 500, random);
+  problem.add(numbers<T>(1, n, random), numbers<T>(3, n, random), n / 2, random);
+  check(problem, {3, 64}, random(), true, true, "brackets");
+  check(problem, {5, 32}, random(), false, false, "brackets");
+}
+
 void test_every_grid_and_schedule(Random& random) {
   Problem<float> problem;
   problem.gamma = 0.5;
@@ -190,6 +203,10 @@ int main() {
   test_flips<double>(random);
   test_flips<Float16>(random);
   test_flips<BFloat16>(random);
+  test_layers_with_a_bracket<float>(random);
+  test_layers_with_a_bracket<double>(random);
+  test_layers_with_a_bracket<Float16>(random);
+  test_layers_with_a_bracket<BFloat16>(random);
   test_every_grid_and_schedule(random);
   test_levels_of_sums(random);
   std::puts("perturb: the kernel agrees with the oracle");

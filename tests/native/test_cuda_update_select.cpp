@@ -137,6 +137,20 @@ void test_flips(Random& random) {
   }
 }
 
+// Layers large enough for a bracket, with a pattern beside them or not: without, passes may be left out.
+template <class T>
+void test_layers_with_a_bracket(Random& random) {
+  const int64_t n = kernels::kSampledFrom + 777;
+  for (bool patterned : {false, true}) {
+    Problem<T> problem;
+    problem.add(0, n, {}, n / 10, random);
+    problem.add(10, 5000, {}, 500, random);
+    problem.add(3, n, {}, n / 2, random);
+    if (patterned) problem.add(0, 4000, {s2ap::kWindow, 4, 1}, 2, random);
+    check(problem, kSettings[2], {3, 64}, random(), {true, true, patterned, !patterned}, "brackets");
+  }
+}
+
 void test_every_grid_and_schedule(Random& random) {
   Problem<float> problem;
   for (int64_t n : {0, 3, 5000, 0, 1, 8192, 130}) problem.add(1, n, {}, some_count(n, random), random);
@@ -167,6 +181,10 @@ int main() {
   test_flips<double>(random);
   test_flips<Float16>(random);
   test_flips<BFloat16>(random);
+  test_layers_with_a_bracket<float>(random);
+  test_layers_with_a_bracket<double>(random);
+  test_layers_with_a_bracket<Float16>(random);
+  test_layers_with_a_bracket<BFloat16>(random);
   test_every_grid_and_schedule(random);
   test_as_many_layers_as_a_launch_takes(random);
   std::puts("update_select: the kernel agrees with the oracle");
