@@ -141,6 +141,20 @@ def test_layers_beyond_16_million_elements_sum_in_three_levels():
     assert_same_bits(masked, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [0.0, 100.0])
+def test_a_misled_sample_changes_no_bit(value, dtype):
+    scores, _, weights, _ = layers_of("normal", dtype, sizes=(1_000_003, 40_000))
+    for s in scores:  # what csrc/cuda/bracket.cuh samples
+        i, part = torch.arange(4096), s.numel() // 4096
+        s[i * part + ((i * 0x9E3779B9 % 2**32) * part >> 32)] = value
+    kept = [s.numel() // 2 for s in scores]
+    expected, expected_cuts = ops.select(scores, weights, kept)
+    masked, cuts = ops.select(cuda(scores), cuda(weights), kept)
+    assert torch.equal(cuts.cpu(), expected_cuts)
+    assert_same_bits(masked, expected)
+
+
 def test_more_layers_than_one_launch_takes():
     sizes = [7 + i % 90 for i in range(600)]
     scores, grads, weights, kept = layers_of("few values", torch.float32, sizes=sizes)

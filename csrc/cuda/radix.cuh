@@ -1,6 +1,6 @@
 // The rank-th largest of many keys, by histograms: an interval that holds it is split into at most 2048 bins, the keys in each are counted,
 // and a walk over the counts from the top finds the bin that holds it, which is the next interval. From all keys on, that is a radix
-// search: 3 histograms for float, 6 for double, 2 for half precision. From a bracket around the key on, it is one or two.
+// search: 3 histograms for float, 6 for double, 2 for half precision. From a narrow bracket around the key on, it is one or two.
 //
 // All counts are integers, so their sums do not depend on the order in which threads and blocks arrive.
 #pragma once

@@ -24,7 +24,8 @@
 //
 // Bytes per element beside those of the reader, float32: 1/8 written and 1/8 read for the bits, 4 + 4 for the weights and the masked weights;
 // for each element inside the bracket, 4 % of those of a layer that keeps 10 %, 6 written and at most 14 read. The reader's bytes come once,
-// but up to 5 times for layers without a bracket that holds: with the sweep, with each digit of pass 1 and later, and with the bits.
+// but up to 5 times for layers without a bracket that holds: with the sweep, with each digit of pass 1 and later, and with the bits; and 2 or
+// 3 times more for the chunks that have to be settled. Memory per element, float32: 3/4 byte for the lists, 1/4 for the bits.
 #pragma once
 
 #include "bracket.cuh"
@@ -153,7 +154,7 @@ S2AP_DEVICE void prepare(const Grid& grid, const Selection<T>& s) {
 
 // Where all or none stay, the interval is empty, and below or above all keys.
 template <class Grid, class Args, class T>
-S2AP_DEVICE_APART void guess(const Grid& grid, const Args& args, SelectionStorage<T>& storage) {
+S2AP_DEVICE void guess(const Grid& grid, const Args& args, SelectionStorage<T>& storage) {
   using Key = KeyOf<T>;
   const Selection<T>& s = args.selection;
   for (int layer = static_cast<int>(grid.block()); layer < s.table.layers; layer += static_cast<int>(grid.blocks())) {

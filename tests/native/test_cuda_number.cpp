@@ -45,21 +45,26 @@ void test_rounding() {
   }
 }
 
-// The digits cut the key into pieces without gap or overlap, and put together they are the key again.
+// From all keys on, or from any bracket, one bin after the other leads to the key, in no more passes than it has digits.
 template <class T>
 void test_digits() {
   using Digits = kernels::Digits<T>;
   using Key = kernels::KeyOf<T>;
   Random random(5);
   for (int i = 0; i < 10000; ++i) {
-    Key key = s2ap::key_of(kernels::widen(kernels::bit_cast<T>(static_cast<std::conditional_t<sizeof(T) == 2, uint16_t, Key>>(random()))));
-    Key prefix = 0;
-    for (int d = 0; d < Digits::kCount; ++d) {
-      EXPECT(key >> Digits::below(d - 1) == prefix, "%s digit %d", kName<T>, d);
-      EXPECT(Digits::bins(d) <= Digits::kBins && Digits::bins(d) > 1, "%s digit %d: %d", kName<T>, d, Digits::bins(d));
-      prefix = prefix * Digits::bins(d) + (key >> Digits::below(d)) % Digits::bins(d);
+    auto score = kernels::widen(kernels::bit_cast<T>(static_cast<std::conditional_t<sizeof(T) == 2, uint16_t, Key>>(random())));
+    const Key key = Digits::of(score);
+    EXPECT(key << Digits::kZeros == s2ap::key_of(score), "%s", kName<T>);
+    kernels::Progress<Key> p{0, Digits::kEnd, 1, 0, false};
+    if (i % 2) p.lo = key - static_cast<Key>(random()) % (key + 1), p.hi = key + 1 + static_cast<Key>(random()) % (Digits::kEnd - key);
+    int passes = 0;
+    for (; !p.is_found(); ++passes) {
+      EXPECT(p.holds(key) && !p.holds(p.lo - 1) && !p.holds(p.hi), "%s pass %d", kName<T>, passes);
+      EXPECT(p.bin(p.lo) == 0 && p.bin(key) <= p.bin(p.hi - 1) && p.bin(p.hi - 1) < kernels::kBins, "%s pass %d", kName<T>, passes);
+      Key width = Key{1} << p.shift(), lo = p.lo + p.bin(key) * width;
+      p = {lo, std::min<Key>(lo + width, p.hi), 1, 0, false};
     }
-    EXPECT(prefix << Digits::kZeros == key, "%s", kName<T>);
+    EXPECT(p.lo == key && passes <= Digits::kCount, "%s: %d passes", kName<T>, passes);
   }
 }
 
