@@ -1,30 +1,14 @@
-"""The packages that only training needs, imported where they are used."""
+"""The packages that only training needs."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from types import ModuleType
 
-# Import name -> name on the package index, where the two differ.
-PROJECTS = {"tomli_w": "tomli-w", "sklearn": "scikit-learn", "PIL": "pillow"}
+from .._extras import MissingExtra, optional
+
+__all__ = ["TRAINING", "MissingExtra", "optional", "require"]
+
 TRAINING = ("matplotlib", "rich", "safetensors", "tensorboard", "tomli_w")
-
-
-class MissingExtra(ImportError):
-    """A package of the ``train`` extra is not installed; the message says how to get it."""
-
-    def __init__(self, *names: str) -> None:
-        projects = ", ".join(PROJECTS.get(name, name) for name in names)
-        super().__init__(f'{projects} missing; install with: pip install "s2ap_ext[train]"')
-
-
-def optional(name: str, *, or_else: str = "") -> ModuleType:
-    """Imports ``name``, or ``or_else`` where it is missing; raises :class:`MissingExtra` without either."""
-    for candidate in filter(None, (name, or_else)):
-        if importlib.util.find_spec(candidate.partition(".")[0]) is not None:
-            return importlib.import_module(candidate)
-    raise MissingExtra(or_else or name)
 
 
 def require(names: tuple[str, ...] = TRAINING) -> None:

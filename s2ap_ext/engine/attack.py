@@ -1,0 +1,77 @@
+"""The engine under an attack: a network for each model that is attacked, made when it pays and kept as long as the model lives."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .._library import backend
+from ..nn import sparse_layers
+from .network import SparseNetwork, compile_model
+
+_enabled = contextvars.ContextVar("s2ap_ext.engine", default=True)
+
+# For each model what it looked like (its modules, and the images' size), and the network compiled for it; None where there is none to use.
+# Kept beside the models and not on them, so that nothing is copied, pickled or found in a state_dict.
+_compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, SparseNetwork | None]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Within it attacks call the models themselves, in this thread."""
+    token = _enabled.set(False)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def for_attack(model: nn.Module, x: Tensor) -> SparseNetwork | None:
+    """A network that gives the logits of ``model`` in evaluation mode, with the gradient with respect to ``x``; or None.
+
+    There is one where the compiled kernels run, for float32 images [N, C, H, W] and a float32 model on the CPU with pruned layers, of
+    which at least one convolution runs sparse; no module has hooks, autocast is off, and the engine has a step for everything in the
+    model. It is made at the first call and takes the model's weights and masks again whenever they have changed.
+    """
+    if not _applies(model, x):
+        return None
+    looks = (tuple((id(module), type(module)) for module in model.modules()), tuple(x.shape[1:]))
+    looked, network = _compiled.get(model, (None, None))
+    if looked != looks:
+        network = _made(model, x)
+        _compiled[model] = looks, network
+    elif network is not None and not network.is_current():
+        network.refresh()
+    return network
+
+
+def _applies(model: nn.Module, x: Tensor) -> bool:
+    if not (_enabled.get() and backend().cpu == "C++" and isinstance(model, nn.Module)) or isinstance(model, SparseNetwork):
+        return False
+    if x.dim() != 4 or not len(x) or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if not sparse_layers(model) or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
+        return False
+    return not any(_hooks(module) for module in model.modules()) and not _hooks_of_all()
+
+
+def _hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _hooks_of_all() -> bool:
+    everywhere = torch.nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or everywhere._global_backward_hooks)
+
+
+def _made(model: nn.Module, x: Tensor) -> SparseNetwork | None:
+    try:
+        network = compile_model(model, x[:1], weak=True)  # one that held its model would keep it in the dictionary for ever
+    except (ValueError, RuntimeError):  # torch.fx cannot trace it, or not rightly
+        return None
+    return network if "sparse" in network.layers.values() and not network.dense_parts else None

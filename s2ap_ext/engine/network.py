@@ -1,0 +1,264 @@
+"""Networks that compute with their kept weights only."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .. import nn as pruned_nn
+from .._library import backend
+from ..nn.selection import Snapshot
+from .arena import Arenas
+from .program import Program, describe, fuse, lay_out
+from .steps import Run, Step
+from .trace import DensePart, Layer, trace
+from .weights import PartSource, Source, evaluating
+
+CHUNK = 32  # images that run through the network together: their activations stay in the last-level cache
+SPARSE_BELOW = 0.35  # density up to which a convolution pays on its kept weights
+FILLED = 0.6  # of a block's lanes: with fewer images, images beat blocks
+
+
+def lanes() -> int:
+    """Images in a block: the floats in a vector of this machine."""
+    if backend().cpu == "C++":
+        from .._C import lanes
+
+        return lanes()
+    return 8
+
+
+def sparse_where_it_pays(layer: Layer) -> str:
+    """The default of ``choose``: ``"sparse"`` for convolutions with few enough weights, where the compiled kernels run them."""
+    return "sparse" if backend().cpu == "C++" and len(layer.weight) == 4 and layer.density <= SPARSE_BELOW else "dense"
+
+
+def compile_sparse(
+    model: nn.Module, example: Tensor, *, choose: Callable[[Layer], str] = sparse_where_it_pays, chunk: int = CHUNK
+) -> SparseNetwork:
+    """A network for the CPU that computes what ``model`` computes in evaluation mode, with its kept weights only.
+
+    BatchNorm is folded into the convolutions; ReLUs and residual sums are part of them. Operations that the engine has no step for run as
+    they are in the model; ``dense_parts`` of the result names them. The model itself is not changed, and later changes of its
+    weights are taken with :meth:`SparseNetwork.refresh`. Its modules and its code have to stay as they are.
+
+    Args:
+        model: with pruned layers or with zeros in its weights; float32, on the CPU. Images must not depend on each other.
+        example: images [N, C, H, W], float32, N >= 1. The network is for images of this size; and it is compared with the model on them.
+        choose: for each convolution and linear layer, ``"sparse"`` or ``"dense"``.
+        chunk: so many images run through the network together.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``example`` is no such images; ``chunk`` below 1; parameters that are not float32 on the CPU; a model that torch.fx
+            cannot trace (the message names the layer and the line), that has no single tensor as its output, or whose BatchNorm uses the
+            batch's own statistics in evaluation mode; an answer of ``choose`` that is neither.
+        RuntimeError: the network does not agree with the model on ``example``.
+
+    Equivalent to::
+
+        copy.deepcopy(model).eval()
+    """
+    return compile_model(model, example, choose, chunk)
+
+
+def compile_model(
+    model: nn.Module, example: Tensor, choose: Callable[[Layer], str] = sparse_where_it_pays, chunk: int = CHUNK, *, weak: bool = False
+) -> SparseNetwork:
+    """:func:`compile_sparse`; a ``weak`` network does not keep its model alive."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk: expected an integer >= 1, got {chunk!r}")
+    if example.dim() != 4 or example.dtype != torch.float32 or example.device.type != "cpu" or not len(example):
+        raise ValueError(f"example: expected float32 images [N, C, H, W] on the CPU, got {_described(example)}")
+    for name, p in model.named_parameters():
+        if p.device.type != "cpu" or p.dtype != torch.float32:
+            raise ValueError(f"model: expected float32 parameters on the CPU, got {_described(p)} in {name}")
+    pruned_nn.refresh(model)
+    with evaluating(model):
+        traced = trace(model, example.detach(), choose)
+    steps, sources = fuse(traced)
+    network = SparseNetwork(steps, traced.shapes, traced.output, sources, chunk=chunk, layers=traced.layers, dense_parts=traced.dense_parts)
+    network._owner, network._constants = weakref.ref(model) if weak else lambda: model, traced.constants
+    network.refresh()
+    with evaluating(model):
+        expected, got = model(example), network(example)
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    if not torch.allclose(got, expected, rtol=0, atol=1e-3 * scale, equal_nan=True):
+        raise RuntimeError(
+            f"model: what torch.fx traced is not what it computes (off by {(got - expected).abs().max().item():g}, outputs go up to {scale:g}); "
+            "does its code look at the values of tensors, or at their memory?"
+        )
+    return network
+
+
+class SparseNetwork(nn.Module):
+    """What :func:`compile_sparse` and :meth:`load` give: float32 images [N, C, H, W] on the CPU -> what the model gives for them.
+
+    Differentiable with respect to the images, once. Several threads may call it at the same time; each has activation buffers of its own,
+    that stay from call to call. It has no parameters.
+
+    Attributes:
+        dense_parts: what runs as it is in the model, by name, with the reason.
+        layers: ``"sparse"`` or ``"dense"``, for each convolution and linear layer that the engine runs.
+        chunk: so many images run through the network together.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        shapes: Sequence[tuple[int, ...]],
+        output: int,
+        sources: Sequence[Source | PartSource],
+        *,
+        chunk: int,
+        layers: dict[str, str],
+        dense_parts: Sequence[DensePart] = (),
+    ) -> None:
+        super().__init__()
+        self._steps, self._shapes, self._output, self._sources, self._lanes = steps, shapes, output, sources, lanes()
+        self._blocks, self._images = (lay_out(steps, shapes, output, blocks=blocks) for blocks in (True, False))
+        self.chunk, self.layers, self.dense_parts = chunk, layers, list(dense_parts)
+        self._weights: tuple = ()
+        self._arenas = Arenas()
+        self._owner: Callable[[], nn.Module | None] = lambda: None
+        self._constants: dict[str, Tensor] = {}
+        self._seen: list | None = None
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs for images ``x``.
+
+        Raises:
+            ValueError: ``x`` is not float32 images of the example's size on the CPU.
+        """
+        shape = self._blocks.slots[0].shape
+        if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape[1:] != shape or x.dim() != 4:
+            size = ", ".join(str(n) for n in shape)
+            raise ValueError(f"x: expected float32 images [N, {size}] on the CPU, got {_described(x)}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _WithGradient.apply(x, self)
+        return self._run(x, None)
+
+    def refresh(self) -> None:
+        """Takes the model's present masks, weights and BatchNorm statistics. Calls that run in other threads end with the old ones.
+
+        Raises:
+            RuntimeError: the model is gone, or the network was loaded from a file.
+        """
+        model = self._model()
+        pruned_nn.refresh(model)
+        root = copy.copy(model)
+        root.__dict__.update(self._constants)
+        with evaluating(root):
+            weights = tuple(source.take(root) for source in self._sources)
+        self._weights, self._seen = weights, _versions(model)
+
+    def is_current(self) -> bool:
+        """Whether the model still is as the last :meth:`refresh` found it (as far as autograd's version counters show)."""
+        now = _versions(self._model())
+        return len(now) == len(self._seen) and all(_same(a, b) for a, b in zip(self._seen, now, strict=True))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the network to one safetensors file, without pickle, whole or not at all.
+
+        Raises:
+            ValueError: it has dense parts, which only the model's own code can compute.
+        """
+        from . import storage
+
+        storage.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparseNetwork:
+        """Reads what :meth:`save` wrote, on any machine.
+
+        Raises:
+            ValueError: no such file, or not a file of this kind.
+        """
+        from . import storage
+
+        return storage.load(path)
+
+    def extra_repr(self) -> str:
+        sparse = sum(kind == "sparse" for kind in self.layers.values())
+        lines = [
+            f"layers: {sparse} sparse, {len(self.layers) - sparse} dense; lanes={self._lanes}, halo={self._blocks.halo}, chunk={self.chunk}"
+        ]
+        lines += [f"dense part {part.name}: {part.reason}" for part in self.dense_parts]
+        return "\n".join([*lines, *describe(self._blocks, self._sources)])
+
+    def __reduce_ex__(self, protocol: int) -> None:
+        raise TypeError("a SparseNetwork is not pickled or copied; use save(path) and SparseNetwork.load(path)")
+
+    def _model(self) -> nn.Module:
+        model = self._owner()
+        if model is None:
+            raise RuntimeError("network: there is no model to look at; it was loaded from a file, or the model is gone")
+        return model
+
+    def _start(self, n: int) -> tuple[Program, Run]:
+        in_blocks = n >= FILLED * self._lanes
+        program = self._blocks if in_blocks else self._images
+        size = -(-n // self._lanes) if in_blocks else -n
+        return program, program.start(self._weights, self._arenas.of(size), n, self._lanes)
+
+    def _run(self, x: Tensor, runs: list[tuple[slice, Program, Run]] | None) -> Tensor:
+        """The outputs; with ``runs`` what the gradient needs is put there."""
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            x = x.detach()
+            out = torch.empty(len(x), *self._blocks.slots[self._blocks.output].shape)
+            for first in range(0, len(x), self.chunk):
+                chunk = slice(first, min(len(x), first + self.chunk))
+                program, run = self._start(chunk.stop - chunk.start)
+                if runs is not None:
+                    run.graphs = {}
+                    runs.append((chunk, program, run))
+                out[chunk].copy_(program.run(run, x[chunk].contiguous()))
+                if runs is None or program.output not in program.kept:
+                    run.drop(program.output)
+        return out
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, network: SparseNetwork) -> Tensor:
+        ctx.runs, ctx.shape = [], x.shape
+        return network._run(x, ctx.runs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.runs is None:
+            raise RuntimeError("the network's activations are gone after the first backward; call the network again")
+        dx = torch.empty(ctx.shape)
+        with torch.autocast("cpu", enabled=False):
+            for chunk, program, run in ctx.runs:
+                result = program.backward(run, grad[chunk])
+                dx[chunk].copy_(result)
+                run.arena.drop(result)
+        ctx.runs = None
+        return dx, None
+
+
+def _described(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)} on {t.device}"
+
+
+def _versions(model: nn.Module) -> list:
+    """What tells whether a model has changed: its tensors' versions, and what the masks of its pruned layers were made from."""
+    tensors = [t for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    layers = pruned_nn.sparse_layers(model).values()
+    return [*(None if t.is_inference() else Snapshot(t) for t in tensors), *((layer._selection, layer._move) for layer in layers)]
+
+
+def _same(before: Snapshot | tuple | None, now: Snapshot | tuple | None) -> bool:
+    if isinstance(before, Snapshot) and isinstance(now, Snapshot):
+        return before.version == now.version and before.alias.data_ptr() == now.alias.data_ptr()
+    return isinstance(before, tuple) and isinstance(now, tuple) and all(a is b for a, b in zip(before, now, strict=True))

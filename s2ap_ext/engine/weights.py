@@ -1,0 +1,150 @@
+"""What steps compute with, taken from a model: kept weights, dense weights, per-channel scales; normalisations folded in."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..nn import S2APConv2d, S2APLinear
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """The kept weights of a convolution or linear layer, as :mod:`s2ap_ext.sparse_reference` describes them."""
+
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    bias: Tensor | None
+    input_starts: Tensor
+    input_columns: Tensor
+    order: Tensor
+
+    @cached_property
+    def input_values(self) -> Tensor:
+        """The values in the order of input channels. Only gradients read it."""
+        return self.values.index_select(0, self.order)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The weight of a layer that runs dense."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``scale * x + shift`` for each channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a step's weights come from: a layer, and what is done to its output channels, in order.
+
+    Attributes:
+        kind: ``"sparse"``, ``"dense"`` or ``"scale"`` (no layer).
+        channels: of the output.
+        layer: name of the module with the weight, or None.
+        changes: ``("norm", name of a BatchNorm)``, or ``("add" | "sub" | "mul" | "div", a number or the name of a tensor)``.
+        groups: of the convolution.
+    """
+
+    kind: str
+    channels: int
+    layer: str | None = None
+    changes: tuple[tuple[str, str | float], ...] = ()
+    groups: int = 1
+
+    def followed_by(self, later: Source) -> Source:
+        return replace(self, changes=self.changes + later.changes)
+
+    def take(self, model: nn.Module) -> Sparse | Dense | Scale:
+        scale, shift = _scale_and_shift(model, self.changes, self.channels)
+        if self.layer is None:
+            return Scale(scale.float(), shift.float())
+        module = model.get_submodule(self.layer)
+        weight = weight_of(module)
+        bias = module.bias
+        if self.changes:
+            bias = (shift if bias is None else scale * bias + shift).float()
+        elif bias is not None:
+            bias = bias.detach().clone()
+        if self.kind == "dense":
+            if self.changes:
+                weight = weight * scale.float().view(-1, *[1] * (weight.dim() - 1))
+            return Dense(weight.clone(), bias)
+        starts, columns, input_starts, input_columns, order = torch.ops.s2ap.sparse_pattern(weight, None, self.groups)
+        rows = torch.repeat_interleave(torch.arange(len(weight)), starts.diff())
+        values = weight.view(-1).index_select(0, rows * weight[0].numel() + columns)
+        if self.changes:
+            values *= scale.float().index_select(0, rows)
+        return Sparse(starts, columns, values, bias, input_starts, input_columns, order)
+
+
+@dataclass(frozen=True)
+class PartSource:
+    """A piece of the model's graph, with copies of the modules that it calls."""
+
+    graph: fx.Graph
+
+    def take(self, model: nn.Module) -> fx.GraphModule:
+        return copy.deepcopy(fx.GraphModule(model, self.graph)).eval().requires_grad_(False)
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight that a convolution or linear layer computes with, without autograd, contiguous."""
+    weight = module.masked_weight if isinstance(module, (S2APConv2d, S2APLinear)) else module.weight
+    return weight.detach().contiguous()
+
+
+def _scale_and_shift(model: nn.Module, changes: tuple[tuple[str, str | float], ...], channels: int) -> tuple[Tensor, Tensor]:
+    """The changes as one scale and one shift, in double precision."""
+    scale, shift = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    for change, operand in changes:
+        if change == "norm":
+            norm = model.get_submodule(operand)
+            factor = (norm.running_var.double() + norm.eps).rsqrt()
+            if norm.weight is not None:
+                factor = factor * norm.weight.double()
+            scale, shift = scale * factor, (shift - norm.running_mean.double()) * factor
+            if norm.bias is not None:
+                shift = shift + norm.bias.double()
+            continue
+        value = tensor_of(model, operand).double().reshape(-1) if isinstance(operand, str) else operand
+        if change in ("mul", "div"):
+            factor = value if change == "mul" else 1 / value
+            scale, shift = scale * factor, shift * factor
+        else:
+            shift = shift + value if change == "add" else shift - value
+    return scale, shift
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer called ``name``."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute).detach()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it all modules are in evaluation mode and autograd is off."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
