@@ -46,7 +46,11 @@ def for_attack(model: nn.Module, x: Tensor) -> SparseNetwork | None:
         network = _made(model, x)
         _compiled[model] = looks, network
     elif network is not None and not network.is_current():
-        network.refresh()
+        try:
+            network.refresh()
+        except ValueError:  # weights that are not finite
+            del _compiled[model]
+            return None
     return network
 
 

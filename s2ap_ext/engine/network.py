@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..nn.selection import Snapshot
 from .arena import Arenas
 from .program import Program, describe, fuse, lay_out
 from .steps import Run, Step
-from .trace import DensePart, Layer, trace
+from .trace import DensePart, Layer, root_of, trace
 from .weights import PartSource, Source, evaluating
 
 CHUNK = 32  # images that run through the network together: their activations stay in the last-level cache
@@ -91,8 +90,9 @@ def compile_model(
         expected, got = model(example), network(example)
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     if not torch.allclose(got, expected, rtol=0, atol=1e-3 * scale, equal_nan=True):
+        error = (got - expected).abs().max().item()
         raise RuntimeError(
-            f"model: what torch.fx traced is not what it computes (off by {(got - expected).abs().max().item():g}, outputs go up to {scale:g}); "
+            f"model: what torch.fx traced is not what it computes (off by {error:g}, outputs go up to {scale:g}); "
             "does its code look at the values of tensors, or at their memory?"
         )
     return network
@@ -151,11 +151,11 @@ class SparseNetwork(nn.Module):
 
         Raises:
             RuntimeError: the model is gone, or the network was loaded from a file.
+            ValueError: weights that are not finite, naming the layer. The network stays as it was.
         """
         model = self._model()
         pruned_nn.refresh(model)
-        root = copy.copy(model)
-        root.__dict__.update(self._constants)
+        root = root_of(model, self._constants)
         with evaluating(root):
             weights = tuple(source.take(root) for source in self._sources)
         self._weights, self._seen = weights, _versions(model)
@@ -206,7 +206,7 @@ class SparseNetwork(nn.Module):
     def _start(self, n: int) -> tuple[Program, Run]:
         in_blocks = n >= FILLED * self._lanes
         program = self._blocks if in_blocks else self._images
-        size = -(-n // self._lanes) if in_blocks else -n
+        size = ("blocks", -(-n // self._lanes)) if in_blocks else ("images", n)
         return program, program.start(self._weights, self._arenas.of(size), n, self._lanes)
 
     def _run(self, x: Tensor, runs: list[tuple[slice, Program, Run]] | None) -> Tensor:

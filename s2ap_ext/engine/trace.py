@@ -6,7 +6,7 @@ import copy
 import inspect
 import operator
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,9 +71,10 @@ def trace(model: nn.Module, example: Tensor, choose: Callable[[Layer], str]) -> 
     Raises:
         ValueError: torch.fx cannot trace the model; it does not give one float32 tensor of the batch's length for one input.
     """
-    tracer, root = _Tracer(), copy.copy(model)  # torch.fx sets attributes of the module it traces
-    signature = inspect.signature(model.forward).parameters.values()
+    tracer, root = _Tracer(), root_of(model)
+    signature = inspect.signature(root.forward).parameters.values()
     _input, *others = (p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    before = set(vars(root))
     try:
         graph = tracer.trace(root, {p.name: p.default for p in others if p.default is not p.empty})
     except Exception as error:  # whatever the model's own code raises when it is shown proxies
@@ -81,10 +82,17 @@ def trace(model: nn.Module, example: Tensor, choose: Callable[[Layer], str]) -> 
     values = _Values(fx.GraphModule(root, graph))
     values.run(example[:1].expand(_BATCH, *example.shape[1:]).contiguous())
     lowering = _Lowering(root, values.found, choose)
-    lowering.traced.constants = {name: value for name, value in vars(root).items() if name not in vars(model)}
+    lowering.traced.constants = {name: value for name, value in vars(root).items() if name not in before}
     for node in graph.nodes:
         lowering.lower(node)
     return lowering.traced
+
+
+def root_of(model: nn.Module, constants: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """What is traced in place of ``model``: a shallow copy, for torch.fx sets attributes there; or something around a single layer."""
+    root = nn.Sequential(model) if _Tracer().is_leaf_module(model, "") else copy.copy(model)
+    root.__dict__.update(constants or {})
+    return root
 
 
 def _line(error: Exception) -> str:
@@ -459,7 +467,7 @@ _FUNCTIONS: dict[Any, Callable] = {
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _L.max_pool),
     F.avg_pool2d: _L.avg_pool,
     F.adaptive_avg_pool2d: lambda low, node, input, output_size: low.adaptive_pool(node, "avg", input),
-    F.adaptive_max_pool2d: lambda low, node, input, output_size: low.adaptive_pool(node, "max", input),
+    F.adaptive_max_pool2d: lambda low, node, input, output_size, return_indices=False: low.adaptive_pool(node, "max", input),
     torch.mean: _L.mean,
     **dict.fromkeys((torch.flatten, torch.reshape), _L.flatten),
     **dict.fromkeys((F.dropout, F.dropout2d), _dropped),

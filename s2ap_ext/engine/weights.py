@@ -71,11 +71,13 @@ class Source:
 
     def take(self, model: nn.Module) -> Sparse | Dense | Scale:
         scale, shift = _scale_and_shift(model, self.changes, self.channels)
+        self._check_finite(scale, shift)
         if self.layer is None:
             return Scale(scale.float(), shift.float())
         module = model.get_submodule(self.layer)
         weight = weight_of(module)
         bias = module.bias
+        self._check_finite(weight, *(() if bias is None else (bias,)))
         if self.changes:
             bias = (shift if bias is None else scale * bias + shift).float()
         elif bias is not None:
@@ -90,6 +92,12 @@ class Source:
         if self.changes:
             values *= scale.float().index_select(0, rows)
         return Sparse(starts, columns, values, bias, input_starts, input_columns, order)
+
+    def _check_finite(self, *tensors: Tensor) -> None:
+        """A ReLU in the kernels makes 0 of NaN, so NaN must not come into being here."""
+        if not all(bool(t.isfinite().all()) for t in tensors):
+            names = [name for name in (self.layer, *(operand for _, operand in self.changes)) if isinstance(name, str)]
+            raise ValueError(f"model: NaN or infinity in the tensors of {', '.join(names)}")
 
 
 @dataclass(frozen=True)

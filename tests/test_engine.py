@@ -1,0 +1,838 @@
+"""The sparse engine: whole networks against the models they were made from, forward and gradient, on both layouts."""
+
+import copy
+import gc
+import json
+import pickle
+import re
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import s2ap_ext
+from s2ap_ext import S2AP, _files, backend, densify, engine, sparsify
+from s2ap_ext.attacks import accuracy, pgd
+from s2ap_ext.engine import SparseNetwork, compile_sparse
+from s2ap_ext.engine.network import lanes
+from s2ap_ext.models import build_model
+from s2ap_ext.nn import sparse_layers
+
+needs_kernels = pytest.mark.skipif(backend().cpu != "C++", reason="attacks use the engine where the C++ kernels run")
+
+
+def all_sparse(layer):
+    return "sparse"
+
+
+def all_dense(layer):
+    return "dense"
+
+
+# ---- Models, in the styles of the libraries that cannot be imported here
+
+
+class BasicBlock(nn.Module):
+    """torchvision: in-place ReLU, ``+=``, a downsample that may be None."""
+
+    expansion = 1
+
+    def __init__(self, c_in, c, stride=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False), nn.BatchNorm2d(c)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(c, c, 3, 1, 1, bias=False), nn.BatchNorm2d(c)
+        self.downsample = shortcut(c_in, c, stride)
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    expansion = 4
+
+    def __init__(self, c_in, c, stride=1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c)
+        self.conv2, self.bn2 = nn.Conv2d(c, c, 3, stride, 1, bias=False), nn.BatchNorm2d(c)
+        self.conv3, self.bn3 = nn.Conv2d(c, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(c_in, 4 * c, stride)
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+def shortcut(c_in, c, stride):
+    return None if stride == 1 and c_in == c else nn.Sequential(nn.Conv2d(c_in, c, 1, stride, bias=False), nn.BatchNorm2d(c))
+
+
+class ResNet(nn.Module):
+    """A 7x7 stem with max pooling."""
+
+    def __init__(self, block, width=8):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        wide = width * block.expansion
+        self.layer1 = nn.Sequential(block(width, width), block(wide, width))
+        self.layer2 = nn.Sequential(block(wide, 2 * width, 2), block(2 * wide, 2 * width))
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(2 * wide, 10)
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.avgpool(self.layer2(self.layer1(x)))
+        return self.fc(torch.flatten(x, 1))
+
+
+class VGG(nn.Module):
+    """Max pooling, convolutions with bias, a classifier with dropout, ``view`` with the size of the batch."""
+
+    def __init__(self):
+        super().__init__()
+        layers, c_in = [], 3
+        for c in (8, "M", 16, 16, "M", 24, "M"):
+            if c == "M":
+                layers.append(nn.MaxPool2d(2, 2))
+            else:
+                layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(inplace=True)]
+                c_in = c
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(
+            nn.Linear(24 * 16, 32), nn.ReLU(True), nn.Dropout(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(True), nn.Linear(32, 10)
+        )
+
+    def forward(self, x):
+        x = self.features(x)
+        return self.classifier(x.view(x.size(0), -1))
+
+
+class WideBlock(nn.Module):
+    """Pre-activation; with a shortcut convolution the activation is shared with it."""
+
+    def __init__(self, c_in, c, stride):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(c_in), nn.BatchNorm2d(c)
+        self.conv1, self.conv2 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False), nn.Conv2d(c, c, 3, 1, 1, bias=False)
+        self.equal = c_in == c
+        self.shortcut = None if self.equal else nn.Conv2d(c_in, c, 1, stride, bias=False)
+        self.drop = 0.3
+
+    def forward(self, x):
+        if not self.equal:
+            x = F.relu(self.bn1(x))
+            out = F.relu(self.bn2(self.conv1(x)))
+        else:
+            out = F.relu(self.bn2(self.conv1(F.relu(self.bn1(x)))))
+        out = F.dropout(out, p=self.drop, training=self.training)
+        return torch.add(x if self.equal else self.shortcut(x), self.conv2(out))
+
+
+class WideResNet(nn.Module):
+    """Normalises its input, as models for robustness benchmarks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mu", torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+        self.register_buffer("sigma", torch.tensor([0.2, 0.3, 0.25]).view(1, 3, 1, 1))
+        self.conv1 = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.blocks = nn.Sequential(WideBlock(8, 16, 1), WideBlock(16, 16, 1), WideBlock(16, 24, 2), WideBlock(24, 24, 1))
+        self.bn1, self.fc = nn.BatchNorm2d(24), nn.Linear(24, 10)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.blocks(self.conv1((x - self.mu) / self.sigma))))
+        out = F.avg_pool2d(out, 8)
+        return self.fc(out.view(-1, 24))
+
+
+class Odd(nn.Module):
+    """Groups, dilation, strides, paddings of each side, even kernels, poolings; sums of a value with itself; reused layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 12, (3, 5), (1, 2), (1, 2))
+        self.b = nn.Conv2d(12, 12, 3, 1, 2, dilation=2, groups=3)
+        self.c = nn.Conv2d(12, 12, 1)
+        self.d = nn.Conv2d(12, 16, 2, 2)
+        self.e = nn.Conv2d(16, 16, 3, padding="same", groups=16)
+        self.bn = nn.BatchNorm2d(12)
+
+    def forward(self, x):
+        x = self.a(x)
+        x = self.bn(self.b(x)).relu_() + 0.25 * self.c(x)
+        x = self.c(F.relu(x)) + x
+        x = x + x
+        x = self.e(F.max_pool2d(self.d(x), 3, 1, padding=1)) * 2 - 0.5
+        x = F.adaptive_avg_pool2d(F.avg_pool2d(x, 2, 2, 1), 1) + F.adaptive_max_pool2d(x, 1)
+        return x.flatten(1)
+
+
+class InPlace(nn.Module):
+    """What is written in place is what later readers see."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.a(x)
+        y = F.relu(x, True)  # x too is 0 or more from here on
+        y = self.b(y) + x
+        z = y
+        y.mul_(0.5)
+        return (self.b(z) + y).mean((2, 3))
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            module.momentum = 1
+    return model
+
+
+# name -> (model, size of an image, sparsity)
+MODELS = {
+    "digits_cnn": (lambda: build_model("digits_cnn", num_classes=10, width=8), (1, 8, 8), 0.9),
+    "resnet18": (lambda: build_model("resnet18", num_classes=10, width=8), (3, 16, 16), 0.9),
+    "torchvision_basic": (lambda: ResNet(BasicBlock), (3, 32, 32), 0.8),
+    "torchvision_bottleneck": (lambda: ResNet(Bottleneck, 4), (3, 33, 35), 0.8),
+    "vgg_bn": (VGG, (3, 32, 32), 0.8),
+    "wide_resnet": (WideResNet, (3, 16, 16), 0.9),
+    "odd": (Odd, (3, 11, 17), 0.5),
+    "in_place": (InPlace, (3, 6, 7), 0.5),
+    "almost_empty": (lambda: build_model("digits_cnn", num_classes=10, width=4), (1, 8, 8), 0.999),
+}
+
+
+def pruned(name):
+    """The model, with the statistics of some images: what it computes depends on its input then, far beyond rounding."""
+    make, size, sparsity = MODELS[name]
+    model = sparsify(seeded(make), sparsity)
+    with torch.no_grad():
+        model(images(32, size, seed=99))
+    return model.eval(), size
+
+
+def images(n, size, seed=0):
+    return torch.rand(n, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(got, expected):
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def gradient(model, x, direction):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (dx,) = torch.autograd.grad((y * direction).sum(), x)
+    return y.detach(), dx
+
+
+def check(network, model, x):
+    """Outputs with and without gradient, and the gradient, are the model's.
+
+    Rounding opens and shuts gates that are all but 0 and picks among maxima that are all but equal, in the model too: in few images.
+    """
+    with torch.no_grad():
+        expected = model(x)
+        assert_close(network(x), expected)
+    direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    y, dx = gradient(network, x, direction)
+    assert_close(y, expected)
+    expected = gradient(model, x, direction)[1]
+    apart = (dx - expected).abs().flatten(1).amax(1) > 1e-5 * expected.abs().max()
+    assert apart.sum() <= len(x) // 8
+
+
+# ---- Numerics
+
+
+@pytest.mark.parametrize("choose", [all_sparse, all_dense])
+@pytest.mark.parametrize("name", MODELS)
+def test_network_is_the_model(name, choose):
+    model, size = pruned(name)
+    network = compile_sparse(model, images(2, size), choose=choose)
+    assert network.dense_parts == []
+    assert set(network.layers.values()) == {choose(None)}
+    for n in (1, 3, 8, 13):
+        check(network, model, images(n, size, seed=n))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "wide_resnet", "torchvision_basic"])
+def test_a_mixture_of_sparse_and_dense_layers(name):
+    model, size = pruned(name)
+    for parity in (0, 1):
+        count = iter(range(100))
+        network = compile_sparse(model, images(2, size), choose=lambda layer, c=count, p=parity: ("sparse", "dense")[next(c) % 2 == p])
+        assert set(network.layers.values()) == {"sparse", "dense"}
+        for n in (3, 19):
+            check(network, model, images(n, size))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg_bn"])
+def test_a_densified_model(name):
+    model, size = pruned(name)
+    network = compile_sparse(densify(copy.deepcopy(model)), images(2, size), choose=all_sparse)
+    check(network, model, images(9, size))
+
+
+def test_batchnorm_relu_and_sums_are_part_of_the_convolutions():
+    model, size = pruned("resnet18")
+    steps = [type(step).__name__ for step in compile_sparse(model, images(1, size), choose=all_sparse)._blocks.steps]
+    assert steps == ["ToBlocks", *["SparseConv"] * 20, "Pool", "Flatten", "Linear"]
+
+
+@pytest.mark.parametrize(("n", "chunk"), [(1, 4), (7, 3), (40, 16), (40, 17), (33, 1000)])
+def test_images_do_not_depend_on_their_chunk(n, chunk):
+    model, size = pruned("resnet18")
+    check(compile_sparse(model, images(1, size), choose=all_sparse, chunk=chunk), model, images(n, size))
+
+
+def test_an_empty_batch():
+    model, size = pruned("resnet18")
+    network = compile_sparse(model, images(1, size))
+    x = torch.zeros(0, *size, requires_grad=True)
+    y = network(x)
+    y.sum().backward()
+    assert y.shape == (0, 10)
+    assert x.grad.shape == x.shape
+
+
+def test_inputs_of_any_strides_and_modes():
+    model, size = pruned("resnet18")
+    network = compile_sparse(model, images(1, size), choose=all_sparse)
+    x = images(13, size)
+    expected = network(x)
+    assert torch.equal(network(x.to(memory_format=torch.channels_last)), expected)
+    with torch.inference_mode():
+        assert torch.equal(network(x.clone()), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(network(x), expected)
+    check(network, model, x.to(memory_format=torch.channels_last))
+
+
+def test_an_output_of_images_and_a_relu_at_the_end():
+    torch.manual_seed(0)
+    model = sparsify(nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1), nn.ReLU()), 0.5).eval()
+    network = compile_sparse(model, images(1, (3, 9, 9)), choose=all_sparse)
+    for n in (2, 18):
+        check(network, model, images(n, (3, 9, 9)))
+
+
+def test_a_model_that_is_a_layer():
+    torch.manual_seed(0)
+    model = sparsify(nn.Conv2d(3, 6, 3, padding=1), 0.5)
+    check(compile_sparse(model, images(1, (3, 9, 9)), choose=all_sparse), model, images(11, (3, 9, 9)))
+
+
+def test_subclasses_and_parametrized_layers():
+    class Renamed(nn.Conv2d):
+        pass
+
+    torch.manual_seed(0)
+    model = sparsify(
+        nn.Sequential(Renamed(3, 8, 3), nn.ReLU(), nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))), 0.5, exclude=["2"]
+    )
+    network = compile_sparse(model.eval(), images(1, (3, 9, 9)), choose=all_sparse)
+    assert network.layers == {"0": "sparse", "2": "sparse"}
+    check(network, model, images(11, (3, 9, 9)))
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    model, size = pruned("resnet18")
+    network, x, threads = compile_sparse(model, images(1, size), choose=all_sparse), images(24, size), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            found.append(gradient(network, x, torch.ones(24, 10)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+# ---- Dense parts
+
+
+class Strange(nn.Module):
+    """Operations without a step: GELU, a gate, a channel shuffle by sizes, groups normalised, padding by reflection, something in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.act = nn.GELU()
+        self.norm = nn.GroupNorm(2, 8)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.c = nn.Conv2d(8, 8, 3, stride=3)
+        self.scale = nn.Parameter(torch.rand(8, 1, 5))
+
+    def forward(self, x):
+        x = self.norm(self.act(self.a(x)))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        left, right = self.b(x).chunk(2, dim=1)
+        x = F.hardswish(torch.cat([right, left], dim=1), True)
+        x = F.relu(self.c(x)) * self.scale
+        return x.flatten(1)
+
+
+def test_dense_parts_are_named_and_run():
+    torch.manual_seed(0)
+    model = sparsify(Strange(), 0.5).eval()
+    network = compile_sparse(model, images(2, (3, 15, 15)), choose=all_sparse)
+    reasons = dict(network.dense_parts)
+    assert reasons["act"] == "no step for GELU"
+    assert reasons["b"] == "padding_mode 'reflect'"
+    assert "mul" in reasons
+    assert network.layers == {"a": "sparse", "gate": "sparse", "c": "dense"}
+    assert all(f"dense part {name}: {reason}" in repr(network) for name, reason in reasons.items())
+    for n in (1, 3, 8, 13, 40):
+        check(network, model, images(n, (3, 15, 15)))
+    with pytest.raises(ValueError, match=r"network: cannot be saved.*act \(no step for GELU\)"):
+        network.save("never.safetensors")
+
+
+def test_refresh_reaches_dense_parts():
+    torch.manual_seed(0)
+    model = sparsify(Strange(), 0.5)
+    network = compile_sparse(model, images(2, (3, 15, 15)), choose=all_sparse)
+    assert model.training
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+        model.scale.add_(1)
+    assert not network.is_current()
+    network.refresh()
+    check(network, model.eval(), images(13, (3, 15, 15)))
+
+
+def test_layers_with_hooks_run_as_they_are():
+    model, size = pruned("resnet18")
+    model.layer1[0].conv2.register_forward_hook(lambda module, args, out: out + 1)
+    network = compile_sparse(model, images(1, size), choose=all_sparse)
+    assert network.dense_parts == [("layer1.0.conv2", "has forward hooks")]
+    check(network, model, images(9, size))
+
+
+# ---- The model changes
+
+
+def test_refresh_takes_masks_weights_and_statistics():
+    model, size = pruned("resnet18")
+    network, x = compile_sparse(model, images(1, size), choose=all_sparse), images(9, size)
+    assert network.is_current()
+    before = network(x)
+
+    def scores():
+        nn.init.normal_(model.layer2[0].conv1.scores)
+
+    def weight():
+        model.layer1[0].conv1.weight.data = torch.randn_like(model.layer1[0].conv1.weight)
+
+    def statistics():
+        model.bn1.running_mean.add_(1)
+
+    def sparsity():
+        model.layer3[0].conv1.sparsity = 0.5
+
+    for change in (scores, weight, statistics, sparsity):
+        with torch.no_grad():
+            change()
+        assert not network.is_current(), change
+        assert torch.equal(network(x), before), change  # it notices nothing by itself
+        network.refresh()
+        assert network.is_current(), change
+        check(network, model, x)
+        before = network(x)
+
+
+def test_is_current_sees_perturbed_scores():
+    model, size = pruned("digits_cnn")
+    optimizer = S2AP(model, torch.optim.SGD([layer.scores for layer in sparse_layers(model).values()], lr=0.1), gamma=0.5)
+    network, x, y = compile_sparse(model, images(1, size)), images(9, size), torch.arange(9)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.ascend()
+    assert not network.is_current()
+    network.refresh()
+    check(network, model, x)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.descend()
+    assert not network.is_current()
+    network.refresh()
+    check(network, model, x)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model, size = pruned("resnet18")
+    network = compile_sparse(model, images(1, size))
+    before = network(images(3, size))
+    with torch.no_grad():
+        model.bn1.running_var[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity in the tensors of conv1, bn1"):
+        network.refresh()
+    assert torch.equal(network(images(3, size)), before)
+
+
+# ---- Memory and threads
+
+
+def test_activations_lie_in_the_same_memory_again():
+    model, size = pruned("resnet18")
+    network, x = compile_sparse(model, images(1, size), choose=all_sparse), images(16, size)
+
+    def held():
+        return sorted(t.data_ptr() for arena in network._arenas._arenas.values() for free in arena._free.values() for t in free)
+
+    with torch.no_grad():
+        network(x)
+        inference = held()
+        network(x)
+        assert held() == inference
+    gradient(network, x, torch.ones(16, 10))
+    training = held()
+    assert len(training) > len(inference)
+    for _ in range(3):
+        gradient(network, x, torch.ones(16, 10))
+        assert held() == training
+
+
+def test_buffers_are_few():
+    model, size = pruned("resnet18")
+    network = compile_sparse(model, images(1, size), choose=all_sparse)
+    with torch.no_grad():
+        network(images(16, size))
+    (arena,) = (arena for key, arena in network._arenas._arenas.items() if key == ("blocks", -(-16 // lanes())))
+    assert max(len(free) for free in arena._free.values()) <= 3  # what a residual block has at a time, of one size
+
+
+def test_halo_stays_zero():
+    model, size = pruned("wide_resnet")
+    network = compile_sparse(model, images(1, size), choose=all_sparse)
+    gradient(network, images(16, size), torch.ones(16, 10))
+    blocks = [t for arena in network._arenas._arenas.values() for free in arena._free.values() for t in free if t.dim() == 5]
+    assert blocks
+    for t in blocks:
+        border = t.clone()
+        border[:, :, 1:-1, 1:-1] = 0
+        assert not border.any()
+
+
+def test_two_threads():
+    model, size = pruned("resnet18")
+    network = compile_sparse(model, images(1, size), choose=all_sparse)
+    inputs = [images(13, size, seed=i) for i in range(2)]
+    expected = [gradient(network, x, torch.ones(13, 10)) for x in inputs]
+    wrong = []
+
+    def work(i):
+        for _ in range(20):
+            found = gradient(network, inputs[i], torch.ones(13, 10))
+            wrong.extend(i for a, b in zip(found, expected[i], strict=True) if not torch.equal(a, b))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_gradients_of_two_calls_at_once_and_only_once_each():
+    model, size = pruned("resnet18")
+    network = compile_sparse(model, images(1, size), choose=all_sparse)
+    a, b = (images(9, size, seed=i).requires_grad_() for i in range(2))
+    ya, yb = network(a), network(b)
+    ya.sum().backward(retain_graph=True)
+    yb.sum().backward()
+    assert_close(a.grad, gradient(model, a.detach(), torch.ones(9, 10))[1])
+    assert_close(b.grad, gradient(model, b.detach(), torch.ones(9, 10))[1])
+    with pytest.raises(RuntimeError, match="gone after the first backward"):
+        ya.sum().backward()
+
+
+# ---- Files
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_save_and_load(name, tmp_path):
+    model, size = pruned(name)
+    network = compile_sparse(model, images(1, size), choose=all_sparse)
+    network.save(tmp_path / "x.safetensors")
+    loaded = SparseNetwork.load(tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    assert repr(loaded) == repr(network)
+    for n in (3, 13):
+        direction = torch.ones_like(network(images(n, size)))
+        a, b = (gradient(net, images(n, size), direction) for net in (network, loaded))
+        assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+    with pytest.raises(RuntimeError, match="loaded from a file"):
+        loaded.refresh()
+
+
+def test_files_that_are_not_networks(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        SparseNetwork.load(tmp_path / "none.safetensors")
+    path = tmp_path / "x.safetensors"
+    _files.save(path, {"a": torch.ones(2)}, {"model": "dense"})
+    with pytest.raises(ValueError, match=r"x.safetensors: not a file that SparseNetwork.save wrote"):
+        SparseNetwork.load(path)
+
+    model, size = pruned("digits_cnn")
+    compile_sparse(model, images(1, size), choose=all_sparse).save(path)
+    tensors, about = _files.load(path)
+    _files.save(path, tensors, {**about, "version": 99})
+    with pytest.raises(ValueError, match="of version 99"):
+        SparseNetwork.load(path)
+
+    def damaged(tensors, about):
+        _files.save(path, tensors, about)
+        with pytest.raises(ValueError, match="damaged"):
+            SparseNetwork.load(path)
+
+    columns, starts = tensors["1.columns"].clone(), tensors["1.starts"]
+    row = int(starts.diff().argmax())
+    columns[starts[row]] = 1 << 30  # a kernel that believed it would read far outside
+    damaged(tensors | {"1.columns": columns}, about)
+    order = tensors["1.order"].clone()
+    order[0] = order[1]
+    damaged(tensors | {"1.order": order}, about)
+    damaged({name: t for name, t in tensors.items() if name != "0.values"}, about)
+    damaged(tensors, {**about, "steps": [{**about["steps"][0], "step": "Part"}]})
+    damaged(tensors, {**about, "steps": json.loads(json.dumps(about["steps"]).replace('"out"', '"in"'))})
+
+
+def test_networks_are_not_pickled():
+    model, size = pruned("digits_cnn")
+    network = compile_sparse(model, images(1, size))
+    with pytest.raises(TypeError, match=r"use save\(path\)"):
+        pickle.dumps(network)
+    assert network.state_dict() == {}
+
+
+# ---- Errors
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.inner = nn.Sequential(nn.ReLU(), Looks())
+
+    def forward(self, x):
+        return self.inner(self.conv(x)).flatten(1)
+
+
+class Looks(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Fickle(nn.Module):
+    """Torch.fx sees its first call only."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(3, 4, 3), []
+
+    def forward(self, x):
+        self.calls.append(0)
+        return self.conv(x).flatten(1) * len(self.calls)
+
+
+def by_batch():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten())
+
+
+CANNOT = [
+    (Branches, ValueError, r"torch.fx cannot trace layer inner.1 \(.*test_engine.py, line \d+\)"),
+    (Fickle, RuntimeError, "what torch.fx traced is not what it computes"),
+    (by_batch, ValueError, "layer 1 normalises by the batch in evaluation mode too"),
+    (lambda: nn.Sequential(nn.Identity()), ValueError, "gives its input back"),
+    (lambda: nn.Conv2d(3, 4, 3).double(), ValueError, "expected float32 parameters on the CPU, got float64"),
+    (lambda: None, TypeError, "model: expected an nn.Module, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), CANNOT)
+def test_models_that_cannot_be_compiled(make, error, message):
+    with pytest.raises(error, match=message):
+        compile_sparse(make(), images(2, (3, 9, 9)))
+
+
+WRONG_IMAGES = [
+    (torch.rand(2, 3, 16, 17), r"x: expected float32 images \[N, 3, 16, 16\] on the CPU, got float32 of shape \(2, 3, 16, 17\) on cpu"),
+    (torch.rand(3, 16, 16), r"got float32 of shape \(3, 16, 16\)"),
+    (torch.rand(2, 3, 16, 16).double(), "got float64"),
+    (torch.empty(2, 3, 16, 16, device="meta"), "on meta"),
+]
+
+
+@pytest.mark.parametrize(("x", "message"), WRONG_IMAGES)
+def test_wrong_images_are_named(x, message):
+    model, size = pruned("resnet18")
+    with pytest.raises(ValueError, match=message):
+        compile_sparse(model, images(1, size))(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk": 0}, "chunk: expected an integer >= 1, got 0"),
+        ({"choose": lambda layer: "fast"}, "choose: expected 'sparse' or 'dense' for layer conv1, got 'fast'"),
+        ({"example": torch.rand(3, 16, 16)}, "example: expected float32 images"),
+    ],
+)
+def test_wrong_settings_are_named(change, message):
+    model, size = pruned("resnet18")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compile_sparse(model, **{"example": images(1, size), **change})
+
+
+def test_compiling_leaves_the_model_as_it_was():
+    model, size = pruned("wide_resnet")
+    model.train()
+    model.fc.eval()
+    state, attributes = copy.deepcopy(model.state_dict()), set(vars(model))
+    modes = [module.training for module in model.modules()]
+    network = compile_sparse(model, images(2, size))
+    gradient(network, images(9, size), torch.ones(9, 10))
+    assert [module.training for module in model.modules()] == modes
+    assert set(vars(model)) == attributes
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), model.state_dict().values(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_chosen_by_itself():
+    model, size = pruned("resnet18")
+    model.layer1[0].conv1.sparsity = 0.6
+    seen = []
+    compile_sparse(model, images(1, size), choose=lambda layer: seen.append(layer) or "dense")
+    layer = next(layer for layer in seen if layer.name == "layer2.0.conv1")
+    assert (layer.weight, layer.input, layer.output, layer.stride, layer.groups) == ((16, 8, 3, 3), (8, 16, 16), (16, 8, 8), (2, 2), 1)
+    assert layer.density == pytest.approx(0.1, abs=0.01)
+    layers = compile_sparse(model, images(1, size)).layers
+    if backend().cpu == "C++":
+        assert {name for name, kind in layers.items() if kind == "dense"} == {"layer1.0.conv1", "linear"}
+    else:
+        assert set(layers.values()) == {"dense"}
+
+
+# ---- Attacks
+
+
+SETTINGS = {"eps": 8 / 255, "step_size": 2 / 255, "steps": 4}
+
+
+@needs_kernels
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_attacks_are_the_same_with_and_without(norm, loss):
+    model, size = pruned("resnet18")
+    model.train()
+    x, y = images(21, size), torch.arange(21) % 10
+    assert engine.for_attack(model, x) is not None
+    with engine.disabled():
+        assert engine.for_attack(model, x) is None
+        plain = pgd(model, x, y, **SETTINGS, norm=norm, loss=loss, generator=torch.Generator().manual_seed(0))
+    ours = pgd(model, x, y, **SETTINGS, norm=norm, loss=loss, generator=torch.Generator().manual_seed(0))
+    if norm == "l2":
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
+    else:  # where a gradient is 0 up to rounding its sign is anyone's
+        assert (ours - plain).abs().gt(1e-6).float().mean() < 1e-3
+    with torch.no_grad():
+        logits = model.eval()(ours)
+        assert_close(engine.for_attack(model, x)(ours), logits)
+        assert torch.equal(engine.for_attack(model, x)(ours).argmax(1), logits.argmax(1))
+
+
+@needs_kernels
+def test_an_attack_follows_the_model():
+    model, size = pruned("resnet18")
+    x, y = images(9, size), torch.arange(9)
+
+    def ours_and_plain():
+        ours = pgd(model, x, y, **SETTINGS, random_start=False)
+        with engine.disabled():
+            return ours, pgd(model, x, y, **SETTINGS, random_start=False)
+
+    first = engine.for_attack(model, x)
+    a = ours_and_plain()[0]
+    with torch.no_grad():
+        nn.init.normal_(model.layer2[0].conv1.scores)
+    b, plain = ours_and_plain()
+    assert not torch.equal(a, b)
+    assert (b - plain).abs().gt(1e-6).float().mean() < 1e-3
+    assert engine.for_attack(model, x) is first  # the graph and the buffers stay
+    model.layer1[0] = nn.Identity()
+    assert engine.for_attack(model, x) is not first
+    b, plain = ours_and_plain()
+    assert (b - plain).abs().gt(1e-6).float().mean() < 1e-3
+
+
+@needs_kernels
+def test_when_attacks_call_the_model_itself():
+    model, size = pruned("resnet18")
+    x = images(9, size)
+    assert engine.for_attack(model, x.double()) is None
+    assert engine.for_attack(densify(copy.deepcopy(model)), x) is None
+    assert engine.for_attack(lambda x: x, x) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert engine.for_attack(model, x) is None
+    handle = model.layer1.register_forward_hook(lambda *args: None)
+    assert engine.for_attack(model, x) is None
+    handle.remove()
+    assert engine.for_attack(model, x) is not None
+    with torch.no_grad():
+        model.conv1.weight[0] = torch.nan
+    assert engine.for_attack(model, x) is None
+    assert engine.for_attack(sparsify(Branches(), 0.9), x) is None
+    assert engine.for_attack(sparsify(Strange(), 0.9), images(9, (3, 15, 15))) is None
+
+
+@needs_kernels
+def test_nothing_is_left_on_the_model_or_kept_alive():
+    model, size = pruned("resnet18")
+    keys, attributes = list(model.state_dict()), set(vars(model))
+    network = weakref.ref(engine.for_attack(model, images(9, size)))
+    assert list(model.state_dict()) == keys
+    assert set(vars(model)) == attributes
+    twin = copy.deepcopy(model)
+    assert engine.for_attack(twin, images(9, size)) is not network()
+    pickle.dumps(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert network() is None
+
+
+@needs_kernels
+def test_a_network_can_be_attacked_itself():
+    model, size = pruned("resnet18")
+    network, x, y = compile_sparse(model, images(1, size)), images(21, size), torch.arange(21) % 10
+    ours, plain = (pgd(net, x, y, **SETTINGS, random_start=False) for net in (network, model))
+    assert (ours - plain).abs().gt(1e-6).float().mean() < 1e-3
+    assert accuracy(network, [(ours, y)]) == accuracy(model, [(ours, y)])
+
+
+def test_the_package_offers_it():
+    assert s2ap_ext.compile_sparse is compile_sparse
