@@ -789,6 +789,20 @@ def test_an_attack_follows_the_model():
 
 
 @needs_kernels
+def test_an_attack_sees_settings_of_the_code():
+    class Switched(nn.Sequential):
+        double = False
+
+        def forward(self, x):
+            return super().forward(x) * (2 if self.double else 1)
+
+    torch.manual_seed(0)
+    model, x = sparsify(Switched(nn.Conv2d(3, 8, 3), nn.Flatten()), 0.9).eval(), images(9, (3, 9, 9))
+    for model.double in (False, True, False):
+        assert_close(engine.for_attack(model, x)(x), model(x).detach())
+
+
+@needs_kernels
 def test_when_attacks_call_the_model_itself():
     model, size = pruned("resnet18")
     x = images(9, size)

@@ -56,8 +56,8 @@ class Arenas(threading.local):
 
 
 def inside(activation: Tensor, halo: int) -> Tensor:
-    """An activation without its halo: blocks [B, C, H, W, lanes], images [N, C, H, W]; axes 0 to 3 mean the same in both."""
-    if activation.dim() == 4 or halo == 0:
+    """An activation without its halo: blocks [B, C, H, W, lanes]; images [N, C, H, W], whose axes mean the same, and vectors have none."""
+    if activation.dim() != 5 or halo == 0:
         return activation
     return activation[:, :, halo:-halo, halo:-halo]
 

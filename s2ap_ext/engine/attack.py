@@ -14,11 +14,13 @@ from .._library import backend
 from ..nn import sparse_layers
 from .network import SparseNetwork, compile_model
 
+SELECTION = ("_selection", "_masked", "_move", "_collect")  # of pruned layers: what :meth:`SparseNetwork.is_current` looks at
+
 _enabled = contextvars.ContextVar("s2ap_ext.engine", default=True)
 
-# For each model what it looked like (its modules, and the images' size), and the network compiled for it; None where there is none to use.
+# For each model what it looked like, with the size of the images, and the network compiled for it; None where there is none to use.
 # Kept beside the models and not on them, so that nothing is copied, pickled or found in a state_dict.
-_compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, SparseNetwork | None]] = weakref.WeakKeyDictionary()
+_compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple | None, SparseNetwork | None]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -40,7 +42,7 @@ def for_attack(model: nn.Module, x: Tensor) -> SparseNetwork | None:
     """
     if not _applies(model, x):
         return None
-    looks = (tuple((id(module), type(module)) for module in model.modules()), tuple(x.shape[1:]))
+    looks = _looks(model), tuple(x.shape[1:])
     looked, network = _compiled.get(model, (None, None))
     if looked != looks:
         network = _made(model, x)
@@ -52,6 +54,15 @@ def for_attack(model: nn.Module, x: Tensor) -> SparseNetwork | None:
             del _compiled[model]
             return None
     return network
+
+
+def _looks(model: nn.Module) -> list[tuple]:
+    """All that steers the model's code and is no tensor: its modules, and their settings."""
+    return [(id(module), type(module), [item for item in vars(module).items() if _is_setting(*item)]) for module in model.modules()]
+
+
+def _is_setting(name: str, value: object) -> bool:
+    return isinstance(value, (bool, int, float, str, tuple, type(None))) and name not in ("training", "_sparsity", *SELECTION)
 
 
 def _applies(model: nn.Module, x: Tensor) -> bool:
@@ -70,7 +81,8 @@ def _hooks(module: nn.Module) -> bool:
 
 def _hooks_of_all() -> bool:
     everywhere = torch.nn.modules.module
-    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks or everywhere._global_backward_hooks)
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(everywhere, f"_global_{kind}") for kind in kinds)
 
 
 def _made(model: nn.Module, x: Tensor) -> SparseNetwork | None:

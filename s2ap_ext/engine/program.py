@@ -62,9 +62,8 @@ class Program:
             arrived = run.grads.pop(step.out)
             step.backward(run, arrived, targets)
             run.arena.drop(arrived)
-        run.graphs.clear()
-        for slot in [slot for slot in run.values if slot]:
-            run.drop(slot)
+            if step.out in self.kept:  # no earlier step reads it, and gradients take its place in the cache
+                run.drop(step.out)
         return run.grads.pop(0)
 
     def start(self, weights: Sequence, arena: Arena, n: int, lanes: int) -> Run:

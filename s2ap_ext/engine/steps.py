@@ -404,8 +404,8 @@ class Part(Step):
         run.new(self.out).copy_(y.detach())
 
     def backward(self, run: Run, grad: Tensor, targets: Sequence[Target]) -> None:
-        inputs, y = run.graphs[self.out]
-        grads = torch.autograd.grad(y, inputs, grad, retain_graph=True, allow_unused=True) if y.requires_grad else [None] * len(inputs)
+        inputs, y = run.graphs.pop(self.out)
+        grads = torch.autograd.grad(y, inputs, grad, allow_unused=True) if y.requires_grad else [None] * len(inputs)
         for target, g in zip(reversed(targets), reversed(grads), strict=True):
             out = run.take(target.slot)
             run.contribute(target, out.zero_() if g is None else out.copy_(g))

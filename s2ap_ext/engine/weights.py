@@ -70,34 +70,32 @@ class Source:
         return replace(self, changes=self.changes + later.changes)
 
     def take(self, model: nn.Module) -> Sparse | Dense | Scale:
+        """The weights as they are in ``model`` now; nothing of them shares memory with it."""
         scale, shift = _scale_and_shift(model, self.changes, self.channels)
-        self._check_finite(scale, shift)
         if self.layer is None:
-            return Scale(scale.float(), shift.float())
+            return Scale(self._finite(scale.float()), self._finite(shift.float()))
         module = model.get_submodule(self.layer)
-        weight = weight_of(module)
-        bias = module.bias
-        self._check_finite(weight, *(() if bias is None else (bias,)))
+        weight, bias = weight_of(module), module.bias
         if self.changes:
             bias = (shift if bias is None else scale * bias + shift).float()
-        elif bias is not None:
-            bias = bias.detach().clone()
+        if bias is not None:
+            bias = self._finite(bias.detach().clone())
         if self.kind == "dense":
-            if self.changes:
-                weight = weight * scale.float().view(-1, *[1] * (weight.dim() - 1))
-            return Dense(weight.clone(), bias)
+            factor = scale.float().view(-1, *[1] * (weight.dim() - 1))
+            return Dense(self._finite(weight * factor if self.changes else weight.clone()), bias)
         starts, columns, input_starts, input_columns, order = torch.ops.s2ap.sparse_pattern(weight, None, self.groups)
         rows = torch.repeat_interleave(torch.arange(len(weight)), starts.diff())
         values = weight.view(-1).index_select(0, rows * weight[0].numel() + columns)
         if self.changes:
             values *= scale.float().index_select(0, rows)
-        return Sparse(starts, columns, values, bias, input_starts, input_columns, order)
+        return Sparse(starts, columns, self._finite(values), bias, input_starts, input_columns, order)
 
-    def _check_finite(self, *tensors: Tensor) -> None:
-        """A ReLU in the kernels makes 0 of NaN, so NaN must not come into being here."""
-        if not all(bool(t.isfinite().all()) for t in tensors):
+    def _finite(self, tensor: Tensor) -> Tensor:
+        """``tensor``, checked: a ReLU in the kernels makes 0 of NaN, so none may come into being."""
+        if not tensor.isfinite().all():
             names = [name for name in (self.layer, *(operand for _, operand in self.changes)) if isinstance(name, str)]
             raise ValueError(f"model: NaN or infinity in the tensors of {', '.join(names)}")
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,8 @@ class PartSource:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight that a convolution or linear layer computes with, without autograd, contiguous."""
-    weight = module.masked_weight if isinstance(module, (S2APConv2d, S2APLinear)) else module.weight
+    """The weight that a convolution or linear layer computes with, contiguous. To be read at once: the next selection may write there."""
+    weight = module._masked_weight() if isinstance(module, (S2APConv2d, S2APLinear)) else module.weight
     return weight.detach().contiguous()
 
 
