@@ -196,6 +196,22 @@ class InPlace(nn.Module):
         return (self.b(z) + y).mean((2, 3))
 
 
+class NormAct(nn.BatchNorm2d):
+    """timm: BatchNorm and activation in one, in terms of functions."""
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum, self.eps)
+        return F.relu(x, inplace=True)
+
+
+def norm_act():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False), NormAct(8), nn.AvgPool2d(2), NormAct(8), nn.Conv2d(8, 8, 3), nn.Flatten()
+    )
+
+
 def seeded(make):
     torch.manual_seed(0)
     model = make()
@@ -216,6 +232,7 @@ MODELS = {
     "vgg_bn": (VGG, (3, 32, 32), 0.8),
     "wide_resnet": (WideResNet, (3, 16, 16), 0.9),
     "odd": (Odd, (3, 11, 17), 0.5),
+    "norm_act": (norm_act, (3, 12, 12), 0.5),
     "in_place": (InPlace, (3, 6, 7), 0.5),
     "almost_empty": (lambda: build_model("digits_cnn", num_classes=10, width=4), (1, 8, 8), 0.999),
 }

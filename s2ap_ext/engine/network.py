@@ -13,9 +13,11 @@ from .. import nn as pruned_nn
 from .._library import backend
 from ..nn.selection import Snapshot
 from .arena import Arenas
+from .lowering import DensePart, Layer, lower
 from .program import Program, describe, fuse, lay_out
-from .steps import Run, Step
-from .trace import DensePart, Layer, root_of, trace
+from .run import Run
+from .steps import Step
+from .trace import root_of, trace
 from .weights import PartSource, Source, evaluating
 
 CHUNK = 32  # images that run through the network together: their activations stay in the last-level cache
@@ -81,10 +83,13 @@ def compile_model(
             raise ValueError(f"model: expected float32 parameters on the CPU, got {_described(p)} in {name}")
     pruned_nn.refresh(model)
     with evaluating(model):
-        traced = trace(model, example.detach(), choose)
-    steps, sources = fuse(traced)
-    network = SparseNetwork(steps, traced.shapes, traced.output, sources, chunk=chunk, layers=traced.layers, dense_parts=traced.dense_parts)
-    network._owner, network._constants = weakref.ref(model) if weak else lambda: model, traced.constants
+        graph = trace(model, example.detach())
+        lowered = lower(graph, choose)
+    steps, sources = fuse(lowered)
+    network = SparseNetwork(
+        steps, lowered.shapes, lowered.output, sources, chunk=chunk, layers=lowered.layers, dense_parts=lowered.dense_parts
+    )
+    network._owner, network._constants = weakref.ref(model) if weak else lambda: model, graph.constants
     network.refresh()
     with evaluating(model):
         expected, got = model(example), network(example)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .arena import Arena
-from .steps import Add, Affine, Conv, DenseConv, FromBlocks, Linear, Part, Relu, Run, Slot, SparseConv, Step, Target, ToBlocks, WithRelu
-from .trace import Traced
+from .lowering import Lowered
+from .run import Run, Slot, Target
+from .steps import Add, Affine, Conv, DenseConv, FromBlocks, Linear, Part, Relu, SparseConv, Step, ToBlocks, WithRelu
 from .weights import PartSource, Source
 
 
@@ -92,11 +93,11 @@ def _targets(steps: Sequence[Step], relus: set[int]) -> tuple[tuple[Target, ...]
 # ---- Fusion
 
 
-def fuse(traced: Traced) -> tuple[list[Step], list[Source | PartSource]]:
+def fuse(lowered: Lowered) -> tuple[list[Step], list[Source | PartSource]]:
     """The steps that the output needs, BatchNorm, sums and ReLUs taken into the steps before them; and where their weights come from."""
-    steps, sources = _needed(traced.steps, traced.output), list(traced.sources)
+    steps, sources = _needed(lowered.steps, lowered.output), list(lowered.sources)
     uses = Counter(source for step in steps for source in step.sources)
-    uses[traced.output] += 1
+    uses[lowered.output] += 1
     done: dict[int, Step] = {}  # by the value they write, in order
 
     def before(value: int, kinds: tuple[type, ...]) -> Step | None:
