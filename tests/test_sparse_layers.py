@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from s2ap_ext import AWP, S2AP, S2APConv2d, backend, densify, sparsify
+from s2ap_ext.engine import compile_sparse, for_attack
 from s2ap_ext.nn import cost, dense_kernels, sparse_layers, train_scores, train_weights
 from s2ap_ext.nn.layout import KEEPING, empty_batch_innermost, is_batch_innermost
 
@@ -183,3 +184,10 @@ def test_a_calibration_is_kept_and_read(tmp_path, monkeypatch):
         cost.load()
     monkeypatch.undo()
     cost.load.cache_clear()
+
+
+@needs_kernels
+def test_the_engine_knows_the_modules_that_keep_the_layout():
+    network = compile_sparse(sparsify(net(), 0.7).eval(), X[:1])
+    assert network.dense_parts == []
+    assert for_attack(sparsify(net(), 0.9), X) is not None

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ..nn import S2APConv2d, S2APLinear
+from ..nn.layout import PLAIN
 from .steps import Add, Affine, DenseConv, Flatten, Linear, Part, Pool, Relu, SparseConv, Step
 from .trace import BATCH, Graph, changed_by
 from .weights import PartSource, Source, tensor_of, weight_of
@@ -341,6 +342,7 @@ class _Lowering:
 def computes_as(module: nn.Module, cls: type) -> bool:
     """Whether ``module`` is a ``cls``, perhaps parametrized or of a subclass, with the very forward of ``cls``."""
     own = parametrize.type_before_parametrizations(module)
+    own = PLAIN.get(own, own)  # the same, but for the memory layout
     inherits = issubclass(own, cls) and own.forward is cls.forward
     return inherits and getattr(own, "_conv_forward", None) is getattr(cls, "_conv_forward", None)
 

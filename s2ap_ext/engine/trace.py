@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from ..nn import Pruned
+from ..nn.layout import PLAIN
 
 BATCH = 3  # images of the run that finds the shapes
 
@@ -74,7 +75,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         own = parametrize.type_before_parametrizations(module)
         of_torch = own.forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-        return of_torch or isinstance(module, Pruned)
+        return of_torch or own in PLAIN or isinstance(module, Pruned)
 
     def call_module(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         try:

@@ -59,6 +59,9 @@ KEEPING = {
 }
 
 
+PLAIN = {keeping: given for given, keeping in KEEPING.items()}
+
+
 def keep_layout(model: nn.Module) -> None:
     """The modules of ``model`` that would lose the layout keep it from now on; nothing else about them changes."""
     for module in model.modules():
@@ -67,6 +70,5 @@ def keep_layout(model: nn.Module) -> None:
 
 def forget_layout(model: nn.Module) -> None:
     """Undoes :func:`keep_layout`."""
-    plain = {keeping: given for given, keeping in KEEPING.items()}
     for module in model.modules():
-        module.__class__ = plain.get(type(module), type(module))
+        module.__class__ = PLAIN.get(type(module), type(module))
