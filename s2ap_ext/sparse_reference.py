@@ -124,7 +124,7 @@ def sparse_conv_input_grad(
     halo: int,
     out: Tensor,
 ) -> None:
-    """``out``: the gradient with respect to the input, plus ``residual``; 0 where ``gate`` is given and is not above 0."""
+    """``out``: the gradient with respect to the input, plus ``residual``; 0 where ``gate`` is given and is 0 or less."""
     g = _images(grad, halo)
     like = _images(out, halo)
     weight = _exchanged(dense_weight(starts, columns, values, (like.shape[1], g.shape[1] // groups, *kernel)).flatten(2), groups)
@@ -132,7 +132,7 @@ def sparse_conv_input_grad(
     if residual is not None:
         result = result + _images(residual, halo).float()
     if gate is not None:
-        result = torch.where(_images(gate, halo) > 0, result, 0)
+        result = torch.where(_images(gate, halo) <= 0, 0, result)
     _write(result, halo, out)
 
 

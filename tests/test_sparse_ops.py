@@ -120,6 +120,17 @@ def test_blocks_and_images_are_the_same_numbers():
     assert torch.equal(reference.from_blocks(reference.to_blocks(images, 4, 2), 2, 11), images)
 
 
+def test_nan_is_seen():
+    p = Problem(*CASES["3x3"])
+    p.x[3, :, 4, 4] = torch.nan
+    for pack, halo in ((lambda t: t, 0), (lambda t: reference.to_blocks(t, lanes(), 1), 1)):
+        out = pack(torch.zeros_like(p.y))
+        OPS.sparse_conv(pack(p.x), p.starts, p.columns, p.values, None, None, *p.convolution, halo, True, out)
+        got = out if out.dim() == 4 else reference.from_blocks(out, halo, len(p.x))
+        assert torch.equal(got.isnan(), F.conv2d(p.x, p.weight, **p.settings).isnan() & (p.weight != 0).any())
+        assert got.isnan().any()
+
+
 def test_bfloat16():
     p = Problem(*CASES["3x3"])
     out = torch.empty_like(p.y, dtype=torch.bfloat16)

@@ -58,7 +58,7 @@ struct Entries {
   const float* values;     // [entries]; not for weight gradients
 };
 
-// What follows the sums: + bias + residual, ReLU, and 0 where `gate` is not above 0. Images are of the output's size.
+// What follows the sums: + bias + residual, ReLU, and 0 where `gate` is 0 or less. NaN stays. Images are of the output's size.
 template <class Images>
 struct Epilogue {
   const float* bias = nullptr;  // [channels]
@@ -532,8 +532,8 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
         const auto finish = [&](int64_t i, int64_t other_at, int64_t open_at) {
           float result = from[i * step];
           if (other) result += as_float(other[other_at]);
-          if (epilogue.relu) result = result > 0 ? result : 0;
-          if (open) result = as_float(open[open_at]) > 0 ? result : 0;
+          if (epilogue.relu) result = result < 0 ? 0 : result;
+          if (open) result = as_float(open[open_at]) <= 0 ? 0 : result;
           return result;
         };
         T* const to = place(out);

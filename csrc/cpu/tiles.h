@@ -36,7 +36,7 @@ struct TileArgs {
   const float* bias;      // [channels], or null
   const float* residual;  // null, or what is added; lies as `out`
   bool relu;
-  const float* gate;  // null, or results count where it is above 0; lies as `out`
+  const float* gate;  // null, or results are 0 where it is 0 or less; lies as `out`
 };
 using TileLoop = void (*)(const TileArgs&);
 

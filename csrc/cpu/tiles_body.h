@@ -77,7 +77,7 @@ S2AP_TARGET void tile(const TileArgs& given) {
     }
     if (args.relu) {
       S2AP_ALL for (int r = 0; r < rows; ++r) {
-        S2AP_ALL for (int c = 0; c < columns; ++c) sum[r][c] = sum[r][c] > 0 ? sum[r][c] : Floats{};
+        S2AP_ALL for (int c = 0; c < columns; ++c) sum[r][c] = sum[r][c] < 0 ? Floats{} : sum[r][c];  // NaN stays
       }
     }
     if (args.gate) {
@@ -86,7 +86,7 @@ S2AP_TARGET void tile(const TileArgs& given) {
         S2AP_ALL for (int c = 0; c < columns; ++c) {
           Floats at;
           load_floats(at, gate + r * args.out_row + c * args.out_column);
-          sum[r][c] = at > 0 ? sum[r][c] : Floats{};
+          sum[r][c] = at <= 0 ? Floats{} : sum[r][c];
         }
       }
     }

@@ -11,6 +11,7 @@ a slot is the output of a ReLU, the last contribution is the one that applies th
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from .run import Run, Target
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(ABC):
     """Reads ``sources`` and writes ``out``."""
 
     sources: tuple[int, ...]
@@ -32,12 +33,12 @@ class Step:
     gates = False  # whether backward reads what was written, because of a ReLU in it
     saves = ()  # other slots that backward reads
 
-    def run(self, run: Run) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def run(self, run: Run) -> None: ...
 
+    @abstractmethod
     def backward(self, run: Run, grad: Tensor, targets: Sequence[Target]) -> None:
         """``targets`` are those of ``sources``; contributions are made from the last to the first."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
