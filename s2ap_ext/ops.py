@@ -11,6 +11,7 @@ Strides are free: an operand that is not contiguous is copied, and a channels_la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -28,18 +29,26 @@ def _check(arguments: dict[str, Sequence[Tensor]]) -> None:
     for name, tensors in others:
         if len(tensors) != len(first):
             raise ValueError(f"{name}: expected {len(first)} tensors, one for each of {first_name}, got {len(tensors)}")
+    dtype = getattr(first[0], "dtype", None) if len(first) else None
+    device = getattr(first[0], "device", None) if len(first) else None
     for name, tensors in arguments.items():
-        for i, t in enumerate(tensors):
-            if not isinstance(t, Tensor):
-                raise TypeError(f"{name}[{i}]: expected a tensor, got {type(t).__name__}")
-            if t.dtype not in DTYPES:
-                raise TypeError(f"{name}[{i}]: expected a floating point tensor, got {t.dtype}")
-            if t.dtype != first[0].dtype:
-                raise TypeError(f"{name}[{i}]: expected {first[0].dtype} like {first_name}[0], got {t.dtype}")
-            if t.device != first[0].device:
-                raise ValueError(f"{name}[{i}]: expected a tensor on {first[0].device} like {first_name}[0], got {t.device}")
-            if t.shape != first[i].shape:
-                raise ValueError(f"{name}[{i}]: expected shape {tuple(first[i].shape)} like {first_name}[{i}], got {tuple(t.shape)}")
+        for i, (t, like) in enumerate(zip(tensors, first, strict=True)):
+            # One condition for each of perhaps thousands of tensors; what is wrong with one is found out afterwards.
+            fits = isinstance(t, Tensor) and t.dtype is dtype and t.device == device and t.shape == like.shape
+            if not fits or dtype not in DTYPES:
+                _refuse(name, i, t, first_name, first)
+
+
+def _refuse(name: str, i: int, t: object, first_name: str, first: Sequence[Tensor]) -> NoReturn:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}[{i}]: expected a tensor, got {type(t).__name__}")
+    if t.dtype not in DTYPES:
+        raise TypeError(f"{name}[{i}]: expected a floating point tensor, got {t.dtype}")
+    if t.dtype != first[0].dtype:
+        raise TypeError(f"{name}[{i}]: expected {first[0].dtype} like {first_name}[0], got {t.dtype}")
+    if t.device != first[0].device:
+        raise ValueError(f"{name}[{i}]: expected a tensor on {first[0].device} like {first_name}[0], got {t.device}")
+    raise ValueError(f"{name}[{i}]: expected shape {tuple(first[i].shape)} like {first_name}[{i}], got {tuple(t.shape)}")
 
 
 def _check_distinct(name: str, tensors: Sequence[Tensor]) -> None:
@@ -361,7 +370,8 @@ def update_select(
         are the sums of squares of the new scores, which the next :func:`perturb` need not take again.
 
     Raises:
-        ValueError, TypeError: as in :func:`update` and :func:`select`; an ``ascent`` without ``straight_through``.
+        ValueError, TypeError: as in :func:`update` and :func:`select`; an ``ascent`` without ``straight_through``; an ``out`` that is
+            the memory of the weights.
 
     Equivalent to::
 
@@ -379,6 +389,9 @@ def update_select(
     _check({"scores": scores, "grads": grads, "weights": weights, "out": masked} | buffers | ({"ascent": ascent_grads} if ascent else {}))
     for name, written in ({"scores": scores, "out": masked} | buffers).items():
         _check_distinct(name, written)
+    for i, (w, o) in enumerate(zip(weights, masked, strict=True)):
+        if o.numel() and o.data_ptr() == w.data_ptr():
+            raise ValueError(f"out[{i}]: expected memory of its own, got that of weights[{i}]")
     cuts = _cuts(cuts, "cuts", scores)
     new_cuts = _cuts(new_cuts, "new_cuts", scores)
     squares = _per_layer(None, "squares", scores)

@@ -150,3 +150,10 @@ def test_bad_arguments(message):
     with pytest.raises(ValueError, match=message):
         ops.update_select([s], [torch.ones(4)], [], [torch.ones(4)], [2], cuts, **({"lr": 0.1} | BAD_CALLS[message]))
     assert torch.equal(s, torch.arange(4.0))
+
+
+def test_the_masked_weights_have_memory_of_their_own():
+    s, w, cuts = torch.arange(4.0), torch.ones(4), torch.zeros(1, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"out\[0\]: expected memory of its own, got that of weights\[0\]"):
+        ops.update_select([s], [torch.ones(4)], [], [w], [2], cuts, lr=0.1, out=[w])
+    assert torch.equal(s, torch.arange(4.0))

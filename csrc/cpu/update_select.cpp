@@ -26,6 +26,9 @@ void update_select_cpu(const TensorList& scores, const TensorList& grads, const 
     const int64_t* count = counts(kept, scores, patterns);
     std::vector<UpdateSelectLayer<T>> layers;
     for (size_t i = 0; i < scores.size(); ++i) {
+      if (masked[i].numel() != 0 && masked[i].const_data_ptr() == weights[i].const_data_ptr()) {
+        fail(at("masked", i), "memory of its own", "that of " + at("weights", i));
+      }
       BitsOf<T>* buffer = momentum_buffers.empty() ? nullptr : output<T>(momentum_buffers[i]);
       const BitsOf<T>* ascent_grad = ascent_grads.empty() ? nullptr : input<T>(ascent_grads[i]);
       layers.push_back({{output<T>(scores[i]), input<T>(grads[i]), buffer, scores[i].numel()},

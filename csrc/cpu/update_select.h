@@ -5,7 +5,8 @@
 // and masked before the next one is read, so the selection finds the scores where the step left them.
 //
 // The old masks are needed after the old scores are gone. They wait as bits, one for each element, made from the cuts just before
-// the step; those of groups wait as the groups' old sums.
+// the step, in the memory of the masked weights, which nothing else needs until they are written; so that memory must not be that of the
+// weights. Bits of layers with a pattern wait in memory of their own, and those of groups as the groups' old sums.
 //
 // The gradient may be given as that of the masked weight, as in perturb.h; its sign is then that of the scores where it was taken, s + z, which
 // are formed once more from the first gradient.
@@ -59,7 +60,7 @@ class UpdateSelectProblem {
       first_chunk_.push_back(total);
       total += chunks;
       first_byte_.push_back(bytes);
-      bytes += pattern(l).kind == kWeight ? chunks * (kChunk / 8) : Tiles(pattern(l), numel(l)).count() * (kTile / 8);
+      if (pattern(l).kind != kWeight) bytes += Tiles(pattern(l), numel(l)).count() * (kTile / 8);
       old_.push_back(cut_of_row<T>(cuts + l * kCutColumns));
       old_sums_.emplace_back(pattern(l).kind == kGroup ? pattern(l).size : 0);
       old_pattern_.emplace_back(cuts + l * kCutColumns, old_sums_.back().data());
@@ -108,12 +109,13 @@ class UpdateSelectProblem {
   }
 
   void apply(int64_t l, int64_t begin, int64_t n, const Cut<Bits>& cut, const Bits* x, Tally& tally) const {
+    uint8_t old[kUnit / 8], bits[kUnit / 8];
+    memcpy(old, old_bits(l, begin), (n + 7) / 8);
     in_parts(cut, begin, n, [&](int64_t from, int64_t size, Bits bound) {
       tally.nans += loop_.apply(x + from, layers_[l].weight + begin + from, layers_[l].masked + begin + from, size, bound);
     });
-    uint8_t bits[kUnit / 8];
     mask_bits(cut, x, begin, n, bits);
-    tally.flips += loop_.count_different(bits, old_bits(l, begin), n);
+    tally.flips += loop_.count_different(bits, old, n);
   }
 
   void apply(int64_t l, const Tile& tile, const Bits* mask, const Bits* x, Tally& tally) const {
@@ -133,7 +135,10 @@ class UpdateSelectProblem {
 
  private:
   // Those of element `begin` and what follows; where there is a pattern each tile has kTile bits.
-  uint8_t* old_bits(int64_t l, int64_t begin) const { return old_bits_.get() + first_byte_[l] + begin / 8; }
+  uint8_t* old_bits(int64_t l, int64_t begin) const {
+    if (pattern(l).kind == kWeight) return reinterpret_cast<uint8_t*>(layers_[l].masked + begin);
+    return old_bits_.get() + first_byte_[l] + begin / 8;
+  }
 
   void bits_of_mask(const Bits* mask, const Tile& tile, uint8_t* bits) const {
     loop_.keep_bits(mask, tile.elements.n, kMagnitude<Bits>, bits);  // all ones has the largest magnitude
