@@ -113,7 +113,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         write(Path(file), text.encode())
         write(Path(file).with_suffix(".json"), json.dumps({"machine": machine(), "rows": ROWS}, indent=1).encode() + b"\n")
         if ROOFLINE:
-            from test_sparse_layers import roofline
+            from test_sparse_convolutions import roofline
 
             write(Path(file).with_name(f"{Path(file).stem}-roofline.png"), roofline(ROOFLINE, machine(), *limits()))
         if SCALING:

@@ -221,13 +221,35 @@ template <class Bits>
 constexpr int64_t kBitsAtOnce = Vector<Bits>::kSize;
 #else
 template <class Bits>
+constexpr int64_t kBitsAtOnce = 8;
+#endif
+
+#if S2AP_WIDTH == 32
+// Comparisons are signed here. As magnitudes are below 2^31, key >= bound is key > bound - 1, for a bound of 0 (-1) and of kBeyond too.
+S2AP_TARGET S2AP_INLINE uint32_t at_least(const uint32_t* x, uint32_t bound) {
+  const __m256i key = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), _mm256_set1_epi32(0x7fffffff));
+  return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(key, _mm256_set1_epi32(static_cast<int>(bound - 1)))));
+}
+S2AP_TARGET S2AP_INLINE uint32_t at_least(const uint64_t* x, uint64_t bound) {
+  const __m256i least = _mm256_set1_epi64x(static_cast<int64_t>(bound - 1)), magnitude = _mm256_set1_epi64x(0x7fffffffffffffff);
+  const auto half = [&](const uint64_t* from) S2AP_TARGET S2AP_LAMBDA {
+    const __m256i key = _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), magnitude);
+    return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpgt_epi64(key, least))));
+  };
+  return half(x) | half(x + 4) << 4;
+}
+S2AP_TARGET S2AP_INLINE uint32_t at_least(const uint16_t* x, uint16_t bound) {
+  const __m128i key = _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)), _mm_set1_epi16(0x7fff));
+  const __m128i kept = _mm_cmpgt_epi16(key, _mm_set1_epi16(static_cast<int16_t>(bound - 1)));
+  return static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(kept, _mm_setzero_si128())));
+}
+#elif S2AP_WIDTH < 32
+template <class Bits>
 S2AP_TARGET S2AP_INLINE uint32_t at_least(const Bits* x, Bits bound) {
   uint32_t bits = 0;
   for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>((x[i] & kMagnitude<Bits>) >= bound) << i;
   return bits;
 }
-template <class Bits>
-constexpr int64_t kBitsAtOnce = 8;
 #endif
 
 template <class T>

@@ -1,6 +1,6 @@
 """Sparse convolutions, layer by layer: the shapes of ResNet-18, batch 64, against torch's dense ones and SparseProp (if installed).
 
-pytest benchmarks/test_sparse_layers.py
+pytest benchmarks/test_sparse_convolutions.py
 """
 
 import importlib.util
