@@ -110,7 +110,7 @@ class UpdateSelectProblem {
 
   void apply(int64_t l, int64_t begin, int64_t n, const Cut<Bits>& cut, const Bits* x, Tally& tally) const {
     uint8_t old[kUnit / 8], bits[kUnit / 8];
-    memcpy(old, old_bits(l, begin), (n + 7) / 8);
+    std::copy_n(old_bits(l, begin), (n + 7) / 8, old);  // also of an empty layer, whose pointers may be null
     in_parts(cut, begin, n, [&](int64_t from, int64_t size, Bits bound) {
       tally.nans += loop_.apply(x + from, layers_[l].weight + begin + from, layers_[l].masked + begin + from, size, bound);
     });
