@@ -116,7 +116,7 @@ def calibrate() -> cost.Rates:
             shape = cost.Shape.from_sizes(m.weight, m.input, layer.stride)
             dense.append(2e-6 * shape.multiply_adds / m.dense_ms)
             # Each row: arithmetic and activations per measured second, whose weighted sum should be 1.
-            rows.append([2e-6 * density * shape.multiply_adds / m.sparse_ms, 2e-6 * shape.activations / m.sparse_ms])
+            rows.append([2e-6 * m.density * shape.multiply_adds / m.sparse_ms, 2e-6 * shape.activations / m.sparse_ms])
     a = torch.tensor(rows, dtype=torch.float64)
     per_multiply_add, per_activation = torch.linalg.lstsq(a, torch.ones(len(a), 1, dtype=torch.float64)).solution.flatten().tolist()
     if min(per_multiply_add, per_activation) <= 0:

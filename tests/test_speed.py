@@ -22,8 +22,8 @@ def test_calibration_finds_the_rates_that_the_measurements_follow(monkeypatch):
     monkeypatch.setattr(speed, "_measure", measured)
     got = speed.calibrate()
     assert got.dense == pytest.approx(80)
-    assert got.sparse == pytest.approx(20, rel=0.02)  # densities are those drawn, not those asked for
-    assert got.activations == pytest.approx(3, rel=0.02)
+    assert got.sparse == pytest.approx(20)
+    assert got.activations == pytest.approx(3)
 
 
 def test_profile_measures_the_convolutions_at_their_sizes():
