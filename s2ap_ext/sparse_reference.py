@@ -80,6 +80,22 @@ def _images(activation: Tensor | None, halo: int) -> Tensor | None:
     return from_blocks(activation, halo, activation.shape[0] * activation.shape[4])
 
 
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    which: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of ``x`` and of ``weight``. (``torch.nn.grad`` hands on tensors without memory of their own, of which torch 2.13 reads
+    garbage where the others are channels_last.)"""
+    tensors = grad.float().contiguous(), x.contiguous(), weight.contiguous()
+    return torch.ops.aten.convolution_backward(*tensors, None, stride, padding, dilation, False, [0, 0], groups, [*which, False])[:2]
+
+
 def _write(images: Tensor, halo: int, out: Tensor) -> None:
     out.copy_(images if out.dim() == 4 else to_blocks(images, out.shape[4], halo))
 
@@ -128,7 +144,8 @@ def sparse_conv_input_grad(
     g = _images(grad, halo)
     like = _images(out, halo)
     weight = _exchanged(dense_weight(starts, columns, values, (like.shape[1], g.shape[1] // groups, *kernel)).flatten(2), groups)
-    result = torch.nn.grad.conv2d_input(like.shape, weight.unflatten(2, tuple(kernel)), g.float(), stride, padding, dilation, groups)
+    x = torch.zeros(like.shape, device=g.device)
+    result, _ = _gradients(g, x, weight.unflatten(2, tuple(kernel)), stride, padding, dilation, groups, (True, False))
     if residual is not None:
         result = result + _images(residual, halo).float()
     if gate is not None:
@@ -149,7 +166,7 @@ def sparse_conv_weight_grad(
     out: Tensor,
 ) -> None:
     """``out`` (float32 [entries]): the gradient with respect to the values, rows being output channels; images only."""
-    shape = (grad.shape[1], input.shape[1] // groups, *kernel)
-    weight = torch.nn.grad.conv2d_weight(input.float(), shape, grad.float(), stride, padding, dilation, groups).flatten(1)
+    weight = torch.zeros(grad.shape[1], input.shape[1] // groups, *kernel, device=input.device)
+    _, weight = _gradients(grad, input.float(), weight, stride, padding, dilation, groups, (False, True))
     rows = torch.repeat_interleave(torch.arange(len(starts) - 1, device=starts.device), starts.diff().long())
-    out.copy_(weight[rows, columns.long()])
+    out.copy_(weight.flatten(1)[rows, columns.long()])

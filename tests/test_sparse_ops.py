@@ -128,7 +128,7 @@ def test_nan_is_seen():
         OPS.sparse_conv(pack(p.x), p.starts, p.columns, p.values, None, None, *p.convolution, halo, True, out)
         got = out if out.dim() == 4 else reference.from_blocks(out, halo, len(p.x))
         reached = F.conv2d(p.x.isnan().float(), (p.weight != 0).float(), **p.settings) > 0  # by a kept weight
-        assert torch.equal(got.isnan(), reached)
+        assert got.isnan()[reached].all()  # the fallback multiplies the other weights, which are 0, too
         assert reached.any()
 
 
