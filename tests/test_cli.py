@@ -117,6 +117,15 @@ def test_evaluate_prints_the_numbers_of_the_run(finished, capsys):
     assert "eps 0/255" in capsys.readouterr().out
 
 
+def test_evaluate_with_the_sparse_engine_prints_the_same_numbers_and_its_latency(finished, capsys):
+    assert main(["evaluate", str(finished / "finetuned.safetensors"), "--engine", "sparse"]) == 0
+    out = capsys.readouterr().out
+    row = json.loads((finished / "results.json").read_text())["rows"][-1]
+    assert f" {100 * row['clean']:.1f} " in out
+    assert f" {100 * row['robust']:.1f} " in out
+    assert "sparse images/s" in out
+
+
 def test_report_draws_and_prints_again(finished, capsys):
     for plot in finished.glob("*.png"):
         plot.unlink()
