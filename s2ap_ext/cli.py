@@ -170,7 +170,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if network is not None:
             for part in network.dense_parts:
                 print(f"dense: {part.name}: {part.reason}")
-            report.print_latency(speed.latency(model, network, data.shape))
+            report.print_latency(speed.latency(model, data.shape))
     return 0
 
 
@@ -207,11 +207,13 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _show_report(folder: Path) -> None:
-    from . import report
+    from . import report, speed
 
     results = report.read_results(folder)
     plots = report.write_plots(folder)
     report.print_table(results)
+    if "latency" in results:
+        report.print_latency(speed.Latency(**row) for row in results["latency"])
     if plots:
         print(f"Plots: {', '.join(str(path) for path in plots)}")
 

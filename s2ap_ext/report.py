@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +81,10 @@ def print_profile(rows: Sequence[Measured], batch: int) -> None:
     console_module.Console().print(table)
 
 
-def print_latency(rows: Sequence[Latency]) -> None:
-    """Prints how long images take, dense and sparse."""
+def print_latency(rows: Iterable[Latency]) -> None:
+    """Prints how long batches of images take, dense and on the kept weights."""
     console_module, table_module = optional("rich.console"), optional("rich.table")
-    table = table_module.Table(title="inference", title_style="bold")
+    table = table_module.Table(title="inference on the CPU", title_style="bold")
     for column in ("batch", "dense ms", "sparse ms", "ratio", "dense images/s", "sparse images/s"):
         table.add_column(column, justify="right")
     for row in rows:

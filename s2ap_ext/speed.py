@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ._library import backend
+from .engine.choice import Layer, computed, lanes
+from .engine.network import CHUNK, compile_sparse
 from .nn import cost, densify
 from .nn.convolution import Entries
 from .nn.layout import empty_batch_innermost
 
 ROUNDS = 5
-CALIBRATION = ((64, 32), (128, 16), (256, 8), (512, 4))  # channels and size of 3x3 convolutions: those of a ResNet
+CALIBRATION = ((16, 32), (64, 32), (128, 16), (256, 8), (512, 4))  # channels and size of 3x3 convolutions: those of ResNets
 DENSITIES = (0.2, 0.1, 0.05, 0.01)
 
 
@@ -79,12 +81,12 @@ class Latency:
     sparse_ms: float
 
 
-def latency(model: nn.Module, network: nn.Module, shape: tuple[int, int, int], batches: Sequence[int] = (1, 8, 64)) -> list[Latency]:
-    """How long ``model`` and ``network``, which computes the same on the kept weights, take for batches of images of ``shape`` (C, H, W).
+def latency(model: nn.Module, shape: tuple[int, int, int], batches: Sequence[int] = (1, 8, 64)) -> list[Latency]:
+    """How long ``model`` and what :func:`s2ap_ext.engine.compile_sparse` makes of it take for batches of images of ``shape`` (C, H, W).
 
-    ``model`` is measured in both of torch's memory formats, and the faster one counts.
+    ``model`` is measured dense, in both of torch's memory formats, and the faster one counts.
     """
-    rows = []
+    rows, network = [], compile_sparse(model, torch.rand(1, *shape))
     model = densify(copy.deepcopy(model)).eval()  # without what a pruned layer does besides
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -100,28 +102,48 @@ def latency(model: nn.Module, network: nn.Module, shape: tuple[int, int, int], b
 def calibrate() -> cost.Rates:
     """Fits the cost model's numbers to this machine, in some seconds. :func:`s2ap_ext.nn.cost.save` keeps them.
 
-    Dense: the median rate. Sparse: the two numbers with the smallest sum of squared relative errors.
+    Measured are 3x3 convolutions as they train (64 images) and as networks run them (blocks, and single images). The numbers are those with
+    the smallest sum of squared relative errors.
 
     Raises:
-        ValueError: the C++ kernels are not there.
+        ValueError: the C++ kernels are not there; or no numbers above 0 fit the arithmetic.
     """
     _require_kernels()
-    dense, rows = [], []
+    dense: list[tuple[cost.Terms, float]] = []
+    sparse: list[tuple[cost.Terms, float]] = []
     for channels, size in CALIBRATION:
         for density in DENSITIES:
             layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
             with torch.no_grad():
                 layer.weight.mul_(torch.rand_like(layer.weight) < density)
+            density = _density(layer.weight)
+            shape = _shape(layer, 64, size)
             m = _measure("", layer, (64, channels, size, size))
-            shape = cost.Shape.from_sizes(m.weight, m.input, layer.stride)
-            dense.append(2e-6 * shape.multiply_adds / m.dense_ms)
-            # Each row: arithmetic and activations per measured second, whose weighted sum should be 1.
-            rows.append([2e-6 * m.density * shape.multiply_adds / m.sparse_ms, 2e-6 * shape.activations / m.sparse_ms])
-    a = torch.tensor(rows, dtype=torch.float64)
-    per_multiply_add, per_activation = torch.linalg.lstsq(a, torch.ones(len(a), 1, dtype=torch.float64)).solution.flatten().tolist()
-    if min(per_multiply_add, per_activation) <= 0:
+            dense.append((cost.dense_terms(shape), m.dense_ms / 2e3))
+            sparse.append((cost.sparse_terms(shape, density), m.sparse_ms / 2e3))
+            for batch in (CHUNK, 1):
+                shape, blocks = _shape(layer, batch, size), batch > 1
+                times = _measure_inference(layer, batch, size)
+                dense.append((cost.dense_terms(shape), times[0]))
+                sparse.append((cost.sparse_terms(shape, density, blocks=blocks, computed=_computed(layer, batch, size)), times[1]))
+    return cost.Rates(**_fit(dense, "dense"), **_fit(sparse, "sparse"))
+
+
+def _fit(rows: Sequence[tuple[cost.Terms, float]], arithmetic: str) -> dict[str, float]:
+    """Rates with which the terms take the measured seconds. What does not seem to take any time is as good as free."""
+    free = 1e3
+    names = sorted({name for terms, _ in rows for name in terms})
+    a = torch.tensor([[1e-9 * terms.get(name, 0.0) / seconds for name in names] for terms, seconds in rows], dtype=torch.float64)
+    kept = list(range(len(names)))
+    while kept:
+        costs = torch.linalg.lstsq(a[:, kept], torch.ones(len(a), 1, dtype=torch.float64)).solution.flatten().tolist()
+        if min(costs) > 1 / free:
+            break
+        kept.pop(costs.index(min(costs)))
+    rates = dict.fromkeys(names, free) | {names[i]: 1 / cost for i, cost in zip(kept, costs if kept else (), strict=True)}
+    if rates[arithmetic] == free:
         raise ValueError("calibrate: the measurements contradict each other; is anything else running on this machine?")
-    return cost.Rates(dense=statistics.median(dense), sparse=1 / per_multiply_add, activations=1 / per_activation)
+    return rates
 
 
 def _require_kernels() -> None:
@@ -131,7 +153,7 @@ def _require_kernels() -> None:
 
 def _measure(name: str, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> Measured:
     weight = getattr(layer, "masked_weight", layer.weight).detach().contiguous()
-    density = float((weight != 0).float().mean())
+    density = _density(weight)
     convolution = (layer.kernel_size, _pair(layer.stride), _padding(layer), _pair(layer.dilation), layer.groups)
     x = torch.randn(input_shape)
     with torch.no_grad():
@@ -170,10 +192,43 @@ def _measure(name: str, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> Measu
         density=density,
         dense_ms=1e3 * min(first, last),
         sparse_ms=1e3 * mine,
-        predicted_dense_ms=2e3 * cost.dense_seconds(shape),
-        predicted_sparse_ms=2e3 * cost.sparse_seconds(shape, density),
+        predicted_dense_ms=2e3 * cost.seconds(cost.dense_terms(shape)),
+        predicted_sparse_ms=2e3 * cost.seconds(cost.sparse_terms(shape, density)),
         choice="sparse" if cost.prefers_sparse(shape, density) else "dense",
     )
+
+
+def _measure_inference(layer: nn.Conv2d, batch: int, size: int) -> tuple[float, float]:
+    """Seconds of a 3x3 convolution, dense and on its kept weights, as a network runs it: in blocks, or for a single image."""
+    channels = layer.weight.shape[1]
+    x = torch.rand(batch, channels, size, size)
+    if batch == 1:
+        halo, a = 0, x
+    else:
+        halo, a = 1, torch.rand(-(-batch // lanes()), channels, size + 2, size + 2, lanes())
+    out, entries = torch.empty_like(a), Entries.of(layer.weight.detach(), None, 1)
+    convolution = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    def sparse():
+        torch.ops.s2ap.sparse_conv(a, entries.starts, entries.columns, entries.values, None, None, *convolution, halo, False, out)
+
+    x, weight = (t.detach().contiguous(memory_format=torch.channels_last) for t in (x, layer.weight))
+    with torch.no_grad():
+        dense, mine = _in_turn([lambda: layer._conv_forward(x, weight, None), sparse])
+    return dense, mine
+
+
+def _shape(layer: nn.Conv2d, batch: int, size: int) -> cost.Shape:
+    return cost.Shape.from_sizes(tuple(layer.weight.shape), (batch, layer.in_channels, size, size), layer.stride)
+
+
+def _computed(layer: nn.Conv2d, batch: int, size: int) -> float:
+    image = (layer.in_channels, size, size)
+    return computed(Layer("", tuple(layer.weight.shape), 1.0, image, image, batch))
+
+
+def _density(weight: Tensor) -> float:
+    return float((weight != 0).float().mean())
 
 
 def _in_turn(functions: list[Callable[[], object]]) -> list[float]:

@@ -1,11 +1,13 @@
 """The sparse engine: whole networks against the models they were made from, forward and gradient, on both layouts."""
 
 import copy
+import dataclasses
 import gc
 import json
 import pickle
 import re
 import threading
+import types
 import weakref
 
 import pytest
@@ -16,10 +18,10 @@ from torch import nn
 import s2ap_ext
 from s2ap_ext import S2AP, _files, backend, densify, engine, sparsify
 from s2ap_ext.attacks import accuracy, pgd
-from s2ap_ext.engine import SparseNetwork, compile_sparse
-from s2ap_ext.engine.network import lanes
+from s2ap_ext.engine import Layer, SparseNetwork, compile_sparse
+from s2ap_ext.engine.choice import cheapest, lanes
 from s2ap_ext.models import build_model
-from s2ap_ext.nn import sparse_layers
+from s2ap_ext.nn import cost, sparse_layers
 
 needs_kernels = pytest.mark.skipif(backend().cpu != "C++", reason="attacks use the engine where the C++ kernels run")
 
@@ -738,19 +740,74 @@ def test_compiling_leaves_the_model_as_it_was():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_what_is_chosen_by_itself():
+def test_what_is_asked_of_choose():
     model, size = pruned("resnet18")
-    model.layer1[0].conv1.sparsity = 0.6
     seen = []
-    compile_sparse(model, images(1, size), choose=lambda layer: seen.append(layer) or "dense")
-    layer = next(layer for layer in seen if layer.name == "layer2.0.conv1")
-    assert (layer.weight, layer.input, layer.output, layer.stride, layer.groups) == ((16, 8, 3, 3), (8, 16, 16), (16, 8, 8), (2, 2), 1)
-    assert layer.density == pytest.approx(0.1, abs=0.01)
-    layers = compile_sparse(model, images(1, size)).layers
-    if backend().cpu == "C++":
-        assert {name for name, kind in layers.items() if kind == "dense"} == {"layer1.0.conv1", "linear"}
-    else:
-        assert set(layers.values()) == {"dense"}
+    compile_sparse(model, images(1, size), choose=lambda layer: seen.append(layer) or "dense", chunk=24)
+    for batch in (24, 1):
+        layer = next(layer for layer in seen if layer.name == "layer2.0.conv1" and layer.batch == batch)
+        assert (layer.weight, layer.input, layer.output, layer.stride, layer.groups) == ((16, 8, 3, 3), (8, 16, 16), (16, 8, 8), (2, 2), 1)
+        assert layer.density == pytest.approx(0.1, abs=0.01)
+
+
+def convolution(density, batch=32, name="a"):
+    return Layer(name, (128, 128, 3, 3), density, (128, 16, 16), (128, 16, 16), batch)
+
+
+@needs_kernels
+def test_what_is_chosen_by_itself(monkeypatch):
+    monkeypatch.setattr(cost, "load", cost.Rates)
+    for batch in (32, 1):
+        assert cheapest([convolution(0.01, batch)]) == {"a": "sparse"}
+        assert cheapest([convolution(0.9, batch)]) == {"a": "dense"}
+    assert cheapest([convolution(0.01), Layer("b", (10, 128), 0.01, (128,), (10,), 32)]) == {"a": "sparse", "b": "dense"}
+    # A dense layer among sparse ones pays for moving its activations, and one sparse layer is not worth that of nine dense ones.
+    nearly = next(d / 100 for d in range(100) if cheapest([convolution(d / 100)]) == {"a": "dense"})
+    assert set(cheapest([convolution(nearly), *(convolution(0.1, name=str(i)) for i in range(9))]).values()) == {"sparse"}
+    assert set(cheapest([convolution(0.1), *(convolution(0.9, name=str(i)) for i in range(9))]).values()) == {"dense"}
+
+
+@needs_kernels
+def test_outputs_computed_for_one_that_is_wanted():
+    n = engine.choice.lanes()
+    layer = Layer("a", (4, 4, 3, 3), 0.1, (4, 8, 8), (4, 4, 4), 1, stride=(2, 2))  # of a plane of 5 x 5
+    assert engine.choice.computed(layer) == -(-25 // n) * n / 16
+    assert engine.choice.computed(dataclasses.replace(layer, batch=2 * n)) == 1
+    assert engine.choice.computed(dataclasses.replace(layer, batch=n + 1)) == 2 * n / (n + 1)
+
+
+def test_without_the_kernels_all_is_dense(monkeypatch):
+    monkeypatch.setattr(engine.choice, "backend", lambda: types.SimpleNamespace(cpu="Python"))
+    assert cheapest([convolution(0.01)]) == {"a": "dense"}
+
+
+@pytest.mark.parametrize("few", ["sparse", "dense"])
+def test_few_images_run_as_was_chosen_for_them(few, tmp_path):
+    model, size = pruned("resnet18")
+    many = "dense" if few == "sparse" else "sparse"
+    network = compile_sparse(model, images(1, size), choose=lambda layer: many if layer.batch > 1 else few, chunk=16)
+    network.save(tmp_path / "network.safetensors")
+    for net in (network, SparseNetwork.load(tmp_path / "network.safetensors")):
+        assert set(net.layers.values()) == {many}
+        assert set(net.few_layers.values()) == {few}
+        for n in (1, 8, 17, 35):
+            check(net, model, images(n, size))
+    with torch.no_grad():
+        model.conv1.weight.mul_(2)
+    assert not network.is_current()
+    network.refresh()
+    for n in (1, 16):
+        check(network, model, images(n, size))
+
+
+def test_images_that_fill_no_block_run_by_themselves():
+    model, size = pruned("digits_cnn")
+    network = compile_sparse(model, images(1, size), chunk=24)
+    n = network._lanes
+    assert [piece.stop for piece in network._cuts(2 * n + 1)] == [2 * n, 2 * n + 1]
+    assert [piece.stop for piece in network._cuts(2 * n - 1)] == [2 * n - 1]
+    assert [piece.stop for piece in network._cuts(25)] == [24, 25]
+    assert list(network._cuts(0)) == []
 
 
 # ---- Attacks

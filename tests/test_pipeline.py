@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from s2ap_ext import backend
 from s2ap_ext.nn import sparse_layers
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, checkpoint, evaluate, load_model, load_recipe, new_model, open_data, run
 from s2ap_ext.sparsity import kept_count
@@ -74,6 +75,11 @@ def test_a_run_leaves_a_complete_folder(finished):
     results = json.loads((folder / "results.json").read_text())
     assert results["rows"] == rows
     assert results["attack"] == "PGD-2, linf, eps 0.1"
+    if backend().cpu == "C++":
+        assert [row["batch"] for row in results["latency"]] == [1, 8, 64]
+        assert all(row["dense_ms"] > 0 and row["sparse_ms"] > 0 for row in results["latency"])
+    else:
+        assert "latency" not in results
 
 
 def test_rows_tell_the_sparsity_and_the_time(finished):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from s2ap_ext import report
+from s2ap_ext.speed import Latency
 
 ROWS = [
     {"model": "dense", "clean": 0.95, "robust": 0.80, "images": 100, "weights": 1000, "kept": 1000, "sparsity": 0.0, "seconds": 10.0},
@@ -30,6 +31,12 @@ def run_dir(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return tmp_path
+
+
+def test_the_table_of_latencies(capsys):
+    report.print_latency(Latency(**row) for row in [{"batch": 64, "dense_ms": 40.0, "sparse_ms": 10.0}])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "64" in line)
+    assert [cell for cell in line.replace("│", " ").split() if cell] == ["64", "40.00", "10.00", "4.0", "1,600", "6,400"]
 
 
 def test_the_table_compares_with_the_dense_model(capsys):

@@ -1,29 +1,53 @@
 """The measurements behind `s2ap profile`."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from s2ap_ext import backend, sparsify, speed
+from s2ap_ext.engine.choice import lanes
 from s2ap_ext.nn import cost
 
 pytestmark = pytest.mark.skipif(backend().cpu != "C++", reason="without the kernels there is nothing to compare")
 
 
+def measurements_that_follow(rates, monkeypatch):
+    def training(name, layer, x):
+        density = float((layer.weight != 0).float().mean())
+        shape = cost.Shape.from_sizes(tuple(layer.weight.shape), x, layer.stride)
+        ms = 2e3 * cost.seconds(cost.dense_terms(shape), rates), 2e3 * cost.seconds(cost.sparse_terms(shape, density), rates)
+        return speed.Measured(name, tuple(layer.weight.shape), x, density, *ms, *ms, "sparse")
+
+    def inference(layer, batch, size):
+        shape, density = speed._shape(layer, batch, size), float((layer.weight != 0).float().mean())
+        wanted = size * size if batch == 1 else batch
+        vectors = -(-((size + 2) ** 2) // lanes()) if batch == 1 else -(-batch // lanes())
+        terms = cost.sparse_terms(shape, density, blocks=batch > 1, computed=vectors * lanes() / wanted)
+        return cost.seconds(cost.dense_terms(shape), rates), cost.seconds(terms, rates)
+
+    monkeypatch.setattr(speed, "_measure", training)
+    monkeypatch.setattr(speed, "_measure_inference", inference)
+
+
 def test_calibration_finds_the_rates_that_the_measurements_follow(monkeypatch):
-    rates = cost.Rates(dense=80.0, sparse=20.0, activations=3.0)
+    rates = cost.Rates(dense=80.0, weights=3.0, dense_activations=5.0, sparse=20.0, entries=0.5, activations=3.0, blocks=6.0)
+    measurements_that_follow(rates, monkeypatch)
+    assert dataclasses.asdict(speed.calibrate()) == pytest.approx(dataclasses.asdict(rates))
 
-    def measured(name, layer, x):
-        weight, density = tuple(layer.weight.shape), float((layer.weight != 0).float().mean())
-        shape = cost.Shape.from_sizes(weight, x, layer.stride)
-        ms = 2e3 * cost.dense_seconds(shape, rates), 2e3 * cost.sparse_seconds(shape, density, rates)
-        return speed.Measured(name, weight, x, density, *ms, *ms, "sparse")
 
-    monkeypatch.setattr(speed, "_measure", measured)
+def test_calibration_takes_what_costs_nothing_for_free(monkeypatch):
+    measurements_that_follow(cost.Rates(weights=1e9), monkeypatch)
     got = speed.calibrate()
-    assert got.dense == pytest.approx(80)
-    assert got.sparse == pytest.approx(20)
-    assert got.activations == pytest.approx(3)
+    assert got.weights == 1000
+    assert got.dense == pytest.approx(cost.Rates().dense)
+
+
+def test_calibration_of_measurements_without_sense(monkeypatch):
+    measurements_that_follow(cost.Rates(dense=1e9), monkeypatch)
+    with pytest.raises(ValueError, match="calibrate: the measurements contradict each other"):
+        speed.calibrate()
 
 
 def test_profile_measures_the_convolutions_at_their_sizes():

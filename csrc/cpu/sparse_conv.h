@@ -131,7 +131,7 @@ S2AP_INLINE void assign(float& to, float x) { to = x; }
 S2AP_INLINE void assign(uint16_t& to, float x) { to = Element<BFloat16>::narrow(x); }
 
 // Memory of one thread that grows to what it was asked for and stays: fresh memory would cost a page fault for every 4 KB in every call.
-enum class Scratch { kPacked, kResults, kGradient, kOffsets, kValues, kPlaces };
+enum class Scratch { kPacked, kResults, kGradient, kStarts, kColumns, kOffsets, kValues, kPlaces };
 
 template <class T = float>
 T* scratch(Scratch which, int64_t size) {
@@ -393,52 +393,73 @@ struct PlacedEntries {
   // tap_offset [taps]: offset of a tap's input, or kUnreached; channel: from one channel to the next; each: channels of a run.
   PlacedEntries(const Machine& machine, const Entries& entries, int64_t rows, int64_t channels, const std::vector<int64_t>& tap_offset,
                 int64_t channel, int64_t each) {
-    const auto taps = static_cast<int64_t>(tap_offset.size()), all = int64_t{entries.starts[rows]};
-    runs = (channels + each - 1) / each;
-    const int64_t* const offset = tap_offset.data();
+    const auto taps = static_cast<int64_t>(tap_offset.size());
     const bool whole = std::find(tap_offset.begin(), tap_offset.end(), Axis::kUnreached) == tap_offset.end();
-    auto* const places = scratch<int32_t>(Scratch::kPlaces, (runs + 1) * rows + rows + 1);
-    int32_t* const starts = places + (runs + 1) * rows;
-    std::copy_n(entries.starts, rows + 1, starts);
-    if (!whole) {
-      for_each(machine, rows, all, [&](int64_t r) {
-        int32_t count = 0;
-        for_each_of_row(entries, r, taps, [&](int32_t, int64_t, int64_t tap) { count += offset[tap] != Axis::kUnreached; });
-        starts[r + 1] = count;
-      });
-      for (int64_t r = 0; r < rows; ++r) starts[r + 1] += starts[r];
-    }
-    auto* const to_offsets = scratch<int32_t>(Scratch::kOffsets, all + 1);
-    float* const to_values = whole ? nullptr : scratch(Scratch::kValues, all + 1);
-    for_each(machine, rows, all, [&](int64_t r) {
-      int32_t to = starts[r];
-      int64_t run = 0, end = 0;  // the next run that begins, and with which channel
-      for_each_of_row(entries, r, taps, [&](int32_t j, int64_t c, int64_t tap) {
-        for (; c >= end; end += each) places[run++ * rows + r] = to;
-        if (!whole) to_values[to] = entries.values[j];
-        to_offsets[to] = static_cast<int32_t>(c * channel + offset[tap]);
-        to += offset[tap] != Axis::kUnreached;  // or what follows takes its place
-      });
-      for (; run <= runs; ++run) places[run * rows + r] = to;
+    const Entries kept = whole ? entries : reaching(machine, entries, rows, tap_offset);
+    values = kept.values;
+    runs = (channels + each - 1) / each;
+
+    const std::vector<int32_t> tap_offsets(tap_offset.begin(), tap_offset.end());  // those that are read fit
+    const auto all = int64_t{kept.starts[rows]};
+    auto* const to = scratch<int32_t>(Scratch::kOffsets, all + 1);
+    for_each(machine, (all + kChunk - 1) / kChunk, all, [&](int64_t i) {
+      const int64_t first = i * kChunk;
+      tile_loops(machine.isa).place({kept.columns + first, std::min(kChunk, all - first), taps, channel, tap_offsets.data(), to + first});
+    });
+    offsets = to;
+
+    auto* const places = scratch<int32_t>(Scratch::kPlaces, (runs + 1) * rows);
+    for_each(machine, rows, rows * runs * 16, [&](int64_t r) {
+      const int32_t *from = kept.columns + kept.starts[r], *const end = kept.columns + kept.starts[r + 1];
+      for (int64_t run = 0; run < runs; ++run) {
+        from = run == 0 ? from : std::lower_bound(from, end, run * each * taps);
+        places[run * rows + r] = static_cast<int32_t>(from - kept.columns);
+      }
+      places[runs * rows + r] = kept.starts[r + 1];
     });
     bounds = places;
-    offsets = to_offsets;
-    values = whole ? entries.values : to_values;
   }
 
   const int32_t* starts(int64_t run, int64_t rows) const { return bounds + run * rows; }
 
  private:
-  // f(entry, channel, tap)
-  template <class F>
-  static void for_each_of_row(const Entries& entries, int64_t r, int64_t taps, const F& f) {
-    const uint64_t part = ((uint64_t{1} << 32) + taps - 1) / taps;  // a division for each entry would take longer than all the rest
-    for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) {
-      const auto c = static_cast<int64_t>(entries.columns[j] * part >> 32);
-      f(j, c, entries.columns[j] - c * taps);
-    }
+  // The entries of those taps that reach an output.
+  static Entries reaching(const Machine& machine, const Entries& entries, int64_t rows, const std::vector<int64_t>& tap_offset) {
+    const auto taps = static_cast<int64_t>(tap_offset.size()), all = int64_t{entries.starts[rows]};
+    std::vector<uint8_t> reaches(tap_offset.size());
+    for (int64_t tap = 0; tap < taps; ++tap) reaches[tap] = tap_offset[tap] != Axis::kUnreached;
+    auto* const starts = scratch<int32_t>(Scratch::kStarts, rows + 1);
+    auto* const columns = scratch<int32_t>(Scratch::kColumns, all + 1);
+    float* const values = scratch(Scratch::kValues, all + 1);
+    const uint64_t part = ((uint64_t{1} << 32) + taps - 1) / taps;
+    const auto reached = [&](int32_t j) -> int32_t {
+      const auto column = static_cast<uint32_t>(entries.columns[j]);
+      return reaches[column - static_cast<uint32_t>(column * part >> 32) * taps];
+    };
+    starts[0] = 0;
+    for_each(machine, rows, all, [&](int64_t r) {
+      int32_t count = 0;
+      for (int32_t j = entries.starts[r]; j < entries.starts[r + 1]; ++j) count += reached(j);
+      starts[r + 1] = count;
+    });
+    for (int64_t r = 0; r < rows; ++r) starts[r + 1] += starts[r];
+    for_each(machine, rows, all, [&](int64_t r) {
+      int32_t to = starts[r];
+      for (int32_t j = entries.starts[r]; j < entries.starts[r + 1] && to < starts[r + 1]; ++j) {
+        columns[to] = entries.columns[j];  // or what follows takes its place
+        values[to] = entries.values[j];
+        to += reached(j);
+      }
+    });
+    return {starts, columns, values};
   }
 };
+
+// The work of a pass, in elements as for_each counts them: what is read and written, and the arithmetic.
+inline int64_t work_of(int64_t positions, int64_t rows, int64_t channels, int64_t entries) {
+  constexpr int64_t kMultiplyAdds = 8;  // that take as long as an element
+  return positions * (rows + channels + entries / kMultiplyAdds);
+}
 
 // The offsets that offset(ky, kx) gives for all taps.
 template <class F>
@@ -472,7 +493,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
   // Where there are fewer pieces than threads can share, rows are shared out too; a piece is then packed again for each share.
   const int64_t together = layout.together(), batches = (layout.pieces() + together - 1) / together, pieces = batches * shape.groups;
   const int64_t shares = std::clamp<int64_t>(machine.threads / pieces, 1, std::max<int64_t>(1, group_rows / 8));
-  const int64_t work = shape.batch * y.outputs * x.outputs * (rows + channels);
+  const int64_t work = work_of(shape.batch * y.outputs * x.outputs, rows, channels, entries.starts[rows]);
 
   for_each(machine, pieces * shares, work, [&](int64_t task) {
     const int64_t share = task % shares, group = task / shares % shape.groups;
@@ -600,7 +621,7 @@ void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, con
   const int64_t pieces = layout.pieces(), parts = std::min<int64_t>(pieces, 8);
   const int64_t shares = std::clamp<int64_t>(8 / (parts * shape.groups), 1, std::max<int64_t>(1, group_rows / 8));
   const auto partial = std::make_unique<float[]>(parts * count);
-  const int64_t work = shape.batch * y.outputs * x.outputs * (shape.in_channels + shape.out_channels);
+  const int64_t work = work_of(shape.batch * y.outputs * x.outputs, shape.out_channels, shape.in_channels, count);
 
   for_each(machine, parts * shape.groups * shares, work, [&](int64_t task) {
     const int64_t share = task % shares, group = task / shares % shape.groups, part = task / shares / shape.groups;
@@ -685,7 +706,7 @@ inline void block_pass(const Machine& machine, const ConvShape& shape, const Axi
                              channels_of_run(entries, out.channels, channels, y, x, in.lanes));
   const int64_t blocks = out.count * shape.groups;
   const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (y.outputs + 1) / 2);
-  const int64_t work = out.count * y.outputs * x.outputs * out.lanes * (rows + channels);
+  const int64_t work = work_of(out.count * y.outputs * x.outputs * out.lanes, rows, channels, entries.starts[out.channels]);
   const int64_t across = (x.outputs + kWidest - 1) / kWidest;
 
   for_each(machine, blocks * pieces, work, [&](int64_t task) {

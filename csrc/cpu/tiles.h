@@ -50,11 +50,20 @@ struct DotArgs {
   float* sums;
 };
 
+// offsets[j] = channel * c + tap_offsets[tap] for columns[j] = c * taps + tap.
+struct PlaceArgs {
+  const int32_t* columns;
+  int64_t count, taps, channel;
+  const int32_t* tap_offsets;
+  int32_t* offsets;
+};
+
 struct TileLoops {
   // [step - 1][columns - 1]: columns whose inputs are `step` vectors apart
   std::array<std::array<TileLoop, kWidest>, 2> one_row;
   std::array<std::array<TileLoop, kWidest / 2>, 2> two_rows;
   void (*dots)(const DotArgs&);
+  void (*place)(const PlaceArgs&);
 };
 
 }  // namespace s2ap

@@ -96,46 +96,67 @@ S2AP_TARGET void tile(const TileArgs& given) {
   }
 }
 
-// sums[j] += the dot products of a with x[offsets[j]], over `rows` rows of `columns` vectors.
-S2AP_TARGET inline void dots(const DotArgs& args) {
-  constexpr int kTogether = 4;
-  int64_t j = args.first;
-  for (; j + kTogether <= args.last; j += kTogether) {
-    Floats sum[kTogether] = {};
-    for (int64_t r = 0; r < args.rows; ++r) {
-      const float* const a = args.a + r * args.a_row;
-      const float* const x = args.x + r * args.x_row;
-      for (int64_t c = 0; c < args.columns; ++c) {
-        Floats shared;
-        load_floats(shared, a + c * kFloats);
-        S2AP_ALL for (int k = 0; k < kTogether; ++k) {
-          Floats at;
-          load_floats(at, x + args.offsets[j + k] + c * kFloats);
-          add_product(sum[k], shared, at);
-        }
-      }
+// to[k] += all lanes of sums[k].
+template <int count>
+S2AP_TARGET S2AP_INLINE void add_lanes(float* to, const Floats (&sums)[count]) {
+#if S2AP_WIDTH == 16
+  S2AP_ALL for (int k = 0; k < count; ++k) to[k] += (sums[k][0] + sums[k][1]) + (sums[k][2] + sums[k][3]);
+#else
+  S2AP_ALL for (int k = 0; k < count; k += 4) {
+    __m256 eight[4];
+    S2AP_ALL for (int i = 0; i < 4; ++i) {
+      alignas(S2AP_WIDTH) float lanes[kFloats];
+      store_floats(lanes, k + i < count ? sums[k + i < count ? k + i : 0] : Floats{});
+      eight[i] = _mm256_load_ps(lanes);
+      if constexpr (kFloats == 16) eight[i] = _mm256_add_ps(eight[i], _mm256_load_ps(lanes + kFloats / 2));
     }
-    S2AP_ALL for (int k = 0; k < kTogether; ++k) {
-      float total = 0;
-      for (int64_t lane = 0; lane < kFloats; ++lane) total += sum[k][lane];
-      args.sums[j + k] += total;
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(eight[0], eight[1]), _mm256_hadd_ps(eight[2], eight[3]));
+    const __m128 all = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+    S2AP_ALL for (int i = 0; i < 4; ++i) {
+      if (k + i < count) to[k + i] += all[i];
     }
   }
-  for (; j < args.last; ++j) {
-    Floats sum = {};
-    for (int64_t r = 0; r < args.rows; ++r) {
-      const float* const a = args.a + r * args.a_row;
-      const float* const x = args.x + r * args.x_row + args.offsets[j];
-      for (int64_t c = 0; c < args.columns; ++c) {
-        Floats left, right;
-        load_floats(left, a + c * kFloats);
-        load_floats(right, x + c * kFloats);
-        add_product(sum, left, right);
+#endif
+}
+
+// The products of `together` entries from the j-th on. Each load of `a` is shared by all of them, and so many sums in registers keep the
+// multiply-adds from waiting for each other.
+template <int together>
+S2AP_TARGET void dots_of(const DotArgs& args, int64_t j) {
+  Floats sum[together] = {};
+  for (int64_t r = 0; r < args.rows; ++r) {
+    const float* const a = args.a + r * args.a_row;
+    const float* x[together];
+    S2AP_ALL for (int k = 0; k < together; ++k) x[k] = args.x + r * args.x_row + args.offsets[j + k];
+    for (int64_t c = 0; c < args.columns * kFloats; c += kFloats) {
+      Floats shared;
+      load_floats(shared, a + c);
+      S2AP_ALL for (int k = 0; k < together; ++k) {
+        Floats at;
+        load_floats(at, x[k] + c);
+        add_product(sum[k], shared, at);
       }
     }
-    float total = 0;
-    for (int64_t lane = 0; lane < kFloats; ++lane) total += sum[lane];
-    args.sums[j] += total;
+  }
+  add_lanes(args.sums + j, sum);
+}
+
+// sums[j] += the dot products of a with x[offsets[j]], over `rows` rows of `columns` vectors.
+S2AP_TARGET inline void dots(const DotArgs& args) {
+  constexpr int kTogether = 8;
+  static constexpr void (*kRest[kTogether])(const DotArgs&, int64_t) = {nullptr,    dots_of<1>, dots_of<2>, dots_of<3>,
+                                                                        dots_of<4>, dots_of<5>, dots_of<6>, dots_of<7>};
+  int64_t j = args.first;
+  for (; j + kTogether <= args.last; j += kTogether) dots_of<kTogether>(args, j);
+  if (j < args.last) kRest[args.last - j](args, j);
+}
+
+S2AP_TARGET inline void place(const PlaceArgs& args) {
+  const auto taps = static_cast<uint32_t>(args.taps), channel = static_cast<uint32_t>(args.channel);
+  const uint64_t part = ((uint64_t{1} << 32) + taps - 1) / taps;  // a division for each entry would take longer than all the rest
+  for (int64_t j = 0; j < args.count; ++j) {
+    const auto column = static_cast<uint32_t>(args.columns[j]), c = static_cast<uint32_t>(column * part >> 32);
+    args.offsets[j] = static_cast<int32_t>(c * channel) + args.tap_offsets[column - c * taps];
   }
 }
 
@@ -151,6 +172,7 @@ inline constexpr TileLoops kTileLoops = {
     {tiles_of<1, 1>(Columns<1>()), tiles_of<2, 1>(Columns<1>())},
     {tiles_of<1, 2>(Columns<2>()), tiles_of<2, 2>(Columns<2>())},
     dots,
+    place,
 };
 
 }  // namespace S2AP_LOOPS

@@ -14,11 +14,13 @@ class Arena:
     """Float32 buffers by shape. Each is zeroed once, when it is made; who writes blocks leaves their halo alone, so it stays zero.
 
     Buffers are counted: :meth:`take` gives one to a first user, :meth:`share` adds a user, and what the last user drops is free again.
+    Tensors that were made elsewhere are counted from :meth:`adopt` on, and let go of in the end.
     """
 
     def __init__(self) -> None:
         self._free: dict[tuple[int, ...], list[Tensor]] = {}
         self._users: dict[int, int] = {}
+        self._adopted: set[int] = set()
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
         try:
@@ -28,6 +30,11 @@ class Arena:
         self._users[id(buffer)] = 1
         return buffer
 
+    def adopt(self, tensor: Tensor) -> Tensor:
+        self._users[id(tensor)] = 1
+        self._adopted.add(id(tensor))
+        return tensor
+
     def share(self, buffer: Tensor) -> Tensor:
         self._users[id(buffer)] += 1
         return buffer
@@ -36,6 +43,9 @@ class Arena:
         self._users[id(buffer)] -= 1
         if not self._users[id(buffer)]:
             del self._users[id(buffer)]
+            if id(buffer) in self._adopted:
+                self._adopted.remove(id(buffer))
+                return
             self._free.setdefault(tuple(buffer.shape), []).append(buffer)
 
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..nn import S2APConv2d, S2APLinear
 from ..nn.layout import PLAIN
+from .choice import Layer
 from .steps import Add, Affine, DenseConv, Flatten, Linear, Part, Pool, Relu, SparseConv, Step
 from .trace import BATCH, Graph, changed_by
 from .weights import PartSource, Source, tensor_of, weight_of
@@ -25,27 +26,6 @@ class DensePart(NamedTuple):
 
     name: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What is known of a convolution or linear layer when it is chosen how to run it.
-
-    Attributes:
-        name: in the model.
-        weight: its weight's shape.
-        density: the fraction of its weights that are not 0.
-        input, output: shapes of an image's activations, without the batch.
-        stride, groups: of the convolution.
-    """
-
-    name: str
-    weight: tuple[int, ...]
-    density: float
-    input: tuple[int, ...]
-    output: tuple[int, ...]
-    stride: tuple[int, int] = (1, 1)
-    groups: int = 1
 
 
 @dataclass
@@ -64,13 +44,13 @@ class Unsupported(Exception):
     """Why there is no step for a node."""
 
 
-def lower(graph: Graph, choose: Callable[[Layer], str]) -> Lowered:
-    """Steps for a model's graph.
+def lower(graph: Graph, choose: Callable[[Layer], str], batch: int) -> Lowered:
+    """Steps for a model's graph, for ``batch`` images.
 
     Raises:
         ValueError: it does not give one float32 tensor with the batch first; it normalises by the batch; ``choose`` gave no answer.
     """
-    lowering = _Lowering(graph, choose)
+    lowering = _Lowering(graph, choose, batch)
     for node in graph.nodes:
         lowering.lower(node)
     return lowering.lowered
@@ -82,8 +62,8 @@ class _Lowering:
     Nodes that are no float32 tensor with the batch first (sizes, constants, tuples) have no value; dense parts that need them compute them.
     """
 
-    def __init__(self, graph: Graph, choose: Callable[[Layer], str]) -> None:
-        self.model, self.found, self.choose = graph.root, graph.found, choose
+    def __init__(self, graph: Graph, choose: Callable[[Layer], str], batch: int) -> None:
+        self.model, self.found, self.choose, self.batch = graph.root, graph.found, choose, batch
         self.at: dict[fx.Node, int] = {}
         self.varies: set[fx.Node] = set()  # nodes that depend on the input
         self.lowered = Lowered()
@@ -226,7 +206,7 @@ class _Lowering:
 
     def chosen(self, node: fx.Node, weight: Tensor, shape: tuple[int, ...], **geometry) -> str:
         density = weight.count_nonzero().item() / max(1, weight.numel())
-        layer = Layer(node.target, tuple(weight.shape), density, shape, self.found[node][0][1:], **geometry)
+        layer = Layer(node.target, tuple(weight.shape), density, shape, self.found[node][0][1:], self.batch, **geometry)
         kind = self.choose(layer)
         if kind not in ("sparse", "dense"):
             raise ValueError(f"choose: expected 'sparse' or 'dense' for layer {layer.name}, got {kind!r}")

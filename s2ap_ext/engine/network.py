@@ -3,45 +3,29 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import nn as pruned_nn
-from .._library import backend
 from ..nn.selection import Snapshot
 from .arena import Arenas
-from .lowering import DensePart, Layer, lower
-from .program import Program, describe, fuse, lay_out
+from .choice import Layer, cheapest, lanes
+from .lowering import DensePart, Lowered, lower
+from .program import Program, describe, fuse, joined, lay_out
 from .run import Run
 from .steps import Step
-from .trace import root_of, trace
+from .trace import Graph, root_of, trace
 from .weights import PartSource, Source, evaluating
 
 CHUNK = 32  # images that run through the network together: their activations stay in the last-level cache
-SPARSE_BELOW = 0.35  # density up to which a convolution pays on its kept weights
 FILLED = 0.6  # of a block's lanes: with fewer images, images beat blocks
 
 
-def lanes() -> int:
-    """Images in a block: the floats in a vector of this machine."""
-    if backend().cpu == "C++":
-        from .._C import lanes
-
-        return lanes()
-    return 8
-
-
-def sparse_where_it_pays(layer: Layer) -> str:
-    """The default of ``choose``: ``"sparse"`` for convolutions with few enough weights, where the compiled kernels run them."""
-    return "sparse" if backend().cpu == "C++" and len(layer.weight) == 4 and layer.density <= SPARSE_BELOW else "dense"
-
-
-def compile_sparse(
-    model: nn.Module, example: Tensor, *, choose: Callable[[Layer], str] = sparse_where_it_pays, chunk: int = CHUNK
-) -> SparseNetwork:
+def compile_sparse(model: nn.Module, example: Tensor, *, choose: Callable[[Layer], str] | None = None, chunk: int = CHUNK) -> SparseNetwork:
     """A network for the CPU that computes what ``model`` computes in evaluation mode, with its kept weights only.
 
     BatchNorm is folded into the convolutions; ReLUs and residual sums are part of them. Operations that the engine has no step for run as
@@ -51,7 +35,9 @@ def compile_sparse(
     Args:
         model: with pruned layers or with zeros in its weights; float32, on the CPU. Images must not depend on each other.
         example: images [N, C, H, W], float32, N >= 1. The network is for images of this size; and it is compared with the model on them.
-        choose: for each convolution and linear layer, ``"sparse"`` or ``"dense"``.
+        choose: for each convolution and linear layer, ``"sparse"`` or ``"dense"``. It is asked twice, for batches that fill blocks and
+            for fewer images (``layer.batch`` is 1), and may give different answers. By default the cost model of
+            :mod:`s2ap_ext.nn.cost` chooses.
         chunk: so many images run through the network together.
 
     Raises:
@@ -69,7 +55,7 @@ def compile_sparse(
 
 
 def compile_model(
-    model: nn.Module, example: Tensor, choose: Callable[[Layer], str] = sparse_where_it_pays, chunk: int = CHUNK, *, weak: bool = False
+    model: nn.Module, example: Tensor, choose: Callable[[Layer], str] | None = None, chunk: int = CHUNK, *, weak: bool = False
 ) -> SparseNetwork:
     """:func:`compile_sparse`; a ``weak`` network does not keep its model alive."""
     if not isinstance(model, nn.Module):
@@ -84,10 +70,21 @@ def compile_model(
     pruned_nn.refresh(model)
     with evaluating(model):
         graph = trace(model, example.detach())
-        lowered = lower(graph, choose)
-    steps, sources = fuse(lowered)
+        many, few = (_lowered(graph, choose, batch) for batch in (chunk, 1))
+    steps, sources = fuse(many)
+    few_steps = steps
+    if few.layers != many.layers:
+        few_steps, sources = joined(sources, *fuse(few))
     network = SparseNetwork(
-        steps, lowered.shapes, lowered.output, sources, chunk=chunk, layers=lowered.layers, dense_parts=lowered.dense_parts
+        steps,
+        few_steps,
+        many.shapes,
+        many.output,
+        sources,
+        chunk=chunk,
+        layers=many.layers,
+        few_layers=few.layers,
+        dense_parts=many.dense_parts,
     )
     network._owner, network._constants = weakref.ref(model) if weak else lambda: model, graph.constants
     network.refresh()
@@ -103,6 +100,15 @@ def compile_model(
     return network
 
 
+def _lowered(graph: Graph, choose: Callable[[Layer], str] | None, batch: int) -> Lowered:
+    if choose is None:
+        layers: list[Layer] = []
+        lower(graph, lambda layer: layers.append(layer) or "dense", batch)
+        kinds = cheapest(layers)
+        return lower(graph, lambda layer: kinds[layer.name], batch)
+    return lower(graph, choose, batch)
+
+
 class SparseNetwork(nn.Module):
     """What :func:`compile_sparse` and :meth:`load` give: float32 images [N, C, H, W] on the CPU -> what the model gives for them.
 
@@ -112,24 +118,28 @@ class SparseNetwork(nn.Module):
     Attributes:
         dense_parts: what runs as it is in the model, by name, with the reason.
         layers: ``"sparse"`` or ``"dense"``, for each convolution and linear layer that the engine runs.
+        few_layers: the same, for images that are too few to fill a block.
         chunk: so many images run through the network together.
     """
 
     def __init__(
         self,
         steps: Sequence[Step],
+        few_steps: Sequence[Step],
         shapes: Sequence[tuple[int, ...]],
         output: int,
         sources: Sequence[Source | PartSource],
         *,
         chunk: int,
         layers: dict[str, str],
+        few_layers: dict[str, str],
         dense_parts: Sequence[DensePart] = (),
     ) -> None:
         super().__init__()
-        self._steps, self._shapes, self._output, self._sources, self._lanes = steps, shapes, output, sources, lanes()
-        self._blocks, self._images = (lay_out(steps, shapes, output, blocks=blocks) for blocks in (True, False))
-        self.chunk, self.layers, self.dense_parts = chunk, layers, list(dense_parts)
+        self._steps, self._few_steps, self._shapes, self._output, self._sources = steps, few_steps, shapes, output, sources
+        self._blocks, self._images = lay_out(steps, shapes, output, blocks=True), lay_out(few_steps, shapes, output, blocks=False)
+        self._lanes = lanes()
+        self.chunk, self.layers, self.few_layers, self.dense_parts = chunk, layers, few_layers, list(dense_parts)
         self._weights: tuple = ()
         self._arenas = Arenas()
         self._owner: Callable[[], nn.Module | None] = lambda: None
@@ -192,10 +202,9 @@ class SparseNetwork(nn.Module):
         return storage.load(path)
 
     def extra_repr(self) -> str:
-        sparse = sum(kind == "sparse" for kind in self.layers.values())
-        lines = [
-            f"layers: {sparse} sparse, {len(self.layers) - sparse} dense; lanes={self._lanes}, halo={self._blocks.halo}, chunk={self.chunk}"
-        ]
+        kinds = [Counter(layers.values()) for layers in (self.layers, self.few_layers)]
+        many, few = (f"{kind['sparse']} sparse, {kind['dense']} dense" for kind in kinds)
+        lines = [f"layers: {many}; for few images: {few}; lanes={self._lanes}, halo={self._blocks.halo}, chunk={self.chunk}"]
         lines += [f"dense part {part.name}: {part.reason}" for part in self.dense_parts]
         return "\n".join([*lines, *describe(self._blocks, self._sources)])
 
@@ -208,6 +217,14 @@ class SparseNetwork(nn.Module):
             raise RuntimeError("network: there is no model to look at; it was loaded from a file, or the model is gone")
         return model
 
+    def _cuts(self, n: int) -> Iterator[slice]:
+        """Pieces of at most ``chunk`` images; those at the end that fill too little of a block are one of their own."""
+        rest = n % self._lanes if n % self._lanes < FILLED * self._lanes else 0
+        for first in range(0, n - rest, self.chunk):
+            yield slice(first, min(n - rest, first + self.chunk))
+        if rest:
+            yield slice(n - rest, n)
+
     def _start(self, n: int) -> tuple[Program, Run]:
         in_blocks = n >= FILLED * self._lanes
         program = self._blocks if in_blocks else self._images
@@ -219,8 +236,7 @@ class SparseNetwork(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             x = x.detach()
             out = torch.empty(len(x), *self._blocks.slots[self._blocks.output].shape)
-            for first in range(0, len(x), self.chunk):
-                chunk = slice(first, min(len(x), first + self.chunk))
+            for chunk in self._cuts(len(x)):
                 program, run = self._start(chunk.stop - chunk.start)
                 if runs is not None:
                     run.graphs = {}

@@ -132,6 +132,17 @@ def fuse(lowered: Lowered) -> tuple[list[Step], list[Source | PartSource]]:
     return steps, [sources[i] for i in used]
 
 
+def joined(sources: Sequence[Source | PartSource], steps: Sequence[Step], own: Sequence[Source | PartSource]) -> tuple[list[Step], list]:
+    """``steps`` with weights from ``sources`` and after them, instead of from their ``own``; and all these sources."""
+    sources = list(sources)
+    at = []
+    for source in own:
+        if source not in sources:
+            sources.append(source)
+        at.append(sources.index(source))
+    return [replace(step, weights=at[step.weights]) if hasattr(step, "weights") else step for step in steps], sources
+
+
 def _summand(add: Add, before, order: list[int]) -> Conv | None:
     """Of the convolutions that a sum could be taken into, a sparse one before a dense one, and the later one."""
     convs = [conv for value in add.sources if (conv := before(value, (Conv,))) and len(conv.sources) == 1]

@@ -51,6 +51,11 @@ class Run:
         self.values[slot] = self.take(slot)
         return self.values[slot]
 
+    def put(self, slot: int, tensor: Tensor) -> Tensor:
+        """``tensor``, made elsewhere, is what a step writes the slot to."""
+        self.values[slot] = self.arena.adopt(tensor)
+        return tensor
+
     def drop(self, slot: int) -> None:
         self.arena.drop(self.values.pop(slot))
 

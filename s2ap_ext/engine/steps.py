@@ -96,9 +96,11 @@ class SparseConv(Conv):
 
 @dataclass(frozen=True)
 class DenseConv(Conv):
+    """By torch, in the memory format of its weight: channels last, and so from one to the next."""
+
     def run(self, run: Run) -> None:
-        w, out = run.weights[self.weights], run.new(self.out)
-        out.copy_(F.conv2d(run.values[self.sources[0]], w.weight, w.bias, *self.geometry))
+        w = run.weights[self.weights]
+        out = run.put(self.out, F.conv2d(run.values[self.sources[0]], w.weight, w.bias, *self.geometry))
         if len(self.sources) > 1:
             out.add_(run.values[self.sources[1]])
         if self.relu:
@@ -108,9 +110,12 @@ class DenseConv(Conv):
         target, *residual = targets
         if residual:
             run.pass_on(residual[0], grad)
-        out = run.take(target.slot)
-        out.copy_(torch.nn.grad.conv2d_input(out.shape, run.weights[self.weights].weight, grad, *self.geometry))
-        run.contribute(target, out)
+        x = run.take(target.slot)  # only its shape matters
+        out, _, _ = torch.ops.aten.convolution_backward(
+            grad, x, run.weights[self.weights].weight, None, *self.geometry[:3], False, [0, 0], self.groups, [True, False, False]
+        )
+        run.arena.drop(x)
+        run.contribute(target, run.arena.adopt(out))
 
 
 @dataclass(frozen=True)

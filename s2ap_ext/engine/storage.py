@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from .. import _files
 from .network import SparseNetwork
-from .steps import STEPS
+from .steps import STEPS, Step
 from .weights import Dense, Scale, Source, Sparse
 
 KIND = "sparse network"
-VERSION = 1
+VERSION = 2
 WEIGHTS = {cls.__name__: cls for cls in (Sparse, Dense, Scale)}
 
 
@@ -32,12 +33,14 @@ def save(network: SparseNetwork, path: str | Path) -> None:
     about = {
         "kind": KIND,
         "version": VERSION,
-        "steps": [{"step": type(step).__name__, **dataclasses.asdict(step)} for step in network._steps],
+        "steps": _described(network._steps),
+        "few_steps": _described(network._few_steps),
         "shapes": network._shapes,
         "output": network._output,
         "weights": weights,
         "sources": [dataclasses.asdict(source) for source in network._sources],
         "layers": network.layers,
+        "few_layers": network.few_layers,
         "chunk": network.chunk,
     }
     _files.save(path, tensors, about)
@@ -50,17 +53,26 @@ def load(path: str | Path) -> SparseNetwork:
     if about["version"] != VERSION:
         raise ValueError(f"network {path}: of version {about['version']}, this program reads version {VERSION}")
     try:
-        steps = [STEPS[described.pop("step")](**_tuples(described)) for described in about["steps"]]
+        steps, few_steps = (
+            [STEPS[described.pop("step")](**_tuples(described)) for described in about[which]] for which in ("steps", "few_steps")
+        )
         shapes, sources = _tuples(about["shapes"]), [Source(**_tuples(source)) for source in about["sources"]]
-        network = SparseNetwork(steps, shapes, about["output"], sources, chunk=about["chunk"], layers=about["layers"])
+        layers = {"layers": about["layers"], "few_layers": about["few_layers"]}
+        network = SparseNetwork(steps, few_steps, shapes, about["output"], sources, chunk=about["chunk"], **layers)
         network._weights = tuple(_weights(WEIGHTS[kind], i, tensors) for i, kind in enumerate(about["weights"]))
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"network {path}: damaged ({type(error).__name__}: {error})") from None
     return network
 
 
+def _described(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    return [{"step": type(step).__name__, **dataclasses.asdict(step)} for step in steps]
+
+
 def _weights(cls: type, index: int, tensors: dict[str, Tensor]) -> Sparse | Dense | Scale:
     weights = cls(**{field.name: tensors.get(f"{index}.{field.name}") for field in dataclasses.fields(cls)})
+    if isinstance(weights, Dense) and weights.weight.dim() == 4:  # files hold tensors without their memory format
+        return dataclasses.replace(weights, weight=weights.weight.contiguous(memory_format=torch.channels_last))
     if isinstance(weights, Sparse):
         # The kernels look at the first and the last column of a row and rely on those between.
         for starts, columns in ((weights.starts, weights.columns), (weights.input_starts, weights.input_columns)):

@@ -82,7 +82,8 @@ class Source:
             bias = self._finite(bias.detach().clone())
         if self.kind == "dense":
             factor = scale.float().view(-1, *[1] * (weight.dim() - 1))
-            return Dense(self._finite(weight * factor if self.changes else weight.clone()), bias)
+            weight = self._finite(weight * factor if self.changes else weight.clone())
+            return Dense(weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight, bias)
         starts, columns, input_starts, input_columns, order = torch.ops.s2ap.sparse_pattern(weight, None, self.groups)
         rows = torch.repeat_interleave(torch.arange(len(weight)), starts.diff())
         values = weight.view(-1).index_select(0, rows * weight[0].numel() + columns)

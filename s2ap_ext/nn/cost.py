@@ -1,15 +1,17 @@
-"""Which convolutions are faster on their kept weights alone: a cost model of four numbers.
+"""Which convolutions are faster on their kept weights alone: a cost model of seven numbers.
 
-Dense time is arithmetic at the machine's dense rate. Sparse time is the kept part of the arithmetic at a lower rate, plus what does not
-shrink with the density: reading, packing and writing the activations. ``s2ap profile`` shows what the model predicts for a network beside
-what it measures, and ``s2ap profile --calibrate`` fits the numbers to this machine and keeps them in :func:`path`. The choice depends on
-these numbers alone and never on a measurement while training, so that a run's results do not depend on how busy the machine was.
+Dense time is arithmetic at the machine's dense rate, and reading weights and activations. Sparse time is the kept part of the arithmetic
+at a lower rate, looking up the kept weights, and what does not shrink with the density: reading, packing and writing the activations.
+``s2ap profile`` shows what the model predicts for a network beside what it measures, and ``s2ap profile --calibrate`` fits the numbers to
+this machine and keeps them in :func:`path`. The choice depends on these numbers alone and never on a measurement while training, so that a
+run's results do not depend on how busy the machine was.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -20,12 +22,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Rates:
-    """Of the machine, with all of torch's threads and float32: multiply-adds in 1e9 per second, and 1e9 activations per second that are
-    read or written. The defaults were measured on two cores with AVX2."""
+    """Of the machine, with all of torch's threads and float32, in 1e9 per second. The defaults are medians of five
+    calibrations on two cores with AVX2.
 
-    dense: float = 95.0
-    sparse: float = 35.0
-    activations: float = 1.4
+    Attributes:
+        dense, weights, dense_activations: multiply-adds, weights read, and numbers read and written by dense convolutions.
+        sparse, entries: multiply-adds and kept weights looked up by sparse ones.
+        activations, blocks: numbers that these read and write, packed for it, or in blocks.
+    """
+
+    dense: float = 85.0
+    weights: float = 1.9
+    dense_activations: float = 1.2
+    sparse: float = 30.0
+    entries: float = 0.4
+    activations: float = 1.05
+    blocks: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +46,7 @@ class Shape:
 
     multiply_adds: int  # of the dense convolution
     activations: int  # numbers read and written
+    weights: int
     batch: int
 
     @classmethod
@@ -42,29 +55,37 @@ class Shape:
 
     @classmethod
     def from_sizes(cls, weight: tuple[int, ...], x: tuple[int, ...], stride: tuple[int, ...]) -> Shape:
-        outputs = x[0] * (x[2] // stride[0]) * (x[3] // stride[1])
-        size = 1
-        for n in weight:
-            size *= n
-        return cls(outputs * size, x[0] * x[1] * x[2] * x[3] + outputs * weight[0], x[0])
+        outputs = x[0] * math.prod(-(-n // s) for n, s in zip(x[2:], stride, strict=True))
+        weights = math.prod(weight)
+        return cls(outputs * weights, math.prod(x) + outputs * weight[0], weights, x[0])
 
 
 SMALLEST = 20_000_000  # multiply-adds below which calling and placing entries would weigh too much
 
 
-def dense_seconds(shape: Shape, rates: Rates | None = None) -> float:
-    return shape.multiply_adds / (1e9 * (rates or load()).dense)
+Terms = dict[str, float]  # how much of what each rate is of
 
 
-def sparse_seconds(shape: Shape, density: float, rates: Rates | None = None) -> float:
+def dense_terms(shape: Shape) -> Terms:
+    return {"dense": shape.multiply_adds, "weights": shape.weights, "dense_activations": shape.activations}
+
+
+def sparse_terms(shape: Shape, density: float, *, blocks: bool = False, computed: float = 1.0) -> Terms:
+    """``blocks``: the activations lie in blocks. ``computed``: outputs that the kernel computes for each that is wanted."""
+    moved = {"blocks" if blocks else "activations": shape.activations}
+    return {"sparse": computed * density * shape.multiply_adds, "entries": density * shape.weights, **moved}
+
+
+def seconds(terms: Terms, rates: Rates | None = None) -> float:
     rates = rates or load()
-    return density * shape.multiply_adds / (1e9 * rates.sparse) + shape.activations / (1e9 * rates.activations)
+    return 1e-9 * sum(amount / getattr(rates, name) for name, amount in terms.items())
 
 
 def prefers_sparse(shape: Shape, density: float) -> bool:
+    """Of a layer that trains."""
     if shape.multiply_adds < SMALLEST or shape.batch < 8:
         return False
-    return sparse_seconds(shape, density) < dense_seconds(shape)
+    return seconds(sparse_terms(shape, density)) < seconds(dense_terms(shape))
 
 
 def path() -> Path:
@@ -82,7 +103,10 @@ def load() -> Rates:
     if not path().exists():
         return Rates()
     try:
-        rates = Rates(**json.loads(path().read_text(encoding="utf-8")))
+        kept = json.loads(path().read_text(encoding="utf-8"))
+        rates = Rates(**kept)
+        if kept.keys() != asdict(rates).keys():
+            raise ValueError(f"expected {', '.join(asdict(rates))}, got {', '.join(kept)}")
         if not all(isinstance(rate, int | float) and rate > 0 for rate in asdict(rates).values()):
             raise ValueError("expected numbers above 0")
     except (ValueError, TypeError) as error:

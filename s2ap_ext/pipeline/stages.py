@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._library import backend
 from ..analysis import layer_masks, mask_distance
 from ..attacks import accuracy, pgd
 from ..data import Batches, Dataset, Split, load_data, seeded_generator
@@ -27,6 +28,7 @@ from ..methods import METHODS, Method
 from ..models import build_model
 from ..nn import refresh, sparse_layers, train_weights
 from ..optim import AWP, S2AP
+from ..speed import latency
 from . import checkpoint, progress
 from .recipe import Recipe, Training, from_table, to_table
 from .run_folder import RESULTS, STATE, RunFolder
@@ -201,8 +203,10 @@ def run(session: Session, stages: Iterable[str] = tuple(STAGES)) -> list[dict[st
                 row = evaluate(recipe, session.data, model, name, show=session.show, stop=session.stop)
                 folder.log({"stage": "evaluate", **row, "seconds": seconds})
             rows += folder.find("evaluate", model=name)
-    layers = {name: int(mask.sum()) / mask.numel() for name, mask in layer_masks(model).items()}
-    results = {"recipe": recipe.name, "attack": describe_attack(recipe), "images": rows[-1]["images"], "rows": rows, "density": layers}
+        layers = {name: int(mask.sum()) / mask.numel() for name, mask in layer_masks(model).items()}
+        results = {"recipe": recipe.name, "attack": describe_attack(recipe), "images": rows[-1]["images"], "rows": rows, "density": layers}
+        if sparse_layers(model) and _device_of(model).type == "cpu" and backend().cpu == "C++":
+            results["latency"] = [asdict(row) for row in latency(model, session.data.shape)]
     checkpoint.write_json(folder.path / RESULTS, results)
     return rows
 

@@ -43,10 +43,26 @@ inline Machine machine(Isa isa, int threads) {
 // Every instruction set this machine has.
 inline std::vector<Isa> instruction_sets() {
   std::vector<Isa> sets;
+#ifdef __SANITIZE_THREAD__
+  sets.push_back(best_isa());  // for threads it makes no difference
+#else
   for (Isa isa : {Isa::kPlain, Isa::kAvx2, Isa::kAvx512}) {
     if (isa <= best_isa()) sets.push_back(isa);
   }
+#endif
   return sets;
+}
+
+// f<T>() for each type of elements. ThreadSanitizer looks at who touches what and when, which is alike for types of the same size,
+// and it is slow.
+template <class F>
+void for_each_type(const F& f) {
+  f.template operator()<float>();
+#ifndef __SANITIZE_THREAD__
+  f.template operator()<double>();
+  f.template operator()<Half>();
+#endif
+  f.template operator()<BFloat16>();
 }
 
 template <class T>

@@ -250,8 +250,5 @@ void test_tiles() {
 
 int main() {
   test_tiles();
-  test_dtype<float>();
-  test_dtype<double>();
-  test_dtype<Half>();
-  test_dtype<BFloat16>();
+  for_each_type([&]<class T>() { test_dtype<T>(); });
 }

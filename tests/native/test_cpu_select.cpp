@@ -82,8 +82,5 @@ void test_dtype() {
 }
 
 int main() {
-  test_dtype<float>();
-  test_dtype<double>();
-  test_dtype<Half>();
-  test_dtype<BFloat16>();
+  for_each_type([&]<class T>() { test_dtype<T>(); });
 }

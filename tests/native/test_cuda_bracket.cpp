@@ -201,10 +201,7 @@ void test_all(Random& random) {
 
 int main() {
   Random random(7);
-  test_all<float>(random);
-  test_all<double>(random);
-  test_all<Float16>(random);
-  test_all<BFloat16>(random);
+  for_each_type([&]<class T>() { test_all<T>(random); });
   test_two_passes_are_enough_for_a_tenth(random);
   test_every_grid_and_schedule(random);
   test_more_chunks_than_a_block_counts_at_once(random);

@@ -73,9 +73,6 @@ int main() {
   test_widening<BFloat16>();
   test_rounding<Float16>();
   test_rounding<BFloat16>();
-  test_digits<float>();
-  test_digits<double>();
-  test_digits<Float16>();
-  test_digits<BFloat16>();
+  for_each_type([&]<class T>() { test_digits<T>(); });
   std::puts("numbers: half precision and digits are right");
 }

@@ -226,20 +226,11 @@ void test_levels_of_sums(Random& random) {
 
 int main() {
   Random random(4);
-  test_kinds<float>(random);
-  test_kinds<double>(random);
-  test_kinds<Float16>(random);
-  test_kinds<BFloat16>(random);
-  test_formed_gradients_and_known_squares<float>(random);
-  test_formed_gradients_and_known_squares<double>(random);
-  test_formed_gradients_and_known_squares<Float16>(random);
-  test_formed_gradients_and_known_squares<BFloat16>(random);
+  for_each_type([&]<class T>() { test_kinds<T>(random); });
+  for_each_type([&]<class T>() { test_formed_gradients_and_known_squares<T>(random); });
   test_every_grid_and_schedule(random);
   test_counts(random);
-  test_nan_is_counted_and_ranks_first<float>(random);
-  test_nan_is_counted_and_ranks_first<double>(random);
-  test_nan_is_counted_and_ranks_first<Float16>(random);
-  test_nan_is_counted_and_ranks_first<BFloat16>(random);
+  for_each_type([&]<class T>() { test_nan_is_counted_and_ranks_first<T>(random); });
   test_levels_of_sums(random);
   std::puts("patterns: the kernels agree with naive loops");
 }

@@ -194,19 +194,10 @@ void test_levels_of_sums(Random& random) {
 
 int main() {
   Random random(2);
-  test_kinds<float>(random);
-  test_kinds<double>(random);
-  test_kinds<Float16>(random);
-  test_kinds<BFloat16>(random);
+  for_each_type([&]<class T>() { test_kinds<T>(random); });
   test_edges(random);
-  test_flips<float>(random);
-  test_flips<double>(random);
-  test_flips<Float16>(random);
-  test_flips<BFloat16>(random);
-  test_layers_with_a_bracket<float>(random);
-  test_layers_with_a_bracket<double>(random);
-  test_layers_with_a_bracket<Float16>(random);
-  test_layers_with_a_bracket<BFloat16>(random);
+  for_each_type([&]<class T>() { test_flips<T>(random); });
+  for_each_type([&]<class T>() { test_layers_with_a_bracket<T>(random); });
   test_every_grid_and_schedule(random);
   test_levels_of_sums(random);
   std::puts("perturb: the kernel agrees with the oracle");

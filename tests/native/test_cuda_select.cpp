@@ -128,20 +128,11 @@ void test_one_long_layer(Random& random) {
 
 int main() {
   Random random(1);
-  test_kinds<float>(random);
-  test_kinds<double>(random);
-  test_kinds<Float16>(random);
-  test_kinds<BFloat16>(random);
-  test_many_small_cases<float>(random);
-  test_many_small_cases<double>(random);
-  test_many_small_cases<Float16>(random);
-  test_many_small_cases<BFloat16>(random);
+  for_each_type([&]<class T>() { test_kinds<T>(random); });
+  for_each_type([&]<class T>() { test_many_small_cases<T>(random); });
   test_every_grid_and_schedule(random);
   test_counts_out_of_range_are_clamped(random);
-  test_nan_is_counted<float>(random);
-  test_nan_is_counted<double>(random);
-  test_nan_is_counted<Float16>(random);
-  test_nan_is_counted<BFloat16>(random);
+  for_each_type([&]<class T>() { test_nan_is_counted<T>(random); });
   test_as_many_layers_as_a_launch_takes(random);
   test_one_long_layer(random);
   std::puts("select: the kernel agrees with a stable sort");

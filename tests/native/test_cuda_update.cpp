@@ -46,9 +46,6 @@ void test_settings(Random& random) {
 
 int main() {
   Random random(3);
-  test_settings<float>(random);
-  test_settings<double>(random);
-  test_settings<Float16>(random);
-  test_settings<BFloat16>(random);
+  for_each_type([&]<class T>() { test_settings<T>(random); });
   std::puts("update: the kernel agrees with the oracle");
 }

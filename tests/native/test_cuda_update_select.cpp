@@ -173,18 +173,9 @@ void test_as_many_layers_as_a_launch_takes(Random& random) {
 
 int main() {
   Random random(5);
-  test_kinds<float>(random);
-  test_kinds<double>(random);
-  test_kinds<Float16>(random);
-  test_kinds<BFloat16>(random);
-  test_flips<float>(random);
-  test_flips<double>(random);
-  test_flips<Float16>(random);
-  test_flips<BFloat16>(random);
-  test_layers_with_a_bracket<float>(random);
-  test_layers_with_a_bracket<double>(random);
-  test_layers_with_a_bracket<Float16>(random);
-  test_layers_with_a_bracket<BFloat16>(random);
+  for_each_type([&]<class T>() { test_kinds<T>(random); });
+  for_each_type([&]<class T>() { test_flips<T>(random); });
+  for_each_type([&]<class T>() { test_layers_with_a_bracket<T>(random); });
   test_every_grid_and_schedule(random);
   test_as_many_layers_as_a_launch_takes(random);
   std::puts("update_select: the kernel agrees with the oracle");

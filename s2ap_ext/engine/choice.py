@@ -1,0 +1,77 @@
+"""Which layers of a network run on their kept weights: what :func:`s2ap_ext.engine.compile_sparse` does where nobody chooses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .._library import backend
+from ..nn import cost
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known of a convolution or linear layer when it is chosen how to run it.
+
+    Attributes:
+        name: in the model.
+        weight: its weight's shape.
+        density: the fraction of its weights that are not 0.
+        input, output: shapes of an image's activations, without the batch.
+        batch: images that run together: ``chunk`` of the network, or 1 where the images are too few for blocks.
+        stride, groups: of the convolution.
+    """
+
+    name: str
+    weight: tuple[int, ...]
+    density: float
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+    batch: int
+    stride: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+
+def lanes() -> int:
+    """Images in a block: the floats in a vector of this machine."""
+    if backend().cpu == "C++":
+        from .._C import lanes
+
+        return lanes()
+    return 8
+
+
+def cheapest(layers: Sequence[Layer]) -> dict[str, str]:
+    """``"sparse"`` or ``"dense"`` for each layer of a network, by the cost model (:mod:`s2ap_ext.nn.cost`); all of the same batch.
+
+    A convolution is sparse where that is faster, counting that a dense one among sparse ones has to take its activations out of their
+    blocks and to put them back. If the whole network is faster dense, all of it is dense.
+    """
+    if backend().cpu != "C++":
+        return {layer.name: "dense" for layer in layers}
+    costs = {layer.name: _seconds(layer) for layer in layers if len(layer.weight) == 4}
+    sparse = {name for name, (on_kept, dense, moved) in costs.items() if on_kept < dense + moved}
+    mixed = sum(on_kept if name in sparse else dense + moved for name, (on_kept, dense, moved) in costs.items())
+    if mixed >= sum(dense for _, dense, _ in costs.values()):
+        sparse = set()
+    return {layer.name: "sparse" if layer.name in sparse else "dense" for layer in layers}
+
+
+def _seconds(layer: Layer) -> tuple[float, float, float]:
+    """On the kept weights; dense; and of moving the activations into blocks or out of them."""
+    shape = cost.Shape.from_sizes(layer.weight, (layer.batch, *layer.input), layer.stride)
+    blocks = layer.batch >= lanes()
+    moved = cost.seconds({"activations": shape.activations}) if blocks else 0.0
+    on_kept = cost.sparse_terms(shape, layer.density, blocks=blocks, computed=computed(layer))
+    return cost.seconds(on_kept), cost.seconds(cost.dense_terms(shape)), moved
+
+
+def computed(layer: Layer) -> float:
+    """Outputs that the kernel computes for each that is wanted: whole vectors of images, or of positions of the padded plane."""
+    if layer.batch >= lanes():
+        return lanes() * -(-layer.batch // lanes()) / layer.batch
+    height, width = layer.output[1:]
+    spans = [-(-(k - 1) // s) for k, s in zip(layer.weight[2:], layer.stride, strict=True)]
+    positions = layer.batch * (height + spans[0]) * (width + spans[1])
+    return lanes() * math.ceil(positions / lanes()) / (layer.batch * height * width)
