@@ -133,14 +133,16 @@ S2AP_INLINE void assign(uint16_t& to, float x) { to = Element<BFloat16>::narrow(
 // Memory of one thread that grows to what it was asked for and stays: fresh memory would cost a page fault for every 4 KB in every call.
 enum class Scratch { kPacked, kResults, kGradient, kStarts, kColumns, kOffsets, kValues, kPlaces };
 
+constexpr int kScratchSlots = 4;  // of each kind, for what there is several of at a time
+
 template <class T = float>
-T* scratch(Scratch which, int64_t size) {
+T* scratch(Scratch which, int64_t size, int slot = 0) {
   struct Block {
     std::unique_ptr<std::byte[]> memory;
     int64_t size = 0;
   };
-  static thread_local Block blocks[static_cast<int>(Scratch::kPlaces) + 1];
-  Block& block = blocks[static_cast<int>(which)];
+  static thread_local Block blocks[static_cast<int>(Scratch::kPlaces) + 1][kScratchSlots];
+  Block& block = blocks[static_cast<int>(which)][slot];
   constexpr int64_t kAlignment = 64;
   const int64_t bytes = size * static_cast<int64_t>(sizeof(T)) + kAlignment;
   if (block.size < bytes) {
@@ -390,25 +392,26 @@ struct PlacedEntries {
   const int32_t* offsets;  // [entries]
   const float* values;     // [entries]
 
-  // tap_offset [taps]: offset of a tap's input, or kUnreached; channel: from one channel to the next; each: channels of a run.
+  // tap_offset [taps]: offset of a tap's input, or kUnreached; channel: from one channel to the next; each: channels of a run; slot: of the
+  // scratch memory that they are kept in.
   PlacedEntries(const Machine& machine, const Entries& entries, int64_t rows, int64_t channels, const std::vector<int64_t>& tap_offset,
-                int64_t channel, int64_t each) {
+                int64_t channel, int64_t each, int slot = 0) {
     const auto taps = static_cast<int64_t>(tap_offset.size());
     const bool whole = std::find(tap_offset.begin(), tap_offset.end(), Axis::kUnreached) == tap_offset.end();
-    const Entries kept = whole ? entries : reaching(machine, entries, rows, tap_offset);
+    const Entries kept = whole ? entries : reaching(machine, entries, rows, tap_offset, slot);
     values = kept.values;
     runs = (channels + each - 1) / each;
 
     const std::vector<int32_t> tap_offsets(tap_offset.begin(), tap_offset.end());  // those that are read fit
     const auto all = int64_t{kept.starts[rows]};
-    auto* const to = scratch<int32_t>(Scratch::kOffsets, all + 1);
+    auto* const to = scratch<int32_t>(Scratch::kOffsets, all + 1, slot);
     for_each(machine, (all + kChunk - 1) / kChunk, all, [&](int64_t i) {
       const int64_t first = i * kChunk;
       tile_loops(machine.isa).place({kept.columns + first, std::min(kChunk, all - first), taps, channel, tap_offsets.data(), to + first});
     });
     offsets = to;
 
-    auto* const places = scratch<int32_t>(Scratch::kPlaces, (runs + 1) * rows);
+    auto* const places = scratch<int32_t>(Scratch::kPlaces, (runs + 1) * rows, slot);
     for_each(machine, rows, rows * runs * 16, [&](int64_t r) {
       const int32_t *from = kept.columns + kept.starts[r], *const end = kept.columns + kept.starts[r + 1];
       for (int64_t run = 0; run < runs; ++run) {
@@ -424,13 +427,13 @@ struct PlacedEntries {
 
  private:
   // The entries of those taps that reach an output.
-  static Entries reaching(const Machine& machine, const Entries& entries, int64_t rows, const std::vector<int64_t>& tap_offset) {
+  static Entries reaching(const Machine& machine, const Entries& entries, int64_t rows, const std::vector<int64_t>& tap_offset, int slot) {
     const auto taps = static_cast<int64_t>(tap_offset.size()), all = int64_t{entries.starts[rows]};
     std::vector<uint8_t> reaches(tap_offset.size());
     for (int64_t tap = 0; tap < taps; ++tap) reaches[tap] = tap_offset[tap] != Axis::kUnreached;
-    auto* const starts = scratch<int32_t>(Scratch::kStarts, rows + 1);
-    auto* const columns = scratch<int32_t>(Scratch::kColumns, all + 1);
-    float* const values = scratch(Scratch::kValues, all + 1);
+    auto* const starts = scratch<int32_t>(Scratch::kStarts, rows + 1, slot);
+    auto* const columns = scratch<int32_t>(Scratch::kColumns, all + 1, slot);
+    float* const values = scratch(Scratch::kValues, all + 1, slot);
     const uint64_t part = ((uint64_t{1} << 32) + taps - 1) / taps;
     const auto reached = [&](int32_t j) -> int32_t {
       const auto column = static_cast<uint32_t>(entries.columns[j]);
@@ -683,73 +686,101 @@ inline bool reaches(const Axis& axis, int64_t halo) {
 }
 
 // Runs of input channels whose part of a tile's inputs stays in the first-level cache, but not so short that sums are loaded and stored for
-// next to nothing.
-inline int64_t channels_of_run(const Entries& entries, int64_t rows, int64_t channels, const Axis& y, const Axis& x, int64_t lanes) {
+// next to nothing. `per_channel`: entries of an output channel, for each input channel.
+inline int64_t channels_of_run(double per_channel, int64_t channels, const Axis& y, const Axis& x, int64_t lanes) {
   constexpr int64_t kInCache = 5 * 1024;  // floats
   constexpr double kWorthARun = 12;       // entries of an output channel
-  const double per_channel = static_cast<double>(entries.starts[rows]) / static_cast<double>(rows * channels);
   const int64_t in_cache = kInCache / ((y.span() + 1) * (x.span() + kWidest) * lanes);
   const int64_t run = std::max({int64_t{1}, in_cache, static_cast<int64_t>(kWorthARun / std::max(per_channel, 1e-3))});
   const int64_t runs = (channels + run - 1) / run;
   return (channels + runs - 1) / runs;
 }
 
-inline void block_pass(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, const Entries& entries,
-                       const Blocks<const float>& in, const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
+// The outputs that `y` and `x` describe, and the entries that reach them.
+struct BlockPass {
+  Axis y, x;
+  PlacedEntries placed;
+
+  BlockPass(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, const Entries& entries,
+            const Blocks<const float>& in, int64_t rows, int slot)
+      : y(y), x(x), placed(place(machine, shape, y, x, entries, in, rows, slot)) {}
+
+ private:
+  static PlacedEntries place(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, const Entries& entries,
+                             const Blocks<const float>& in, int64_t rows, int slot) {
+    const auto offsets = offsets_of_taps(shape, [&](int64_t ky, int64_t kx) {
+      const int64_t dy = y.shifts[ky], dx = x.shifts[kx];
+      return dy == Axis::kUnreached || dx == Axis::kUnreached ? Axis::kUnreached : dy * in.row() + dx * in.lanes;
+    });
+    const int64_t channels = in.channels / shape.groups;
+    const auto reaching = offsets.size() - std::count(offsets.begin(), offsets.end(), Axis::kUnreached);
+    const double share = static_cast<double>(reaching) / static_cast<double>(offsets.size());
+    const double per_channel = share * static_cast<double>(entries.starts[rows]) / static_cast<double>(rows * channels);
+    return {machine, entries, rows, channels, offsets, in.channel(), channels_of_run(per_channel, channels, y, x, in.lanes), slot};
+  }
+};
+
+// The outputs of several passes, which are each other's neighbours and read the same inputs: tile by tile they take turns, while both are in
+// the cache.
+inline void block_passes(const Machine& machine, const ConvShape& shape, const std::vector<BlockPass>& passes, int64_t entries,
+                         const Blocks<const float>& in, const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
   const TileLoops& loops = tile_loops(machine.isa);
   const int64_t rows = out.channels / shape.groups, channels = in.channels / shape.groups;
-  const auto offsets = offsets_of_taps(shape, [&](int64_t ky, int64_t kx) {
-    const int64_t dy = y.shifts[ky], dx = x.shifts[kx];
-    return dy == Axis::kUnreached || dx == Axis::kUnreached ? Axis::kUnreached : dy * in.row() + dx * in.lanes;
-  });
-  const PlacedEntries placed(machine, entries, out.channels, channels, offsets, in.channel(),
-                             channels_of_run(entries, out.channels, channels, y, x, in.lanes));
+  const int64_t tall = passes[0].y.outputs, wide = passes[0].x.outputs;  // the others have as many outputs or fewer
   const int64_t blocks = out.count * shape.groups;
-  const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (y.outputs + 1) / 2);
-  const int64_t work = work_of(out.count * y.outputs * x.outputs * out.lanes, rows, channels, entries.starts[out.channels]);
-  const int64_t across = (x.outputs + kWidest - 1) / kWidest;
+  const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (tall + 1) / 2);
+  const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, entries);
+  const int64_t across = (wide + kWidest - 1) / kWidest;
 
   for_each(machine, blocks * pieces, work, [&](int64_t task) {
     const int64_t piece = task % pieces, group = task / pieces % shape.groups, block = task / pieces / shape.groups;
-    const int64_t top = y.outputs * piece / pieces, bottom = y.outputs * (piece + 1) / pieces;
+    const int64_t top = tall * piece / pieces, bottom = tall * (piece + 1) / pieces;
     TileArgs args{};
-    args.in_row = y.in_step * in.row();
-    args.offsets = placed.offsets;
-    args.values = placed.values;
     args.first = group * rows;
     args.last = (group + 1) * rows;
     args.out_channel = out.channel();
-    args.out_row = y.out_step * out.row();
-    args.out_column = x.out_step * out.lanes;
     args.bias = epilogue.bias;
+    const auto run_tile = [&](const BlockPass& pass, int64_t oy, int64_t ox, int64_t height, int64_t width) {
+      const auto& [y, x, placed] = pass;
+      const TileLoop tile = (height == 2 ? loops.two_rows[x.in_step - 1].data() : loops.one_row[x.in_step - 1].data())[width - 1];
+      const auto place = [&](const auto& images) {
+        return images.data ? images.at(block, args.first, y.out_first + oy * y.out_step, x.out_first + ox * x.out_step) : nullptr;
+      };
+      args.in = in.at(block, group * channels, oy * y.in_step, ox * x.in_step);
+      args.in_row = y.in_step * in.row();
+      args.offsets = placed.offsets;
+      args.values = placed.values;
+      args.out = place(out);
+      args.out_row = y.out_step * out.row();
+      args.out_column = x.out_step * out.lanes;
+      for (int64_t run = 0; run < placed.runs; ++run) {
+        const bool last = run + 1 == placed.runs;
+        args.starts = placed.starts(run, out.channels);
+        args.ends = placed.starts(run + 1, out.channels);
+        args.resume = run > 0;
+        args.residual = last ? place(epilogue.residual) : nullptr;
+        args.relu = last && epilogue.relu;
+        args.gate = last ? place(epilogue.gate) : nullptr;
+        tile(args);
+      }
+    };
     for (int64_t oy = top, height; oy < bottom; oy += height) {
-      height = x.outputs <= kWidest / 2 && bottom - oy >= 2 ? 2 : 1;
+      height = wide <= kWidest / 2 && bottom - oy >= 2 ? 2 : 1;
       for (int64_t i = 0; i < across; ++i) {
-        const int64_t ox = x.outputs * i / across, width = x.outputs * (i + 1) / across - ox;
-        const TileLoop tile = (height == 2 ? loops.two_rows[x.in_step - 1].data() : loops.one_row[x.in_step - 1].data())[width - 1];
-        const auto place = [&](const auto& images) {
-          return images.data ? images.at(block, args.first, y.out_first + oy * y.out_step, x.out_first + ox * x.out_step) : nullptr;
-        };
-        args.in = in.at(block, group * channels, oy * y.in_step, ox * x.in_step);
-        args.out = place(out);
+        const int64_t ox = wide * i / across, width = wide * (i + 1) / across - ox;
+        const Axis& y = passes[0].y;
         if (oy + height < bottom) {  // the rows that the tile below this one reads beyond those of this one
           const int64_t below = std::max(oy * y.in_step + y.most() + 1, (oy + height) * y.in_step + y.least());
           for (int64_t c = group * channels; c < (group + 1) * channels; ++c) {
             for (int64_t row = below; row <= (oy + 2 * height - 1) * y.in_step + y.most() && row < in.height; ++row) {
-              const float* const later = in.at(block, c, row, ox * x.in_step);
-              for (int64_t i = 0; i < width * x.in_step * in.lanes; i += 16) __builtin_prefetch(later + i, 0, 2);
+              const float* const later = in.at(block, c, row, ox * passes[0].x.in_step);
+              for (int64_t k = 0; k < width * passes[0].x.in_step * in.lanes; k += 16) __builtin_prefetch(later + k, 0, 2);
             }
           }
         }
-        for (int64_t run = 0; run < placed.runs; ++run) {
-          const bool last = run + 1 == placed.runs;
-          args.starts = placed.starts(run, out.channels);
-          args.ends = placed.starts(run + 1, out.channels);
-          args.resume = run > 0;
-          args.residual = last ? place(epilogue.residual) : nullptr;
-          args.relu = last && epilogue.relu;
-          args.gate = last ? place(epilogue.gate) : nullptr;
-          tile(args);
+        for (const BlockPass& pass : passes) {
+          const int64_t tile_rows = std::min(height, pass.y.outputs - oy), tile_columns = std::min(width, pass.x.outputs - ox);
+          if (tile_rows > 0 && tile_columns > 0) run_tile(pass, oy, ox, tile_rows, tile_columns);
         }
       }
     }
@@ -758,12 +789,17 @@ inline void block_pass(const Machine& machine, const ConvShape& shape, const Axi
 
 inline void sparse_conv(const Machine& machine, const ConvShape& shape, const Entries& entries, const Blocks<const float>& in,
                         const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
-  block_pass(machine, shape, forward_axis(shape, 0), forward_axis(shape, 1), entries, in, epilogue, out);
+  const std::vector<BlockPass> passes{{machine, shape, forward_axis(shape, 0), forward_axis(shape, 1), entries, in, out.channels, 0}};
+  block_passes(machine, shape, passes, entries.starts[out.channels], in, epilogue, out);
 }
 
 inline void sparse_conv_input_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Blocks<const float>& grad,
                                    const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
-  for_each_residue(shape, [&](const Axis& y, const Axis& x) { block_pass(machine, shape, y, x, entries, grad, epilogue, out); });
+  std::vector<BlockPass> passes;
+  for_each_residue(shape, [&](const Axis& y, const Axis& x) {
+    passes.emplace_back(machine, shape, y, x, entries, grad, out.channels, static_cast<int>(passes.size()));
+  });
+  block_passes(machine, shape, passes, entries.starts[out.channels], grad, epilogue, out);
 }
 
 }  // namespace s2ap
