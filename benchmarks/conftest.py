@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import ROOFLINE, ROWS, SCALING, Clock, calls, limits, machine, peak_extra_bytes, table, write
+from measure import BREAK_EVEN, ROOFLINE, ROWS, SCALING, Clock, calls, limits, machine, peak_extra_bytes, table, write
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -116,6 +116,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
             from test_sparse_convolutions import roofline
 
             write(Path(file).with_name(f"{Path(file).stem}-roofline.png"), roofline(ROOFLINE, machine(), *limits()))
+        if BREAK_EVEN:
+            from test_sparse_networks import break_even
+
+            write(Path(file).with_name(f"{Path(file).stem}-break-even.png"), break_even(BREAK_EVEN, machine()))
         if SCALING:
             from test_scaling import plot
 

@@ -19,6 +19,7 @@ import s2ap_ext
 
 ROWS: list[dict] = []
 SCALING: list[dict] = []  # {"op", "n", "ms"}: what test_scaling.py measured
+BREAK_EVEN: list[dict] = []  # {"batch", "density", "speedup"}: what test_sparse_networks.py measured
 ROOFLINE: list[dict] = []  # {"layer", "density", "flops", "bytes", "seconds"}: what test_sparse_convolutions.py measured
 
 

@@ -4,10 +4,14 @@ pytest benchmarks/test_sparse_networks.py
 """
 
 import importlib.util
+import io
+import itertools
+import math
 
 import pytest
 import torch
 from baselines import mask_every_forward
+from measure import BREAK_EVEN, ROWS
 
 from s2ap_ext import AWP, S2AP, backend, densify, engine, sparsify
 from s2ap_ext.attacks import pgd
@@ -43,7 +47,7 @@ def test_inference(side_by_side, quick, batch, tmp_path):
     batch = min(batch, 9) if quick else batch
     x, _ = images(batch)
     xc = x.contiguous(memory_format=torch.channels_last)
-    densities = (0.1, 0.01) if quick else (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
+    densities = (0.5, 0.1) if quick else (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 
     def without_gradients(f):
         def run():
@@ -52,10 +56,18 @@ def test_inference(side_by_side, quick, batch, tmp_path):
 
         return run
 
-    functions = {}
+    functions, on_kept = {}, {}
     for density in densities:
-        fast = engine.compile_sparse(pruned(quick, 1 - density), x[:1])
+        model = pruned(quick, 1 - density)
+        fast = engine.compile_sparse(model, x[:1])
         functions[f"ours, {density:.1%} kept"] = lambda fast=fast: fast(x)
+        layers = fast.layers if batch >= 8 else fast.few_layers
+        if {kind for name, kind in layers.items() if name != "linear"} == {"sparse"}:
+            on_kept[density] = f"ours, {density:.1%} kept"
+        else:  # the default runs some layers dense, or all
+            sparse = engine.compile_sparse(model, x[:1], choose=lambda layer: "sparse")
+            on_kept[density] = f"all sparse, {density:.1%} kept"
+            functions[on_kept[density]] = lambda sparse=sparse: sparse(x)
     dense = pruned(quick, 0.95)
     last = pruned(quick, 0.95).to(memory_format=torch.channels_last)
     functions["eager, contiguous"] = lambda: dense(x)
@@ -67,7 +79,46 @@ def test_inference(side_by_side, quick, batch, tmp_path):
         functions["torch.compile, channels_last"] = lambda: compiled(xc)
     if session := _onnxruntime(dense, x, tmp_path / "dense.onnx"):
         functions["onnxruntime"] = lambda: session.run(None, {"x": x.numpy()})
-    side_by_side({name: without_gradients(f) for name, f in functions.items()}, rounds=7, what=f"inference, ResNet-18, batch {batch}")
+    functions = {name: without_gradients(f) for name, f in functions.items()}
+    medians = side_by_side(functions, rounds=7, what=f"inference, ResNet-18, batch {batch}")
+    dense = min(t for name, t in medians.items() if name.startswith(("eager", "torch.compile", "onnxruntime")))
+    speedups = {density: dense / medians[name] for density, name in on_kept.items()}
+    BREAK_EVEN.extend({"batch": batch, "density": density, "speedup": speedup} for density, speedup in speedups.items())
+    ROWS[-1]["note"] = f"On the kept weights alone it is as fast as the fastest dense form at a density of {_where_one(speedups)}."
+
+
+def _where_one(speedups):
+    """The density at which the speedup is 1, between two that were measured: a straight line in both logarithms."""
+    falling = sorted(speedups.items())
+    for (low, fast), (high, slow) in itertools.pairwise(falling):
+        if fast >= 1 > slow:
+            share = math.log(fast) / (math.log(fast) - math.log(slow))
+            return f"{math.exp(math.log(low) + share * (math.log(high) - math.log(low))):.0%}"
+    return f"above {falling[-1][0]:.0%}" if falling[-1][1] >= 1 else f"below {falling[0][0]:.1%}"
+
+
+def break_even(points, about):
+    """How many times faster than the fastest dense form the kept weights alone are, over the density, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1, color="#777777", linewidth=1)
+    for batch, marker, colour in zip(
+        sorted({p["batch"] for p in points}), "os^v", ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False
+    ):
+        mine = sorted((p["density"], p["speedup"]) for p in points if p["batch"] == batch)
+        axes.loglog(*zip(*mine, strict=True), marker=marker, color=colour, label=f"batch {batch}")
+    axes.set_xlabel("density, %")
+    axes.set_ylabel("times faster than the fastest dense form")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+    axes.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+    axes.set_title(f"Inference of ResNet-18 on the kept weights: {about['cpu']}", fontsize=10)
+    axes.grid(which="major", alpha=0.3)
+    axes.legend(fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    return image.getvalue()
 
 
 def _onnxruntime(model, x, path):
