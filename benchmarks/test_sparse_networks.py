@@ -129,6 +129,7 @@ def _onnxruntime(model, x, path):
     torch.onnx.export(model, (x,), str(path), input_names=["x"], dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads take the cores from whatever is timed next
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "sparse_blocks.h"
 #include "torch_binding.h"
 
 namespace s2ap {

@@ -42,6 +42,14 @@ def lanes() -> int:
     return 8
 
 
+FILLED = 0.6  # of a block's lanes: with fewer images, images beat blocks
+
+
+def in_blocks(images: int) -> bool:
+    """Whether so many images run in blocks."""
+    return images >= FILLED * lanes()
+
+
 def cheapest(layers: Sequence[Layer]) -> dict[str, str]:
     """``"sparse"`` or ``"dense"`` for each layer of a network, by the cost model (:mod:`s2ap_ext.nn.cost`); all of the same batch.
 
@@ -61,7 +69,7 @@ def cheapest(layers: Sequence[Layer]) -> dict[str, str]:
 def _seconds(layer: Layer) -> tuple[float, float, float]:
     """On the kept weights; dense; and of moving the activations into blocks or out of them."""
     shape = cost.Shape.from_sizes(layer.weight, (layer.batch, *layer.input), layer.stride)
-    blocks = layer.batch >= lanes()
+    blocks = in_blocks(layer.batch)
     moved = cost.seconds({"activations": shape.activations}) if blocks else 0.0
     on_kept = cost.sparse_terms(shape, layer.density, blocks=blocks, computed=computed(layer))
     return cost.seconds(on_kept), cost.seconds(cost.dense_terms(shape)), moved
@@ -69,7 +77,7 @@ def _seconds(layer: Layer) -> tuple[float, float, float]:
 
 def computed(layer: Layer) -> float:
     """Outputs that the kernel computes for each that is wanted: whole vectors of images, or of positions of the padded plane."""
-    if layer.batch >= lanes():
+    if in_blocks(layer.batch):
         return lanes() * -(-layer.batch // lanes()) / layer.batch
     height, width = layer.output[1:]
     spans = [-(-(k - 1) // s) for k, s in zip(layer.weight[2:], layer.stride, strict=True)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import nn as pruned_nn
 from ..nn.selection import Snapshot
 from .arena import Arenas
-from .choice import Layer, cheapest, lanes
+from .choice import Layer, cheapest, in_blocks, lanes
 from .lowering import DensePart, Lowered, lower
 from .program import Program, describe, fuse, joined, lay_out
 from .run import Run
@@ -22,7 +22,6 @@ from .trace import Graph, root_of, trace
 from .weights import PartSource, Source, evaluating
 
 CHUNK = 32  # images that run through the network together: their activations stay in the last-level cache
-FILLED = 0.6  # of a block's lanes: with fewer images, images beat blocks
 
 
 def compile_sparse(model: nn.Module, example: Tensor, *, choose: Callable[[Layer], str] | None = None, chunk: int = CHUNK) -> SparseNetwork:
@@ -219,16 +218,15 @@ class SparseNetwork(nn.Module):
 
     def _cuts(self, n: int) -> Iterator[slice]:
         """Pieces of at most ``chunk`` images; those at the end that fill too little of a block are one of their own."""
-        rest = n % self._lanes if n % self._lanes < FILLED * self._lanes else 0
+        rest = 0 if in_blocks(n % self._lanes) else n % self._lanes
         for first in range(0, n - rest, self.chunk):
             yield slice(first, min(n - rest, first + self.chunk))
         if rest:
             yield slice(n - rest, n)
 
     def _start(self, n: int) -> tuple[Program, Run]:
-        in_blocks = n >= FILLED * self._lanes
-        program = self._blocks if in_blocks else self._images
-        size = ("blocks", -(-n // self._lanes)) if in_blocks else ("images", n)
+        program = self._blocks if in_blocks(n) else self._images
+        size = ("blocks", -(-n // self._lanes)) if in_blocks(n) else ("images", n)
         return program, program.start(self._weights, self._arenas.of(size), n, self._lanes)
 
     def _run(self, x: Tensor, runs: list[tuple[slice, Program, Run]] | None) -> Tensor:

@@ -1,5 +1,6 @@
 // The sparse convolutions against naive sums in double: shapes, layouts, epilogues, instruction sets, and the same bits for any number of
 // threads.
+#include "cpu/sparse_blocks.h"
 #include "cpu/sparse_conv.h"
 #include "cpu/sparse_pattern.h"
 #include "cpu_cases.h"

@@ -1,0 +1,155 @@
+// sparse_conv and its gradient with respect to the input, on activations in blocks: what networks for inference and attacks compute with.
+// Nothing is packed; everything else is as in sparse_conv.h.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "sparse_entries.h"
+#include "sparse_shape.h"
+#include "tiles.h"
+
+namespace s2ap {
+
+// Activations in blocks: [batch / lanes][channels][height + 2 halo][width + 2 halo][lanes], the halo being zeros. Nothing needs to be
+// packed then: a tile reads its inputs where they are.
+template <class T>
+struct Blocks {
+  T* data = nullptr;
+  int64_t count = 0, channels = 0, height = 0, width = 0, halo = 0, lanes = 0;  // height and width: without the halo
+
+  int64_t row() const { return (width + 2 * halo) * lanes; }
+  int64_t channel() const { return (height + 2 * halo) * row(); }
+  T* at(int64_t block, int64_t c, int64_t y, int64_t x) const {
+    return data + (block * channels + c) * channel() + (y + halo) * row() + (x + halo) * lanes;
+  }
+};
+
+// Whether all that the pass reads lies within the halo.
+inline bool reaches(const Axis& axis, int64_t halo) {
+  for (int64_t shift : axis.shifts) {
+    if (shift == Axis::kUnreached) continue;
+    if (shift < -halo || (axis.outputs - 1) * axis.in_step + shift >= axis.in_size + halo) return false;
+  }
+  return true;
+}
+
+// Runs of input channels whose part of a tile's inputs stays in the first-level cache, but not so short that sums are loaded and stored for
+// next to nothing. `per_channel`: entries of an output channel, for each input channel.
+inline int64_t channels_of_run(double per_channel, int64_t channels, const Axis& y, const Axis& x, int64_t lanes) {
+  constexpr int64_t kInCache = 5 * 1024;  // floats
+  constexpr double kWorthARun = 12;       // entries of an output channel
+  const int64_t in_cache = kInCache / ((y.span() + 1) * (x.span() + kWidest) * lanes);
+  const int64_t run = std::max({int64_t{1}, in_cache, static_cast<int64_t>(kWorthARun / std::max(per_channel, 1e-3))});
+  const int64_t runs = (channels + run - 1) / run;
+  return (channels + runs - 1) / runs;
+}
+
+// The outputs that `y` and `x` describe, and the entries that reach them.
+struct BlockPass {
+  Axis y, x;
+  PlacedEntries placed;
+
+  BlockPass(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, const Entries& entries,
+            const Blocks<const float>& in, int64_t rows, int slot)
+      : y(y), x(x), placed(place(machine, shape, y, x, entries, in, rows, slot)) {}
+
+ private:
+  static PlacedEntries place(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, const Entries& entries,
+                             const Blocks<const float>& in, int64_t rows, int slot) {
+    const auto offsets = offsets_of_taps(shape, [&](int64_t ky, int64_t kx) {
+      const int64_t dy = y.shifts[ky], dx = x.shifts[kx];
+      return dy == Axis::kUnreached || dx == Axis::kUnreached ? Axis::kUnreached : dy * in.row() + dx * in.lanes;
+    });
+    const int64_t channels = in.channels / shape.groups;
+    const auto reaching = offsets.size() - std::count(offsets.begin(), offsets.end(), Axis::kUnreached);
+    const double share = static_cast<double>(reaching) / static_cast<double>(offsets.size());
+    const double per_channel = share * static_cast<double>(entries.starts[rows]) / static_cast<double>(rows * channels);
+    return {machine, entries, rows, channels, offsets, in.channel(), channels_of_run(per_channel, channels, y, x, in.lanes), slot};
+  }
+};
+
+// The outputs of several passes, which are each other's neighbours and read the same inputs: tile by tile they take turns, while both are in
+// the cache.
+inline void block_passes(const Machine& machine, const ConvShape& shape, const std::vector<BlockPass>& passes, int64_t entries,
+                         const Blocks<const float>& in, const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
+  const TileLoops& loops = tile_loops(machine.isa);
+  const int64_t rows = out.channels / shape.groups, channels = in.channels / shape.groups;
+  const int64_t tall = passes[0].y.outputs, wide = passes[0].x.outputs;  // the others have as many outputs or fewer
+  const int64_t blocks = out.count * shape.groups;
+  const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (tall + 1) / 2);
+  const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, entries);
+  const int64_t across = (wide + kWidest - 1) / kWidest;
+
+  for_each(machine, blocks * pieces, work, [&](int64_t task) {
+    const int64_t piece = task % pieces, group = task / pieces % shape.groups, block = task / pieces / shape.groups;
+    const int64_t top = tall * piece / pieces, bottom = tall * (piece + 1) / pieces;
+    TileArgs args{};
+    args.first = group * rows;
+    args.last = (group + 1) * rows;
+    args.out_channel = out.channel();
+    args.bias = epilogue.bias;
+    const auto run_tile = [&](const BlockPass& pass, int64_t oy, int64_t ox, int64_t height, int64_t width) {
+      const auto& [y, x, placed] = pass;
+      const TileLoop tile = (height == 2 ? loops.two_rows[x.in_step - 1].data() : loops.one_row[x.in_step - 1].data())[width - 1];
+      const auto place = [&](const auto& images) {
+        return images.data ? images.at(block, args.first, y.out_first + oy * y.out_step, x.out_first + ox * x.out_step) : nullptr;
+      };
+      args.in = in.at(block, group * channels, oy * y.in_step, ox * x.in_step);
+      args.in_row = y.in_step * in.row();
+      args.offsets = placed.offsets;
+      args.values = placed.values;
+      args.out = place(out);
+      args.out_row = y.out_step * out.row();
+      args.out_column = x.out_step * out.lanes;
+      for (int64_t run = 0; run < placed.runs; ++run) {
+        const bool last = run + 1 == placed.runs;
+        args.starts = placed.starts(run, out.channels);
+        args.ends = placed.starts(run + 1, out.channels);
+        args.resume = run > 0;
+        args.residual = last ? place(epilogue.residual) : nullptr;
+        args.relu = last && epilogue.relu;
+        args.gate = last ? place(epilogue.gate) : nullptr;
+        tile(args);
+      }
+    };
+    for (int64_t oy = top, height; oy < bottom; oy += height) {
+      height = wide <= kWidest / 2 && bottom - oy >= 2 ? 2 : 1;
+      for (int64_t i = 0; i < across; ++i) {
+        const int64_t ox = wide * i / across, width = wide * (i + 1) / across - ox;
+        const Axis& y = passes[0].y;
+        if (oy + height < bottom) {  // the rows that the tile below this one reads beyond those of this one
+          const int64_t below = std::max(oy * y.in_step + y.most() + 1, (oy + height) * y.in_step + y.least());
+          for (int64_t c = group * channels; c < (group + 1) * channels; ++c) {
+            for (int64_t row = below; row <= (oy + 2 * height - 1) * y.in_step + y.most() && row < in.height; ++row) {
+              const float* const later = in.at(block, c, row, ox * passes[0].x.in_step);
+              for (int64_t k = 0; k < width * passes[0].x.in_step * in.lanes; k += 16) __builtin_prefetch(later + k, 0, 2);
+            }
+          }
+        }
+        for (const BlockPass& pass : passes) {
+          const int64_t tile_rows = std::min(height, pass.y.outputs - oy), tile_columns = std::min(width, pass.x.outputs - ox);
+          if (tile_rows > 0 && tile_columns > 0) run_tile(pass, oy, ox, tile_rows, tile_columns);
+        }
+      }
+    }
+  });
+}
+
+inline void sparse_conv(const Machine& machine, const ConvShape& shape, const Entries& entries, const Blocks<const float>& in,
+                        const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
+  const std::vector<BlockPass> passes{{machine, shape, forward_axis(shape, 0), forward_axis(shape, 1), entries, in, out.channels, 0}};
+  block_passes(machine, shape, passes, entries.starts[out.channels], in, epilogue, out);
+}
+
+inline void sparse_conv_input_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Blocks<const float>& grad,
+                                   const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
+  std::vector<BlockPass> passes;
+  for_each_residue(shape, [&](const Axis& y, const Axis& x) {
+    passes.emplace_back(machine, shape, y, x, entries, grad, out.channels, static_cast<int>(passes.size()));
+  });
+  block_passes(machine, shape, passes, entries.starts[out.channels], grad, epilogue, out);
+}
+
+}  // namespace s2ap

@@ -1,0 +1,98 @@
+// What a sparse convolution is of: sizes, activations, kept entries, and along each axis which inputs an output reads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace s2ap {
+
+// A convolution: sizes as torch has them. Index 0 is the vertical axis, 1 the horizontal one.
+struct ConvShape {
+  int64_t batch, in_channels, out_channels, groups;
+  int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
+
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+};
+
+// A tensor of logical shape (N, C, H, W), by its strides in elements. Null data: there is none.
+template <class T>
+struct Images {
+  T* data = nullptr;
+  int64_t n = 0, c = 0, h = 0, w = 0;
+};
+
+// The kept entries. Rows are the channels that are written, columns flat indices into (channels that are read within the group, taps).
+struct Entries {
+  const int32_t* starts;   // [rows + 1]
+  const int32_t* columns;  // [entries], ascending within a row
+  const float* values;     // [entries]; not for weight gradients
+};
+
+// What follows the sums: + bias + residual, ReLU, and 0 where `gate` is 0 or less. NaN stays. Images are of the output's size.
+template <class Images>
+struct Epilogue {
+  const float* bias = nullptr;  // [channels]
+  Images residual = {};
+  bool relu = false;
+  Images gate = {};
+};
+
+// Along one axis: output i of a pass is at out_first + i * out_step and reads input i * in_step + shift of each tap that reaches it.
+struct Axis {
+  static constexpr int64_t kUnreached = INT64_MIN;
+  int64_t in_size, outputs, in_step, out_first, out_step;
+  std::vector<int64_t> shifts;  // of each kernel row or column
+  // Of the shifts that are there: shift = quotient * in_step + phase.
+  std::vector<int64_t> phases;
+  int64_t first = 0, last = 0;  // quotients
+
+  void derive() {
+    bool any = false;
+    for (int64_t shift : shifts) {
+      if (shift == kUnreached) continue;
+      const int64_t q = quotient(shift), phase = shift - q * in_step;
+      first = any ? std::min(first, q) : q;
+      last = any ? std::max(last, q) : q;
+      any = true;
+      if (std::find(phases.begin(), phases.end(), phase) == phases.end()) phases.push_back(phase);
+    }
+    if (!any) phases.push_back(0);
+  }
+  int64_t quotient(int64_t shift) const { return shift >= 0 ? shift / in_step : -((-shift + in_step - 1) / in_step); }
+  int64_t phase_index(int64_t shift) const {
+    return std::find(phases.begin(), phases.end(), shift - quotient(shift) * in_step) - phases.begin();
+  }
+  int64_t span() const { return last - first; }
+  int64_t least() const { return first * in_step; }
+  int64_t most() const { return last * in_step + in_step - 1; }
+};
+
+inline Axis forward_axis(const ConvShape& s, int axis) {
+  Axis a{s.in_size[axis], s.out_size[axis], s.stride[axis], 0, 1, {}, {}};
+  for (int64_t k = 0; k < s.kernel[axis]; ++k) a.shifts.push_back(k * s.dilation[axis] - s.padding[axis]);
+  a.derive();
+  return a;
+}
+
+// The input's positions residue, residue + stride, ...
+inline Axis backward_axis(const ConvShape& s, int axis, int64_t residue) {
+  const int64_t stride = s.stride[axis];
+  Axis a{s.out_size[axis], (s.in_size[axis] - residue + stride - 1) / stride, 1, residue, stride, {}, {}};
+  for (int64_t k = 0; k < s.kernel[axis]; ++k) {
+    const int64_t at = residue + s.padding[axis] - k * s.dilation[axis];
+    a.shifts.push_back(at % stride == 0 ? at / stride : Axis::kUnreached);
+  }
+  a.derive();
+  return a;
+}
+
+// f(y, x) for the passes that a gradient with respect to the input consists of.
+template <class F>
+void for_each_residue(const ConvShape& shape, const F& f) {
+  for (int64_t y = 0; y < std::min(shape.stride[0], shape.in_size[0]); ++y) {
+    for (int64_t x = 0; x < std::min(shape.stride[1], shape.in_size[1]); ++x) f(backward_axis(shape, 0, y), backward_axis(shape, 1, x));
+  }
+}
+
+}  // namespace s2ap
