@@ -35,12 +35,22 @@ inline bool reaches(const Axis& axis, int64_t halo) {
   return true;
 }
 
+// How the outputs of a pass are cut into tiles: rows of a tile, tiles side by side.
+struct BlockTiles {
+  int64_t tall, across;
+  explicit BlockTiles(const Axis& x) : tall(x.outputs <= kWidest / 2 ? 2 : 1), across((x.outputs + kWidest - 1) / kWidest) {}
+};
+
 // Runs of input channels whose part of a tile's inputs stays in the first-level cache, but not so short that sums are loaded and stored for
 // next to nothing. `per_channel`: entries of an output channel, for each input channel.
 inline int64_t channels_of_run(double per_channel, int64_t channels, const Axis& y, const Axis& x, int64_t lanes) {
   constexpr int64_t kInCache = 5 * 1024;  // floats
-  constexpr double kWorthARun = 12;       // entries of an output channel
-  const int64_t in_cache = kInCache / ((y.span() + 1) * (x.span() + kWidest) * lanes);
+  constexpr double kWorthARun = 24;       // entries of an output channel
+  const BlockTiles tiles(x);
+  const int64_t wide = (x.outputs + tiles.across - 1) / tiles.across;
+  const int64_t rows = (tiles.tall - 1) * y.in_step + y.most() - y.least() + 1;
+  const int64_t columns = (wide - 1) * x.in_step + x.most() - x.least() + 1;
+  const int64_t in_cache = kInCache / (rows * columns * lanes);
   const int64_t run = std::max({int64_t{1}, in_cache, static_cast<int64_t>(kWorthARun / std::max(per_channel, 1e-3))});
   const int64_t runs = (channels + run - 1) / run;
   return (channels + runs - 1) / runs;
@@ -80,7 +90,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
   const int64_t blocks = out.count * shape.groups;
   const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (tall + 1) / 2);
   const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, entries);
-  const int64_t across = (wide + kWidest - 1) / kWidest;
+  const auto [most_rows, across] = BlockTiles(passes[0].x);
 
   for_each(machine, blocks * pieces, work, [&](int64_t task) {
     const int64_t piece = task % pieces, group = task / pieces % shape.groups, block = task / pieces / shape.groups;
@@ -115,7 +125,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
       }
     };
     for (int64_t oy = top, height; oy < bottom; oy += height) {
-      height = wide <= kWidest / 2 && bottom - oy >= 2 ? 2 : 1;
+      height = std::min(most_rows, bottom - oy);
       for (int64_t i = 0; i < across; ++i) {
         const int64_t ox = wide * i / across, width = wide * (i + 1) / across - ox;
         const Axis& y = passes[0].y;

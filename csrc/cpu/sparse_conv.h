@@ -42,10 +42,48 @@ inline PlacedEntries place_in(const Layout& layout, const Machine& machine, cons
   return {machine, entries, rows, channels, offsets, layout.channel(), channels};
 }
 
+// Where the results of a pass belong, and what follows the sums there.
 template <class T>
-bool lies_as(const Images<const T>& images, const Images<T>& out) {
-  return images.data == nullptr || (images.n == out.n && images.c == out.c && images.h == out.h && images.w == out.w);
-}
+struct Results {
+  const Axis &y, &x;
+  const Epilogue<Images<const T>>& epilogue;
+  const Images<T>& out;
+
+  template <class U>
+  U* at(const Images<U>& images, int64_t n, int64_t channel, int64_t oy, int64_t ox) const {
+    if (images.data == nullptr) return nullptr;
+    return images.data + n * images.n + channel * images.c + (y.out_first + oy * y.out_step) * images.h +
+           (x.out_first + ox * x.out_step) * images.w;
+  }
+
+  bool alike() const {
+    const auto as_out = [&](const Images<const T>& images) {
+      return images.data == nullptr || (images.n == out.n && images.c == out.c && images.h == out.h && images.w == out.w);
+    };
+    return as_out(epilogue.residual) && as_out(epilogue.gate);
+  }
+
+  // from[0], from[step] and on are the `count` sums of one row, from (n, channel, oy, ox) on.
+  void write(const float* from, int64_t step, int64_t count, int64_t n, int64_t channel, int64_t oy, int64_t ox) const {
+    const T *const residual = at(epilogue.residual, n, channel, oy, ox), *const gate = at(epilogue.gate, n, channel, oy, ox);
+    T* const to = at(out, n, channel, oy, ox);
+    const auto finished = [&](int64_t i, int64_t residual_at, int64_t gate_at) {
+      float result = from[i * step];
+      if (residual) result += as_float(residual[residual_at]);
+      if (epilogue.relu) result = result < 0 ? 0 : result;
+      if (gate) result = as_float(gate[gate_at]) <= 0 ? 0 : result;
+      return result;
+    };
+    const int64_t across = out.w * x.out_step;
+    if (step == 1 && across == 1 && alike()) {  // so that it vectorises
+      for (int64_t i = 0; i < count; ++i) assign(to[i], finished(i, i, i));
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        assign(to[i * across], finished(i, i * epilogue.residual.w * x.out_step, i * epilogue.gate.w * x.out_step));
+      }
+    }
+  }
+};
 
 // One pass: writes the outputs that `y` and `x` describe, for all channels.
 template <class T>
@@ -55,24 +93,18 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
   const int64_t lanes = s2ap::lanes(machine.isa), group_rows = rows / shape.groups, group_channels = channels / shape.groups;
   const Layout layout(y, x, shape.batch, group_channels, lanes);
   const PlacedEntries placed = place_in(layout, machine, entries, rows, group_channels, shape);
+  const Results<T> results{y, x, epilogue, out};
+  // Where a vector of results lies in memory as in a register, tiles write it.
+  const bool vectors = std::is_same_v<T, float> && layout.by_images() && out.n == 1 && results.alike();
   // Where there are fewer pieces than threads can share, rows are shared out too; a piece is then packed again for each share.
-  const int64_t together = layout.together(), batches = (layout.pieces() + together - 1) / together, pieces = batches * shape.groups;
-  const int64_t shares = std::clamp<int64_t>(machine.threads / pieces, 1, std::max<int64_t>(1, group_rows / 8));
+  const int64_t together = layout.together(), tasks = (layout.pieces() + together - 1) / together * shape.groups;
+  const int64_t shares = std::clamp<int64_t>(machine.threads / tasks, 1, std::max<int64_t>(1, group_rows / 8));
   const int64_t work = work_of(shape.batch * y.outputs * x.outputs, rows, channels, entries.starts[rows]);
 
-  for_each(machine, pieces * shares, work, [&](int64_t task) {
-    const int64_t share = task % shares, group = task / shares % shape.groups;
-    const int64_t first = group * group_rows + group_rows * share / shares, last = group * group_rows + group_rows * (share + 1) / shares;
+  const auto run = [&](const Layout::Piece& p, int64_t group, int64_t first, int64_t last) {
     float* const packed = scratch(Scratch::kPacked, layout.packed());
-    const int64_t batch = task / shares / shape.groups;
-    for (int64_t piece = batch * together; piece < std::min(layout.pieces(), (batch + 1) * together); ++piece) {
-    const typename Layout::Piece p = layout.piece(piece);
     layout.pack(in, group * group_channels, p, packed);
 
-    constexpr bool kFloat = std::is_same_v<T, float>;
-    const Images<const T>&residual = epilogue.residual, &gate = epilogue.gate;
-    const bool direct = kFloat && layout.by_images() && p.images == lanes && out.n == 1 && lies_as(residual, out) && lies_as(gate, out);
-    constexpr int64_t kTogether = 16;  // rows whose results wait to be written
     layout.for_each_tile(p, [&](int64_t tile_rows, int64_t tile_columns, int64_t ty, int64_t tx) {
       const TileLoop tile = (tile_rows == 2 ? loops.two_rows[0].data() : loops.one_row[0].data())[tile_columns - 1];
       TileArgs args{};
@@ -83,75 +115,53 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
       args.offsets = placed.offsets;
       args.values = placed.values;
       args.bias = epilogue.bias;
-      if constexpr (kFloat) {
-        if (direct) {
-          const auto place = [&](const auto& images) {
-            return images.data + p.n0 + first * images.c + (y.out_first + (p.y0 + ty) * y.out_step) * images.h +
-                   (x.out_first + (p.x0 + tx) * x.out_step) * images.w;
-          };
+      if constexpr (std::is_same_v<T, float>) {
+        if (vectors && p.images == lanes) {
+          const auto place = [&](const auto& images) { return results.at(images, p.n0, first, p.y0 + ty, p.x0 + tx); };
           args.first = first;
           args.last = last;
           args.out = place(out);
           args.out_channel = out.c;
           args.out_row = out.h * y.out_step;
           args.out_column = out.w * x.out_step;
-          args.residual = residual.data ? place(residual) : nullptr;
-          args.gate = gate.data ? place(gate) : nullptr;
+          args.residual = place(epilogue.residual);
+          args.gate = place(epilogue.gate);
           args.relu = epilogue.relu;
           tile(args);
           return;
         }
       }
+      constexpr int64_t kTogether = 16;  // rows whose sums wait to be written
       const int64_t size = tile_rows * tile_columns * lanes;
-      float* const results = scratch(Scratch::kResults, kTogether * kWidest * lanes);
-      args.out = results;
+      float* const sums = scratch(Scratch::kResults, kTogether * kWidest * lanes);
+      args.out = sums;
       args.out_channel = size;
       args.out_row = tile_columns * lanes;
       args.out_column = lanes;
-      // `count` results of one output row; (n, oy, ox) is where the first belongs.
-      const auto write = [&](int64_t row, const float* from, int64_t step, int64_t count, int64_t n, int64_t oy, int64_t ox) {
-        const int64_t at_y = y.out_first + oy * y.out_step, at_x = x.out_first + ox * x.out_step;
-        const auto place = [&](const auto& images) {
-          return images.data ? images.data + n * images.n + row * images.c + at_y * images.h + at_x * images.w : nullptr;
-        };
-        const T *const other = place(residual), *const open = place(gate);
-        const auto finish = [&](int64_t i, int64_t other_at, int64_t open_at) {
-          float result = from[i * step];
-          if (other) result += as_float(other[other_at]);
-          if (epilogue.relu) result = result < 0 ? 0 : result;
-          if (open) result = as_float(open[open_at]) <= 0 ? 0 : result;
-          return result;
-        };
-        T* const to = place(out);
-        const int64_t across = out.w * x.out_step;
-        if (step == 1 && across == 1 && lies_as(residual, out) && lies_as(gate, out)) {  // so that it vectorises
-          for (int64_t i = 0; i < count; ++i) assign(to[i], finish(i, i, i));
-        } else {
-          for (int64_t i = 0; i < count; ++i) {
-            assign(to[i * across], finish(i, i * residual.w * x.out_step, i * gate.w * x.out_step));
-          }
-        }
-      };
       for (args.first = first; args.first < last; args.first = args.last) {
         args.last = std::min(last, args.first + kTogether);
         tile(args);
         for (int64_t row = args.first; row < args.last; ++row) {
-          const float* const result = results + (row - args.first) * size;
+          const float* const sum = sums + (row - args.first) * size;
           if (layout.by_images()) {
             for (int64_t r = 0; r < tile_rows; ++r) {
-              const float* const line = result + r * tile_columns * lanes;
-              for (int64_t n = 0; n < p.images; ++n) write(row, line + n, lanes, tile_columns, p.n0 + n, p.y0 + ty + r, p.x0 + tx);
+              const float* const line = sum + r * args.out_row;
+              for (int64_t n = 0; n < p.images; ++n) results.write(line + n, lanes, tile_columns, p.n0 + n, row, p.y0 + ty + r, p.x0 + tx);
             }
           } else {
             const int64_t from = p.f0 + tx * lanes, to = std::min(p.f1, from + size);
             layout.for_each_run(from, to, [&](int64_t at, int64_t n, int64_t line, int64_t column, int64_t count) {
-              if (line < y.outputs) write(row, result + at, 1, std::min(count, x.outputs - column), n, line, column);
+              if (line < y.outputs) results.write(sum + at, 1, std::min(count, x.outputs - column), n, row, line, column);
             });
           }
         }
       }
     });
-    }
+  };
+  for_each(machine, tasks * shares, work, [&](int64_t task) {
+    const int64_t share = task % shares, group = task / shares % shape.groups, begin = task / shares / shape.groups * together;
+    const int64_t first = group * group_rows + group_rows * share / shares, last = group * group_rows + group_rows * (share + 1) / shares;
+    for (int64_t i = begin; i < std::min(layout.pieces(), begin + together); ++i) run(layout.piece(i), group, first, last);
   });
 }
 
@@ -177,7 +187,8 @@ template <class T>
 void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Images<const T>& in,
                              const Images<const T>& grad, float* sums) {
   const TileLoops& loops = tile_loops(machine.isa);
-  const int64_t lanes = s2ap::lanes(machine.isa), group_rows = shape.out_channels / shape.groups, group_channels = shape.in_channels / shape.groups;
+  const int64_t lanes = s2ap::lanes(machine.isa);
+  const int64_t group_rows = shape.out_channels / shape.groups, group_channels = shape.in_channels / shape.groups;
   const Axis y = forward_axis(shape, 0), x = forward_axis(shape, 1);
   const Layout layout(y, x, shape.batch, group_channels, lanes);
   const PlacedEntries placed = place_in(layout, machine, entries, shape.out_channels, group_channels, shape);
