@@ -7,15 +7,13 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <numeric>
+#include <map>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "cpu/element.h"
-#include "cpu/machine.h"
-#include "plan.h"
+#include "cpu/loops.h"
 
 #define EXPECT(condition, ...)                                                      \
   do {                                                                              \
@@ -26,6 +24,15 @@
       std::exit(1);                                                                 \
     }                                                                               \
   } while (0)
+
+namespace s2ap {
+
+extern template const Loops<float>& loops<float>(Isa);
+extern template const Loops<double>& loops<double>(Isa);
+extern template const Loops<Half>& loops<Half>(Isa);
+extern template const Loops<BFloat16>& loops<BFloat16>(Isa);
+
+}  // namespace s2ap
 
 namespace cases {
 
@@ -53,6 +60,26 @@ inline std::vector<Isa> instruction_sets() {
   return sets;
 }
 
+// What one thread does by itself is nothing to ThreadSanitizer.
+#ifdef __SANITIZE_THREAD__
+constexpr bool kOnlySharing = true;
+#else
+constexpr bool kOnlySharing = false;
+#endif
+
+// f(machine) for every instruction set, with each number of threads.
+template <class F>
+void for_each_machine(const std::vector<int>& threads, const F& f) {
+  for (Isa isa : instruction_sets()) {
+    for (int count : threads) {
+      if (!kOnlySharing || count > 1) f(machine(isa, count));
+    }
+  }
+}
+
+// A single layer of n elements need not be looked at.
+inline bool stays_on_one_thread(int64_t n) { return kOnlySharing && n < kElementsPerThread; }
+
 // f<T>() for each type of elements. ThreadSanitizer looks at who touches what and when, which is alike for types of the same size,
 // and it is slow.
 template <class F>
@@ -74,8 +101,8 @@ std::string name() {
 
 template <class T>
 std::vector<BitsOf<T>> stored(const std::vector<double>& values) {
-  std::vector<BitsOf<T>> bits;
-  for (double x : values) bits.push_back(Element<T>::narrow(static_cast<ComputeOf<T>>(x)));
+  std::vector<BitsOf<T>> bits(values.size());
+  for (size_t i = 0; i < bits.size(); ++i) bits[i] = Element<T>::narrow(static_cast<ComputeOf<T>>(values[i]));
   return bits;
 }
 
@@ -84,11 +111,18 @@ double value(BitsOf<T> bits) {
   return static_cast<double>(Element<T>::widen(bits));
 }
 
+// The first n of a sequence that is drawn once.
 inline std::vector<double> normal(int64_t n, uint64_t seed, double scale = 1) {
-  std::mt19937_64 random(seed);
-  std::normal_distribution<double> distribution(0, scale);
-  std::vector<double> x(n);
-  for (double& v : x) v = distribution(random);
+  static std::map<uint64_t, std::vector<double>> sequences;
+  std::vector<double>& drawn = sequences[seed];
+  if (static_cast<int64_t>(drawn.size()) < n) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<double> distribution;
+    drawn.resize(n);
+    for (double& v : drawn) v = distribution(random);
+  }
+  std::vector<double> x(drawn.begin(), drawn.begin() + n);
+  for (double& v : x) v *= scale;
   return x;
 }
 
@@ -133,82 +167,176 @@ inline std::vector<int64_t> hard_counts(int64_t n) {
 }
 
 struct Selected {
-  std::vector<bool> mask;
+  std::vector<uint8_t> mask;
   int64_t key = 0, index = 0, nans = 0;
 };
 
-// By a stable sort of the magnitudes; NaN ranks above infinity.
+// Bits of |x| as float64, which rank as the numbers do; every NaN is one and the same, and ranks above infinity.
+inline uint64_t magnitude(double x) { return std::isnan(x) ? uint64_t{0x7ff8000000000000} : std::bit_cast<uint64_t>(std::abs(x)); }
+
+using Ranked = std::vector<std::pair<uint64_t, int64_t>>;  // how large, and the index of what is: of equal ones the last ranks first
+
+// Marks the `kept` largest in a mask of zeros. Returns the index of the least of them.
+inline int64_t keep_largest(Ranked& ranked, int64_t kept, std::vector<uint8_t>& mask) {
+  const auto cut = ranked.end() - kept;
+  std::nth_element(ranked.begin(), cut, ranked.end());
+  for (auto place = cut; place != ranked.end(); ++place) mask[place->second] = 1;
+  return kept > 0 ? cut->second : 0;
+}
+
 template <class T>
 Selected oracle_select(const std::vector<BitsOf<T>>& scores, int64_t kept) {
-  const auto n = static_cast<int64_t>(scores.size());
-  const auto rank = [&](int64_t i) { return std::abs(value<T>(scores[i])); };
-  std::vector<int64_t> order(n);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return !std::isnan(rank(a)) && (std::isnan(rank(b)) || rank(a) < rank(b));
-  });
   Selected result;
-  result.mask.resize(n);
-  for (int64_t i = n - kept; i < n; ++i) result.mask[order[i]] = true;
-  for (int64_t i = 0; i < n; ++i) result.nans += std::isnan(rank(i));
+  result.mask.resize(scores.size());
+  Ranked ranked(scores.size());
+  for (size_t i = 0; i < scores.size(); ++i) {
+    const double x = value<T>(scores[i]);
+    ranked[i] = {magnitude(x), i};
+    result.nans += std::isnan(x);
+  }
+  const int64_t cut = keep_largest(ranked, kept, result.mask);
   if (kept == 0) {
     result.key = INT64_MAX;
-  } else if (kept < n) {
-    result.index = order[n - kept];
-    const ComputeOf<T> cut = std::abs(Element<T>::widen(scores[result.index]));
-    if (sizeof(cut) == 8) {
-      result.key = std::bit_cast<int64_t>(static_cast<double>(cut));
+  } else if (kept < static_cast<int64_t>(scores.size())) {
+    result.index = cut;
+    const ComputeOf<T> least = std::abs(Element<T>::widen(scores[cut]));
+    if (sizeof(least) == 8) {
+      result.key = std::bit_cast<int64_t>(static_cast<double>(least));
     } else {
-      result.key = std::bit_cast<int32_t>(static_cast<float>(cut));
+      result.key = std::bit_cast<int32_t>(static_cast<float>(least));
     }
   }
   return result;
 }
 
-// The order of reference.sum_of_squares, literally.
+// What a kernel leaves of a layer.
+template <class T>
+struct Outcome {
+  std::vector<int64_t> row;
+  std::vector<BitsOf<T>> masked;
+};
+
+template <class T>
+Outcome<T> outcome(const Selected& after, const std::vector<BitsOf<T>>& weight, int64_t flips = 0, int64_t signs = 0) {
+  Outcome<T> expected{{after.key, after.index, after.nans, flips, signs}, weight};
+  for (size_t i = 0; i < weight.size(); ++i) {
+    if (!after.mask[i]) expected.masked[i] = 0;
+  }
+  return expected;
+}
+
+inline int64_t count_flips(const Selected& before, const Selected& after) {
+  int64_t flips = 0;
+  for (size_t i = 0; i < after.mask.size(); ++i) flips += before.mask[i] != after.mask[i];
+  return flips;
+}
+
+// As many layers of rubbish as there are cases.
+template <class T, class Case>
+std::vector<std::vector<BitsOf<T>>> unwritten(const std::vector<Case>& all) {
+  std::vector<std::vector<BitsOf<T>>> masked;
+  for (const Case& c : all) masked.emplace_back(c.scores.size(), BitsOf<T>{0x55});
+  return masked;
+}
+
+template <class T>
+void expect_outcome(const Outcome<T>& expected, const int64_t* row, const std::vector<BitsOf<T>>& masked, const Machine& machine,
+                    const std::string& what) {
+  const auto where = [&] {
+    return name<T>() + ", isa " + std::to_string(static_cast<int>(machine.isa)) + ", " + std::to_string(machine.threads) + " threads, " +
+           what;
+  };
+  for (int column = 0; column < kCutColumns; ++column) {
+    EXPECT(row[column] == expected.row[column], "%s: column %d: %lld, not %lld", where().c_str(), column,
+           static_cast<long long>(row[column]), static_cast<long long>(expected.row[column]));
+  }
+  EXPECT(masked == expected.masked, "%s: element %td", where().c_str(),
+         std::mismatch(masked.begin(), masked.end(), expected.masked.begin()).first - masked.begin());
+}
+
+// The order of reference.sum_of_squares, literally, but for the zeros that fill up the last chunk.
 inline double oracle_sum(std::vector<double> partial) {
   while (partial.size() > 1) {
-    partial.resize((partial.size() + kChunk - 1) / kChunk * kChunk);
     std::vector<double> sums;
-    for (size_t chunk = 0; chunk < partial.size(); chunk += kChunk) {
-      std::vector<double> lanes(kLanes);
-      for (int64_t i = 0; i < kChunk; ++i) lanes[i % kLanes] += partial[chunk + i];
-      while (lanes.size() > 1) {
-        const size_t half = lanes.size() / 2;
-        for (size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-        lanes.resize(half);
+    for (size_t begin = 0; begin < partial.size(); begin += kChunk) {
+      double lanes[kLanes] = {};
+      for (size_t i = begin; i < std::min<size_t>(begin + kChunk, partial.size()); ++i) lanes[i % kLanes] += partial[i];
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
       }
       sums.push_back(lanes[0]);
     }
-    partial = sums;
+    partial = std::move(sums);
   }
   return partial.empty() ? 0 : partial[0];
 }
 
 template <class T>
-std::vector<double> squares(const std::vector<BitsOf<T>>& x) {
-  std::vector<double> all;
-  for (auto bits : x) all.push_back(value<T>(bits) * value<T>(bits));
-  return all;
-}
-
-template <class T>
-double oracle_norm(const std::vector<BitsOf<T>>& x) {
-  return std::sqrt(oracle_sum(squares<T>(x)));
+double oracle_sum_of_squares(const std::vector<BitsOf<T>>& x) {
+  std::vector<double> squares(x.size());
+  for (size_t i = 0; i < x.size(); ++i) squares[i] = value<T>(x[i]) * value<T>(x[i]);
+  return oracle_sum(std::move(squares));
 }
 
 inline int sign(double x) { return (x > 0) - (x < 0); }
+
+template <class T>
+int64_t count_signs(const std::vector<BitsOf<T>>& before, const std::vector<BitsOf<T>>& after) {
+  int64_t signs = 0;
+  for (size_t i = 0; i < after.size(); ++i) signs += sign(value<T>(before[i])) != sign(value<T>(after[i]));
+  return signs;
+}
 
 // reference.score_grad.
 template <class T>
 std::vector<BitsOf<T>> oracle_score_grad(const std::vector<BitsOf<T>>& grad, const std::vector<BitsOf<T>>& weight,
                                          const std::vector<BitsOf<T>>& at) {
-  std::vector<BitsOf<T>> formed;
+  std::vector<BitsOf<T>> formed(at.size());
   for (size_t i = 0; i < at.size(); ++i) {
     const ComputeOf<T> product = Element<T>::widen(Element<T>::narrow(Element<T>::widen(grad[i]) * Element<T>::widen(weight[i])));
-    formed.push_back(Element<T>::narrow(product * static_cast<ComputeOf<T>>(sign(value<T>(at[i])))));
+    formed[i] = Element<T>::narrow(product * static_cast<ComputeOf<T>>(sign(value<T>(at[i]))));
   }
   return formed;
+}
+
+// Perturbation: the scale of the gradient, and where it takes the scores.
+template <class T>
+ComputeOf<T> oracle_scale(const std::vector<BitsOf<T>>& scores, const std::vector<BitsOf<T>>& grad, double gamma, double eps) {
+  const double norm_s = std::sqrt(oracle_sum_of_squares<T>(scores)), norm_g = std::sqrt(oracle_sum_of_squares<T>(grad));
+  return static_cast<ComputeOf<T>>(norm_g == 0 ? 0 : gamma * norm_s / (norm_g + eps));
+}
+
+template <class T>
+std::vector<BitsOf<T>> oracle_moved(const std::vector<BitsOf<T>>& scores, const std::vector<BitsOf<T>>& grad, ComputeOf<T> scale) {
+  std::vector<BitsOf<T>> moved(scores.size());
+  for (size_t i = 0; i < moved.size(); ++i) {
+    const ComputeOf<T> z = Element<T>::widen(grad[i]) * scale;
+    moved[i] = Element<T>::narrow(Element<T>::widen(scores[i]) + z);
+  }
+  return moved;
+}
+
+inline bool same_number(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+template <class T>
+BitsOf<T> add_scaled(BitsOf<T> a, double alpha, BitsOf<T> b, bool fused) {
+  using C = ComputeOf<T>;
+  const C x = Element<T>::widen(a), y = Element<T>::widen(b), factor = static_cast<C>(alpha);
+  if (fused) return Element<T>::narrow(std::fma(factor, y, x));
+  const C product = factor * y;
+  return Element<T>::narrow(x + product);
+}
+
+// One element of SGD; without momentum b is null.
+template <class T>
+void oracle_update(BitsOf<T>& s, BitsOf<T> g, BitsOf<T>* b, const SgdParameters& p, bool fused) {
+  BitsOf<T> d = p.weight_decay != 0 ? add_scaled<T>(g, p.weight_decay, s, fused) : g;
+  if (b != nullptr) {
+    *b = Element<T>::narrow(Element<T>::widen(*b) * static_cast<ComputeOf<T>>(p.momentum));
+    *b = add_scaled<T>(*b, 1 - p.dampening, d, fused);
+    d = p.nesterov ? add_scaled<T>(d, p.momentum, *b, fused) : *b;
+  }
+  s = add_scaled<T>(s, -p.lr, d, fused);
 }
 
 }  // namespace cases

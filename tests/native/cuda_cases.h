@@ -12,6 +12,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -33,6 +34,13 @@ using s2ap::cuda::Float16;
       std::exit(1);                                                                 \
     }                                                                               \
   } while (0)
+
+// The emulated grid gives ThreadSanitizer the schedules that it gives the others: results need not be compared with slow oracles again.
+#ifdef __SANITIZE_THREAD__
+constexpr bool kOnlySharing = true;
+#else
+constexpr bool kOnlySharing = false;
+#endif
 
 // f<T>() for each type of elements. ThreadSanitizer looks at who touches what and when, which is alike for types of the same size,
 // and it is slow.
@@ -103,8 +111,23 @@ int64_t key(T x) {
 }
 
 template <class T>
+std::vector<int64_t> keys_of(const std::vector<T>& scores) {
+  std::vector<int64_t> keys(scores.size());
+  for (size_t i = 0; i < keys.size(); ++i) keys[i] = key(scores[i]);
+  return keys;
+}
+
+template <class T>
 bool same_bits(const T& a, const T& b) {
   return std::memcmp(&a, &b, sizeof a) == 0;
+}
+
+// The index of the first element that differs; their number if none does.
+template <class T>
+size_t first_difference(const std::vector<T>& a, const std::vector<T>& b) {
+  size_t i = a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0 ? a.size() : 0;
+  while (i < a.size() && same_bits(a[i], b[i])) ++i;
+  return i;
 }
 
 // ---- Inputs
@@ -207,63 +230,69 @@ struct CutRow {
   int64_t column[5] = {};
 };
 
-template <class T>
-bool is_kept(T score, int64_t i, int64_t cut_key, int64_t cut_index) {
-  return key(score) > cut_key || (key(score) == cut_key && i >= cut_index);
-}
-
-template <class T>
-CutRow cut(const std::vector<T>& scores, int64_t kept) {
+// The cut that keeps the `kept` largest of the keys, the later of equal ones.
+inline CutRow cut_of_keys(const std::vector<int64_t>& keys, int64_t kept) {
   CutRow row;
-  int64_t n = static_cast<int64_t>(scores.size());
-  for (T s : scores) row.column[2] += std::isnan(value(s));
   if (kept == 0) {
     row.column[0] = std::numeric_limits<int64_t>::max();
-  } else if (kept < n) {
-    std::vector<int64_t> order(n);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return key(scores[a]) < key(scores[b]); });
-    row.column[1] = order[n - kept];
-    row.column[0] = key(scores[order[n - kept]]);
+  } else if (kept < static_cast<int64_t>(keys.size())) {
+    std::vector<std::pair<int64_t, int64_t>> all(keys.size());
+    for (size_t i = 0; i < all.size(); ++i) all[i] = {keys[i], i};
+    std::nth_element(all.begin(), all.end() - kept, all.end());
+    std::tie(row.column[0], row.column[1]) = *(all.end() - kept);
   }
   return row;
 }
 
+// What stays of elements or groups with these keys.
+inline std::vector<uint8_t> mask_of_keys(const std::vector<int64_t>& keys, const int64_t* row) {
+  std::vector<uint8_t> mask(keys.size());
+  for (size_t i = 0; i < mask.size(); ++i) mask[i] = keys[i] > row[0] || (keys[i] == row[0] && static_cast<int64_t>(i) >= row[1]);
+  return mask;
+}
+
 template <class T>
-std::vector<T> masked(const std::vector<T>& scores, const std::vector<T>& weights, const CutRow& row) {
-  std::vector<T> out(scores.size());
-  for (size_t i = 0; i < out.size(); ++i) {
-    out[i] = is_kept(scores[i], static_cast<int64_t>(i), row.column[0], row.column[1]) ? weights[i] : make<T>(0);
-  }
+int64_t count_nans(const std::vector<T>& scores) {
+  return std::count_if(scores.begin(), scores.end(), [](T s) { return std::isnan(value(s)); });
+}
+
+template <class T>
+CutRow cut(const std::vector<T>& scores, int64_t kept) {
+  CutRow row = cut_of_keys(keys_of(scores), kept);
+  row.column[2] = count_nans(scores);
+  return row;
+}
+
+template <class T>
+std::vector<T> masked(const std::vector<uint8_t>& mask, const std::vector<T>& weights) {
+  std::vector<T> out(weights.size());
+  for (size_t i = 0; i < out.size(); ++i) out[i] = mask[i] ? weights[i] : T{};
   return out;
 }
 
-// The order of summation, word for word as the reference says it.
+// The order of summation, word for word as the reference says it, but for the zeros that fill up the last chunk.
 inline double pinned_sum(std::vector<double> partial) {
   if (partial.empty()) return 0;
   do {
-    partial.resize((partial.size() + 4095) / 4096 * 4096);
     std::vector<double> sums;
-    for (size_t chunk = 0; chunk < partial.size(); chunk += 4096) {
+    for (size_t begin = 0; begin < partial.size(); begin += 4096) {
       double lanes[64] = {};
-      for (int row = 0; row < 64; ++row) {
-        for (int lane = 0; lane < 64; ++lane) lanes[lane] += partial[chunk + row * 64 + lane];
-      }
+      for (size_t i = begin; i < std::min<size_t>(begin + 4096, partial.size()); ++i) lanes[i % 64] += partial[i];
       for (int half = 32; half > 0; half /= 2) {
         for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
       }
       sums.push_back(lanes[0]);
     }
-    partial = sums;
+    partial = std::move(sums);
   } while (partial.size() > 1);
   return partial[0];
 }
 
 template <class T>
 double norm(const std::vector<T>& x) {
-  std::vector<double> squares;
-  for (T v : x) squares.push_back(value(v) * value(v));
-  return std::sqrt(pinned_sum(squares));
+  std::vector<double> squares(x.size());
+  for (size_t i = 0; i < x.size(); ++i) squares[i] = value(x[i]) * value(x[i]);
+  return std::sqrt(pinned_sum(std::move(squares)));
 }
 
 // ---- Grids

@@ -33,42 +33,34 @@ template <class T>
 CutRow cut(const std::vector<T>& scores, int64_t kept, const Pattern& pattern) {
   if (pattern.kind == s2ap::kWeight) return cut(scores, kept);
   CutRow row;
-  for (T s : scores) row.column[2] += std::isnan(value(s));
   if (pattern.kind == s2ap::kWindow) {
     row.column[1] = kept;
-    return row;
+  } else {
+    row = cut_of_keys(group_keys(scores, pattern), kept);
   }
-  if (kept == 0) {
-    row.column[0] = std::numeric_limits<int64_t>::max();
-  } else if (kept < pattern.size) {
-    std::vector<int64_t> keys = group_keys(scores, pattern), order(pattern.size);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return keys[a] < keys[b]; });
-    row.column[1] = order[pattern.size - kept];
-    row.column[0] = keys[row.column[1]];
-  }
+  row.column[2] = count_nans(scores);
   return row;
 }
 
 template <class T>
-std::vector<bool> mask(const std::vector<T>& scores, const int64_t* row, const Pattern& pattern) {
+std::vector<uint8_t> mask(const std::vector<T>& scores, const int64_t* row, const Pattern& pattern) {
+  if (pattern.kind == s2ap::kWeight) return mask_of_keys(keys_of(scores), row);
   int64_t n = static_cast<int64_t>(scores.size());
-  std::vector<bool> mask(n);
-  if (pattern.kind == s2ap::kWeight) {
-    for (int64_t i = 0; i < n; ++i) mask[i] = is_kept(scores[i], i, row[0], row[1]);
-  } else if (pattern.kind == s2ap::kGroup) {
-    std::vector<int64_t> keys = group_keys(scores, pattern);
-    for (int64_t i = 0; i < n; ++i) {
-      int64_t group = place(pattern, i);
-      mask[i] = keys[group] > row[0] || (keys[group] == row[0] && group >= row[1]);
-    }
+  std::vector<uint8_t> mask(n);
+  if (pattern.kind == s2ap::kGroup) {
+    std::vector<uint8_t> groups = mask_of_keys(group_keys(scores, pattern), row);
+    for (int64_t i = 0; i < n; ++i) mask[i] = groups[place(pattern, i)];
   } else {
+    std::vector<int64_t> keys = keys_of(scores);
+    std::vector<std::pair<int64_t, int64_t>> window(pattern.size);
     for (int64_t first = 0; first < n; first += pattern.size * pattern.block) {
       for (int64_t offset = 0; offset < pattern.block; ++offset) {
-        std::vector<int64_t> window;
-        for (int64_t j = 0; j < pattern.size; ++j) window.push_back(first + j * pattern.block + offset);
-        std::stable_sort(window.begin(), window.end(), [&](int64_t a, int64_t b) { return key(scores[a]) < key(scores[b]); });
-        for (int64_t j = pattern.size - row[1]; j < pattern.size; ++j) mask[window[j]] = true;
+        for (int64_t j = 0; j < pattern.size; ++j) {
+          int64_t i = first + j * pattern.block + offset;
+          window[j] = {keys[i], i};
+        }
+        std::nth_element(window.begin(), window.end() - row[1], window.end());
+        for (int64_t j = pattern.size - row[1]; j < pattern.size; ++j) mask[window[j].second] = 1;
       }
     }
   }

@@ -8,61 +8,40 @@ using namespace cases;
 
 int64_t place(const Pattern& p, int64_t i) { return i / p.block % p.size; }
 
-// Bits of |x| as float64; the greater ranks above.
-template <class T>
-uint64_t magnitude(BitsOf<T> bits) {
-  return std::bit_cast<uint64_t>(std::abs(value<T>(bits)));
-}
-
-// The places that stay among ranked[0], ranked[1] ...: the `kept` largest, a later one before an equal earlier one.
-std::vector<bool> largest(const std::vector<uint64_t>& ranked, int64_t kept) {
-  const auto n = static_cast<int64_t>(ranked.size());
-  std::vector<int64_t> order(n);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ranked[a] < ranked[b]; });
-  std::vector<bool> stays(n);
-  for (int64_t i = n - kept; i < n; ++i) stays[order[i]] = true;
-  return stays;
-}
-
 template <class T>
 Selected oracle_pattern(const std::vector<BitsOf<T>>& scores, int64_t kept, const Pattern& p) {
   if (p.kind == kWeight) return oracle_select<T>(scores, kept);
   const auto n = static_cast<int64_t>(scores.size());
   Selected result;
   result.mask.resize(n);
-  for (auto bits : scores) result.nans += std::isnan(value<T>(bits));
+  std::vector<double> magnitudes(n);
+  for (int64_t i = 0; i < n; ++i) {
+    magnitudes[i] = std::abs(value<T>(scores[i]));
+    result.nans += std::isnan(magnitudes[i]);
+  }
   if (p.kind == kWindow) {
     result.index = kept;
-    for (int64_t i = 0; i < n; ++i) {
-      if (place(p, i) != 0) continue;
-      std::vector<uint64_t> window;
-      for (int64_t j = 0; j < p.size; ++j) window.push_back(magnitude<T>(scores[i + j * p.block]));
-      const std::vector<bool> stays = largest(window, kept);
-      for (int64_t j = 0; j < p.size; ++j) result.mask[i + j * p.block] = stays[j];
+    Ranked window(p.size);
+    for (int64_t first = 0; first < n; ++first) {
+      if (place(p, first) != 0) continue;
+      for (int64_t j = 0, i = first; j < p.size; ++j, i += p.block) window[j] = {magnitude(magnitudes[i]), i};
+      keep_largest(window, kept, result.mask);
     }
     return result;
   }
   std::vector<std::vector<double>> groups(p.size);
-  for (int64_t i = 0; i < n; ++i) groups[place(p, i)].push_back(std::abs(value<T>(scores[i])));
-  std::vector<uint64_t> sums;
-  for (const auto& group : groups) {
-    const double sum = oracle_sum(group);
-    sums.push_back(std::isnan(sum) ? uint64_t{0x7ff8000000000000} : std::bit_cast<uint64_t>(sum));
-  }
-  const std::vector<bool> stays = largest(sums, kept);
+  for (int64_t i = 0; i < n; ++i) groups[place(p, i)].push_back(magnitudes[i]);
+  Ranked sums(p.size);
+  for (int64_t g = 0; g < p.size; ++g) sums[g] = {magnitude(oracle_sum(groups[g])), g};
+  const Ranked all = sums;
+  std::vector<uint8_t> stays(p.size);
+  const int64_t cut = keep_largest(sums, kept, stays);
   for (int64_t i = 0; i < n; ++i) result.mask[i] = stays[place(p, i)];
   if (kept == 0) {
     result.key = INT64_MAX;
   } else if (kept < p.size) {
-    uint64_t least = UINT64_MAX;
-    for (int64_t g = 0; g < p.size; ++g) {
-      if (stays[g] && sums[g] < least) {
-        least = sums[g];
-        result.index = g;
-      }
-    }
-    result.key = static_cast<int64_t>(least);
+    result.key = static_cast<int64_t>(all[cut].first);
+    result.index = cut;
   }
   return result;
 }
@@ -71,102 +50,67 @@ template <class T>
 struct Case {
   std::string what;
   Pattern pattern;
-  std::vector<BitsOf<T>> scores, grad, weight, masked;
+  std::vector<BitsOf<T>> scores, grad, weight;
   int64_t kept;
+  double scale;
+  std::vector<BitsOf<T>> stepped;
+  Outcome<T> selected, moved, updated;  // what select, perturb and update_select leave
 };
+
+constexpr SgdParameters kSgd = {0.5, 0, 0, 1e-3, false};
+constexpr double kGamma = 0.3, kEps = 1e-12;
 
 template <class T>
 Case<T> make_case(const std::string& what, const Pattern& p, const std::vector<double>& scores, int64_t kept) {
   const auto n = static_cast<int64_t>(scores.size());
-  return {what + ", kind " + std::to_string(p.kind) + ", " + std::to_string(p.size) + " * " + std::to_string(p.block) + " of " +
-              std::to_string(n) + ", kept " + std::to_string(kept),
-          p,
-          stored<T>(scores),
-          stored<T>(normal(n, 5)),
-          stored<T>(normal(n, 7)),
-          std::vector<BitsOf<T>>(n, BitsOf<T>{0x55}),
-          kept};
+  Case<T> c = {what + ", kind " + std::to_string(p.kind) + ", " + std::to_string(p.size) + " * " + std::to_string(p.block) + " of " +
+                   std::to_string(n) + ", kept " + std::to_string(kept),
+               p, stored<T>(scores), stored<T>(normal(n, 5)), stored<T>(normal(n, 7)), kept, 0, {}, {}, {}, {}};
+  const Selected now = oracle_pattern<T>(c.scores, kept, p);
+  c.selected = outcome<T>(now, c.weight);
+
+  c.scale = oracle_scale<T>(c.scores, c.grad, kGamma, kEps);
+  const auto moved = oracle_moved<T>(c.scores, c.grad, static_cast<ComputeOf<T>>(c.scale));
+  const Selected there = oracle_pattern<T>(moved, kept, p);
+  c.moved = outcome<T>(there, c.weight, count_flips(now, there), count_signs<T>(c.scores, moved));
+
+  c.stepped = c.scores;
+  for (int64_t i = 0; i < n; ++i) oracle_update<T>(c.stepped[i], c.grad[i], nullptr, kSgd, true);
+  const Selected after = oracle_pattern<T>(c.stepped, kept, p);
+  c.updated = outcome<T>(after, c.weight, count_flips(now, after));
+  return c;
 }
 
 template <class T>
-void expect_masked(Case<T>& c, const Selected& expected, const int64_t* row, const std::string& what) {
-  EXPECT(row[kKey] == expected.key, "%s: key %llx, not %llx", what.c_str(), static_cast<long long>(row[kKey]), static_cast<long long>(expected.key));
-  EXPECT(row[kIndex] == expected.index, "%s: index %lld, not %lld", what.c_str(), static_cast<long long>(row[kIndex]), static_cast<long long>(expected.index));
-  EXPECT(row[kNans] == expected.nans, "%s: %lld NaN", what.c_str(), static_cast<long long>(row[kNans]));
-  for (size_t i = 0; i < c.masked.size(); ++i) {
-    EXPECT(c.masked[i] == (expected.mask[i] ? c.weight[i] : 0), "%s: element %zu", what.c_str(), i);
-    c.masked[i] = 0x55;
-  }
-}
-
-// update_select: one step, and the flips against the masks from before it.
-template <class T>
-void expect_right_step(std::vector<Case<T>>& all, const std::vector<Selected>& before, const std::vector<int64_t>& cuts, const Machine& machine,
-                       const std::string& where) {
-  const SgdParameters sgd = {0.5, 0, 0, 1e-3, false};
-  std::vector<UpdateSelectLayer<T>> layers;
-  std::vector<int64_t> new_cuts(cuts.size(), -1);
-  std::vector<double> sums(all.size());
-  std::vector<std::vector<BitsOf<T>>> stepped;
-  for (auto& c : all) {
-    const auto n = static_cast<int64_t>(c.scores.size());
-    stepped.push_back(c.scores);
-    update<T>(machine, {{stepped.back().data(), c.grad.data(), nullptr, n}}, sgd, true);
-    layers.push_back({{c.scores.data(), c.grad.data(), nullptr, n}, nullptr, c.weight.data(), c.masked.data(), c.kept, c.pattern});
-  }
-  update_select(machine, layers, {sgd, true}, cuts.data(), new_cuts.data(), sums.data());
-  for (size_t l = 0; l < all.size(); ++l) {
-    Case<T>& c = all[l];
-    const std::string what = where + "stepped, " + c.what;
-    EXPECT(c.scores == stepped[l], "%s: the step", what.c_str());
-    const Selected expected = oracle_pattern<T>(c.scores, c.kept, c.pattern);
-    const int64_t* row = &new_cuts[l * kCutColumns];
-    expect_masked(c, expected, row, what);
-    int64_t flips = 0;
-    for (size_t i = 0; i < c.scores.size(); ++i) flips += expected.mask[i] != before[l].mask[i];
-    EXPECT(row[kFlips] == flips, "%s: %lld flips, not %lld", what.c_str(), static_cast<long long>(row[kFlips]), static_cast<long long>(flips));
-  }
-}
-
-template <class T>
-void expect_right(std::vector<Case<T>>& all, const Machine& machine) {
-  const std::string where = name<T>() + ", isa " + std::to_string(static_cast<int>(machine.isa)) + ", ";
-  std::vector<SelectLayer<T>> layers;
-  std::vector<PerturbLayer<T>> moved_layers;
-  for (auto& c : all) {
-    const auto n = static_cast<int64_t>(c.scores.size());
-    layers.push_back({c.scores.data(), c.weight.data(), c.masked.data(), n, c.kept, c.pattern});
-    moved_layers.push_back({c.scores.data(), c.grad.data(), c.weight.data(), c.masked.data(), n, c.kept, c.pattern});
-  }
-  std::vector<int64_t> cuts(all.size() * kCutColumns, -1), new_cuts = cuts;
-  select(machine, layers, cuts.data());
-  std::vector<Selected> now;
-  for (size_t l = 0; l < all.size(); ++l) {
-    now.push_back(oracle_pattern<T>(all[l].scores, all[l].kept, all[l].pattern));
-    expect_masked(all[l], now[l], &cuts[l * kCutColumns], where + all[l].what);
-  }
-  std::vector<double> scales(all.size());
-  perturb(machine, moved_layers, {0.3, 1e-12}, cuts.data(), new_cuts.data(), scales.data());
-  for (size_t l = 0; l < all.size(); ++l) {
-    Case<T>& c = all[l];
-    const std::string what = where + "moved, " + c.what;
-    std::vector<BitsOf<T>> moved;
-    for (size_t i = 0; i < c.scores.size(); ++i) {
-      const ComputeOf<T> z = Element<T>::widen(c.grad[i]) * static_cast<ComputeOf<T>>(scales[l]);
-      moved.push_back(Element<T>::narrow(Element<T>::widen(c.scores[i]) + z));
+void expect_right(const std::vector<Case<T>>& all, const std::vector<int>& threads) {
+  for_each_machine(threads, [&](const Machine& machine) {
+    std::vector<std::vector<BitsOf<T>>> masked[] = {unwritten<T>(all), unwritten<T>(all), unwritten<T>(all)}, stepped;
+    std::vector<SelectLayer<T>> layers;
+    std::vector<PerturbLayer<T>> moved_layers;
+    std::vector<UpdateSelectLayer<T>> stepped_layers;
+    for (size_t l = 0; l < all.size(); ++l) {
+      const Case<T>& c = all[l];
+      const auto n = static_cast<int64_t>(c.scores.size());
+      stepped.push_back(c.scores);
+      layers.push_back({c.scores.data(), c.weight.data(), masked[0][l].data(), n, c.kept, c.pattern});
+      moved_layers.push_back({c.scores.data(), c.grad.data(), c.weight.data(), masked[1][l].data(), n, c.kept, c.pattern});
+      stepped_layers.push_back(
+          {{stepped[l].data(), c.grad.data(), nullptr, n}, nullptr, c.weight.data(), masked[2][l].data(), c.kept, c.pattern});
     }
-    const Selected expected = oracle_pattern<T>(moved, c.kept, c.pattern);
-    const int64_t* row = &new_cuts[l * kCutColumns];
-    expect_masked(c, expected, row, what);
-    int64_t flips = 0, signs = 0;
-    for (size_t i = 0; i < moved.size(); ++i) {
-      flips += expected.mask[i] != now[l].mask[i];
-      signs += sign(value<T>(moved[i])) != sign(value<T>(c.scores[i]));
+    std::vector<int64_t> cuts(all.size() * kCutColumns, -1), moved_cuts = cuts, new_cuts = cuts;
+    std::vector<double> scales(all.size()), sums(all.size());
+    select(machine, layers, cuts.data());
+    perturb(machine, moved_layers, {kGamma, kEps}, cuts.data(), moved_cuts.data(), scales.data());
+    update_select(machine, stepped_layers, {kSgd, true}, cuts.data(), new_cuts.data(), sums.data());
+    for (size_t l = 0; l < all.size(); ++l) {
+      const Case<T>& c = all[l];
+      expect_outcome(c.selected, &cuts[l * kCutColumns], masked[0][l], machine, c.what);
+      EXPECT(same_number(scales[l], c.scale), "%s, %s: scale %a, not %a", name<T>().c_str(), c.what.c_str(), scales[l], c.scale);
+      expect_outcome(c.moved, &moved_cuts[l * kCutColumns], masked[1][l], machine, "moved, " + c.what);
+      EXPECT(stepped[l] == c.stepped, "%s, %s: the step", name<T>().c_str(), c.what.c_str());
+      expect_outcome(c.updated, &new_cuts[l * kCutColumns], masked[2][l], machine, "stepped, " + c.what);
     }
-    EXPECT(row[kFlips] == flips, "%s: %lld flips, not %lld", what.c_str(), static_cast<long long>(row[kFlips]), static_cast<long long>(flips));
-    EXPECT(row[kSigns] == signs, "%s: %lld signs, not %lld", what.c_str(), static_cast<long long>(row[kSigns]), static_cast<long long>(signs));
-  }
-  expect_right_step(all, now, cuts, machine, where);
+  });
 }
 
 struct Shape {
@@ -201,28 +145,29 @@ const Shape kLarge[] = {
 
 template <class T>
 void test_dtype() {
-  for (Isa isa : instruction_sets()) {
-    for (const auto& [pattern, n] : kSmall) {
-      std::vector<Case<T>> all;
-      for (int64_t kept = 0; kept <= pattern.size; ++kept) all.push_back(make_case<T>("normal", pattern, normal(n, n), kept));
-      for (const auto& [what, scores] : hard_scores(n, n + 1)) all.push_back(make_case<T>(what, pattern, scores, (pattern.size + 1) / 2));
-      expect_right(all, machine(isa, 2));
-    }
-    for (int threads : {1, 2, 5}) {
-      std::vector<Case<T>> all;
-      for (const auto& [pattern, n] : kLarge) {
-        const int64_t most = pattern.kind == kWeight ? n : pattern.size;
-        all.push_back(make_case<T>("one of many", pattern, normal(n, n), most / 2));
-        for (int64_t kept : {int64_t{0}, most}) all.push_back(make_case<T>("all or none", pattern, normal(n, n), kept));
-        if (threads != 5) continue;
-        for (const auto& [what, scores] : hard_scores(n, n)) {
-          const bool taken = what == "few values" || what == "infinite" || what == "NaN among numbers";
-          if (taken) all.push_back(make_case<T>(what, pattern, scores, (most + 2) / 3));
-        }
-      }
-      expect_right(all, machine(isa, threads));
+  std::vector<Case<T>> many;
+  for (const auto& [pattern, n] : kSmall) {
+    many.push_back(make_case<T>("one of many", pattern, normal(n, n), (pattern.size + 1) / 2));
+    if (kOnlySharing) continue;
+    std::vector<Case<T>> all;
+    for (int64_t kept = 0; kept <= pattern.size; ++kept) all.push_back(make_case<T>("normal", pattern, normal(n, n), kept));
+    for (const auto& [what, scores] : hard_scores(n, n + 1)) all.push_back(make_case<T>(what, pattern, scores, (pattern.size + 1) / 2));
+    expect_right(all, {2});
+  }
+  for (const auto& [pattern, n] : kLarge) {
+    const int64_t most = pattern.kind == kWeight ? n : pattern.size;
+    for (int64_t kept : {int64_t{0}, most / 2, most}) many.push_back(make_case<T>("one of many", pattern, normal(n, n), kept));
+  }
+  expect_right(many, {1, 2, 5});
+  std::vector<Case<T>> hard;
+  for (const auto& [pattern, n] : kLarge) {
+    const int64_t most = pattern.kind == kWeight ? n : pattern.size;
+    for (const auto& [what, scores] : hard_scores(n, n)) {
+      const bool taken = what == "few values" || what == "infinite" || what == "NaN among numbers";
+      if (taken) hard.push_back(make_case<T>(what, pattern, scores, (most + 2) / 3));
     }
   }
+  expect_right(hard, {5});
 }
 
 // Tiles cover a layer once, in windows that are whole.
