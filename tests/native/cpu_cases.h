@@ -5,25 +5,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "cases.h"
 #include "cpu/loops.h"
-
-#define EXPECT(condition, ...)                                                      \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::fprintf(stderr, "%s:%d: expected %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                            \
-      std::fprintf(stderr, "\n");                                                   \
-      std::exit(1);                                                                 \
-    }                                                                               \
-  } while (0)
 
 namespace s2ap {
 
@@ -47,25 +36,15 @@ inline Machine machine(Isa isa, int threads) {
           }};
 }
 
-// Every instruction set this machine has.
+// Every instruction set this machine has; for who shares what, one is like another.
 inline std::vector<Isa> instruction_sets() {
+  if (kOnlySharing) return {best_isa()};
   std::vector<Isa> sets;
-#ifdef __SANITIZE_THREAD__
-  sets.push_back(best_isa());  // for threads it makes no difference
-#else
   for (Isa isa : {Isa::kPlain, Isa::kAvx2, Isa::kAvx512}) {
     if (isa <= best_isa()) sets.push_back(isa);
   }
-#endif
   return sets;
 }
-
-// What one thread does by itself is nothing to ThreadSanitizer.
-#ifdef __SANITIZE_THREAD__
-constexpr bool kOnlySharing = true;
-#else
-constexpr bool kOnlySharing = false;
-#endif
 
 // f(machine) for every instruction set, with each number of threads.
 template <class F>
@@ -80,16 +59,9 @@ void for_each_machine(const std::vector<int>& threads, const F& f) {
 // A single layer of n elements need not be looked at.
 inline bool stays_on_one_thread(int64_t n) { return kOnlySharing && n < kElementsPerThread; }
 
-// f<T>() for each type of elements. ThreadSanitizer looks at who touches what and when, which is alike for types of the same size,
-// and it is slow.
 template <class F>
 void for_each_type(const F& f) {
-  f.template operator()<float>();
-#ifndef __SANITIZE_THREAD__
-  f.template operator()<double>();
-  f.template operator()<Half>();
-#endif
-  f.template operator()<BFloat16>();
+  for_each_type_of<Half, BFloat16>(f);
 }
 
 template <class T>

@@ -5,8 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -16,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cases.h"
 #include "cuda/number.cuh"
 #include "cuda/table.cuh"
 #include "emulated_grid.h"
@@ -25,33 +24,9 @@ namespace cases {
 using s2ap::cuda::BFloat16;
 using s2ap::cuda::Float16;
 
-#define EXPECT(condition, ...)                                                      \
-  do {                                                                              \
-    if (!(condition)) {                                                             \
-      std::fprintf(stderr, "%s:%d: expected %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                            \
-      std::fprintf(stderr, "\n");                                                   \
-      std::exit(1);                                                                 \
-    }                                                                               \
-  } while (0)
-
-// The emulated grid gives ThreadSanitizer the schedules that it gives the others: results need not be compared with slow oracles again.
-#ifdef __SANITIZE_THREAD__
-constexpr bool kOnlySharing = true;
-#else
-constexpr bool kOnlySharing = false;
-#endif
-
-// f<T>() for each type of elements. ThreadSanitizer looks at who touches what and when, which is alike for types of the same size,
-// and it is slow.
 template <class F>
 void for_each_type(const F& f) {
-  f.template operator()<float>();
-#ifndef __SANITIZE_THREAD__
-  f.template operator()<double>();
-  f.template operator()<Float16>();
-#endif
-  f.template operator()<BFloat16>();
+  for_each_type_of<Float16, BFloat16>(f);
 }
 
 // ---- Numbers, through double
