@@ -49,8 +49,8 @@ def side_by_side(benchmark, quick, device):
 
     ``floor=(name, bytes, others)``: the function ``name`` streams so many bytes; ``others`` are names and the bytes that they have to
     move at least, and the table says how long that takes at the bandwidth of the former, as a share of their time. ``inspect``: also
-    counts calls and memory. ``benchmarked=False`` for all but the last in a test, since pytest-benchmark takes one. Returns the medians in
-    seconds.
+    counts calls and memory. ``wall``: on CUDA, the time until the work is done, host included. ``benchmarked=False`` for all but the last
+    in a test, since pytest-benchmark takes one. Returns the medians in seconds.
     """
     clock = Clock(device)
 
@@ -61,6 +61,7 @@ def side_by_side(benchmark, quick, device):
         what: str,
         floor: tuple[str, int, dict[str, int]] | None = None,
         inspect: bool = False,
+        wall: bool = False,
         benchmarked: bool = True,
     ) -> dict[str, float]:
         rounds = 1 if quick else rounds
@@ -69,11 +70,13 @@ def side_by_side(benchmark, quick, device):
 
         def others_in_turn() -> None:
             for name, f in others:
-                times[name].append(clock.seconds(f))
+                times[name].append(clock.seconds(f, wall=wall))
 
         row: dict = {"benchmark": what, "rounds": rounds}
         if inspect:
             row["calls"] = {name: calls(f, device) for name, f in functions.items()}
+            if device.type == "cuda":
+                row["host_us"] = {name: 1e6 * statistics.median(clock.host_seconds(f) for _ in range(5)) for name, f in functions.items()}
             row["extra_bytes"] = {name: peak_extra_bytes(f, device) for name, f in functions.items()}
         for f in functions.values():  # warm up
             f()
@@ -81,11 +84,11 @@ def side_by_side(benchmark, quick, device):
         gc.disable()
         try:
             if benchmarked:
-                benchmark.pedantic(lambda: times[first].append(clock.seconds(ours)), setup=others_in_turn, rounds=rounds)
+                benchmark.pedantic(lambda: times[first].append(clock.seconds(ours, wall=wall)), setup=others_in_turn, rounds=rounds)
             else:
                 for _ in range(rounds):
                     others_in_turn()
-                    times[first].append(clock.seconds(ours))
+                    times[first].append(clock.seconds(ours, wall=wall))
         finally:
             gc.enable()
         medians = {name: statistics.median(t) for name, t in times.items()}

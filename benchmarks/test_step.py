@@ -23,11 +23,11 @@ def size(quick):
 class Step:
     """One training step of a pruned network; ``gamma=None`` is a plain one."""
 
-    def __init__(self, size, prune, gamma):
+    def __init__(self, size, device, prune, gamma):
         generator = torch.Generator().manual_seed(0)
-        self.x = torch.rand(size["batch"], 3, 32, 32, generator=generator)
-        self.y = torch.randint(10, (size["batch"],), generator=generator)
-        self.model = prune(build_model("resnet18", num_classes=10, width=size["width"], seed=0))
+        self.x = torch.rand(size["batch"], 3, 32, 32, generator=generator).to(device)
+        self.y = torch.randint(10, (size["batch"],), generator=generator).to(device)
+        self.model = prune(build_model("resnet18", num_classes=10, width=size["width"], seed=0)).to(device)
         self.loss = get_loss("pgd_at", eps=8 / 255, step_size=2 / 255, steps=size["steps"])
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, weight_decay=5e-4)
@@ -50,17 +50,18 @@ class Step:
             self.optimizer.step()
 
 
-def test_step(side_by_side, size):
+def test_step(side_by_side, size, device):
     def ours(model):
         return train_scores(sparsify(model, SPARSITY))
 
     side_by_side(
         {
-            "S2AP": Step(size, ours, gamma=1e-3),
-            "plain": Step(size, ours, gamma=None),
-            "plain, sort in every forward": Step(size, lambda m: mask_every_forward(m, SPARSITY), gamma=None),
-            "plain, sort with a mask cache": Step(size, lambda m: mask_every_forward(m, SPARSITY, cached=True), gamma=None),
+            "S2AP": Step(size, device, ours, gamma=1e-3),
+            "plain": Step(size, device, ours, gamma=None),
+            "plain, sort in every forward": Step(size, device, lambda m: mask_every_forward(m, SPARSITY), gamma=None),
+            "plain, sort with a mask cache": Step(size, device, lambda m: mask_every_forward(m, SPARSITY, cached=True), gamma=None),
         },
         rounds=5,
+        wall=True,
         what=f"training step with PGD-{size['steps']}, ResNet-18 of width {size['width']}, batch {size['batch']}",
     )

@@ -6,9 +6,13 @@ What a GPU is not needed for (every kernel against an oracle, on many grids and 
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from s2ap_ext import backend, ops, reference
 from s2ap_ext.reference import CUT_COLUMNS, GROUP, PLAIN, WINDOW, Pattern
@@ -390,3 +394,22 @@ def test_formed_gradients_do_not_overwrite_the_weights_they_are_formed_from():
     s = Static(sizes=(1000,))
     with pytest.raises(RuntimeError, match=r"perturb: masked\[0\]: expected memory of its own with straight_through"):
         ops.perturb(s.scores, s.grads, s.weights, s.kept, s.cuts, gamma=0.05, straight_through=True, out=s.weights)
+
+
+def test_training_is_that_of_the_fallback_on_the_gpu(tmp_path):
+    """All of the pipeline on the GPU, with the kernels and with the reference, one after the other: the same networks, to the bit."""
+    settings = ["device=cuda", "pretrain.epochs=1", "prune.epochs=3", "prune.warmup_epochs=1", "finetune.epochs=1"]
+    arguments = ["run", "digits", *(word for setting in settings for word in ("--set", setting))]
+    for disabled in "01":
+        result = subprocess.run(
+            [sys.executable, "-c", "import sys; from s2ap_ext.cli import main; sys.exit(main())", *arguments, "--out", tmp_path / disabled],
+            env={**os.environ, "S2AP_DISABLE_EXT": disabled},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+    for model in ("dense", "pruned", "finetuned"):
+        ours, fallbacks = (load_file(tmp_path / disabled / f"{model}.safetensors") for disabled in "01")
+        assert ours.keys() == fallbacks.keys()
+        assert_same_bits(ours.values(), fallbacks.values())
