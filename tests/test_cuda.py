@@ -151,7 +151,7 @@ def test_a_misled_sample_changes_no_bit(value, dtype):
     scores, _, weights, _ = layers_of("normal", dtype, sizes=(1_000_003, 40_000))
     for s in scores:  # what csrc/cuda/bracket.cuh samples
         i, part = torch.arange(4096), s.numel() // 4096
-        s[i * part + ((i * 0x9E3779B9 % 2**32) * part >> 32)] = value
+        s[i * s.numel() // 4096 + ((i * 0x9E3779B9 % 2**32) * part >> 32)] = value
     kept = [s.numel() // 2 for s in scores]
     expected, expected_cuts = ops.select(scores, weights, kept)
     masked, cuts = ops.select(cuda(scores), cuda(weights), kept)

@@ -2,7 +2,9 @@
 // rank to either side. Counting the layer's keys proves or disproves it (selection.cuh); so whether it is right affects only the speed.
 //
 // The sample has one score of each of 4096 equal parts of the layer, at a fixed, irregular place. One block takes it: 8 loads of each of
-// 512 threads, all in flight at once. Both ends of the bracket belong to it, so that it also holds a value that many scores share.
+// 512 threads, all in flight at once. Both ends of the bracket belong to it, so that it also holds a value that many scores share. They are
+// searched together, and no closer than to a few of the sample's keys, which is little beside the bracket. A layer of no more elements is its
+// own sample: the guess is its key.
 #pragma once
 
 #include "radix.cuh"
@@ -11,7 +13,7 @@
 namespace s2ap::cuda {
 
 constexpr int kSample = 4096;
-constexpr int64_t kSampledFrom = 8 * kSample;  // elements; a sample of less is as much work as the layer
+constexpr uint32_t kClose = 16;  // keys of the sample within which an end of the bracket may lie
 
 template <class Key>
 struct BracketStorage {
@@ -19,40 +21,55 @@ struct BracketStorage {
   Key sample[kSample];
 };
 
-// The rank-th largest key of the sample.
-template <class T, class Grid>
-S2AP_DEVICE KeyOf<T> sampled_key(const Grid& grid, BracketStorage<KeyOf<T>>& storage, uint32_t rank) {
-  Progress<KeyOf<T>> p{0, Digits<T>::kEnd, rank, 0, false};
-  while (!p.is_found()) {
-    clear_bins(grid, storage.radix);
-    grid.block_barrier();
-    for (int i = static_cast<int>(grid.thread()); i < kSample; i += static_cast<int>(grid.threads())) {
-      KeyOf<T> key = storage.sample[i];
-      count(grid, storage.radix.bins, p.holds(key), p.bin(key));
-    }
-    grid.block_barrier();
-    split(grid, storage.radix, storage.radix.bins, p);
-  }
-  return p.lo;
+// Counts the keys of the sample that are in the interval, in the block's bins.
+template <class Grid, class Key>
+S2AP_DEVICE void count_sample(const Grid& grid, BracketStorage<Key>& storage, int size, const Progress<Key>& p) {
+  clear_bins(grid, storage.radix);
+  grid.block_barrier();
+  for_each_element(
+      grid, size, [&](int i) { return storage.sample[i]; },
+      [&](int, bool valid, Key key) { count(grid, storage.radix.bins, valid && p.holds(key), p.bin(key)); });
+  grid.block_barrier();
 }
 
 // Block-wide; 0 < kept < n.
 template <class T, class Grid, class Reader>
 S2AP_DEVICE Progress<KeyOf<T>> guess_bracket(const Grid& grid, BracketStorage<KeyOf<T>>& storage, const Reader& reader, int64_t n,
                                              uint32_t kept) {
-  uint64_t part = n / kSample;
+  using Key = KeyOf<T>;
+  bool sampled = n > kSample;
+  int size = sampled ? kSample : static_cast<int>(n);
+  uint64_t all = n, part = n / kSample;
   for_each_element(
-      grid, kSample, [&](int i) { return reader.load(i * part + (i * 0x9e3779b9u * part >> 32)); },
+      grid, size, [&](int i) { return reader.load(sampled ? (i * all / kSample) + (i * 0x9e3779b9u * part >> 32) : i); },
       [&](int i, bool valid, auto raw) {
         if (valid) storage.sample[i] = Digits<T>::of(reader.score(raw));
       });
-  grid.block_barrier();
-  double fraction = static_cast<double>(kept) / static_cast<double>(n), mean = kSample * fraction;
-  double margin = 4 * square_root(mean * (1 - fraction)) + 4;
-  int upper = static_cast<int>(mean - margin), lower = static_cast<int>(mean + margin);
-  KeyOf<T> lo = lower <= kSample ? sampled_key<T>(grid, storage, lower) : 0;
-  KeyOf<T> hi = upper >= 1 ? sampled_key<T>(grid, storage, upper) + 1 : Digits<T>::kEnd;
-  return {lo, hi, kept, 0, hi - lo > 1};
+
+  double fraction = static_cast<double>(kept) / static_cast<double>(n), mean = size * fraction;
+  double margin = sampled ? 4 * square_root(mean * (1 - fraction)) + 4 : 0;
+  int lower = static_cast<int>(mean + margin), upper = static_cast<int>(mean - margin);  // ranks of the bracket's ends
+  bool has_lo = lower <= size, has_hi = upper >= 1;
+  if (!sampled) lower = upper = static_cast<int>(kept);
+  auto all_keys = [&](int rank) {
+    return Progress<Key>{0, Digits<T>::kEnd, static_cast<uint32_t>(rank), static_cast<uint32_t>(size - rank), false};
+  };
+  auto is_wide = [&](const Progress<Key>& p) { return !p.is_found() && p.need + p.spare > (sampled ? kClose : 0); };
+  Progress<Key> lo = all_keys(has_lo ? lower : upper), hi = all_keys(has_hi ? upper : lower);
+  for (;;) {
+    bool low = is_wide(lo), high = is_wide(hi), together = lo.lo == hi.lo && lo.hi == hi.hi;
+    if (!low && !high) break;
+    if (low) {
+      count_sample(grid, storage, size, lo);
+      split(grid, storage.radix, storage.radix.bins, lo);
+    }
+    if (high) {
+      if (!together) count_sample(grid, storage, size, hi);
+      split(grid, storage.radix, storage.radix.bins, hi);
+    }
+  }
+  Key first = has_lo ? lo.lo : 0, end = has_hi ? hi.hi : Digits<T>::kEnd;
+  return {first, end, kept, 0, end - first > 1};
 }
 
 }  // namespace s2ap::cuda

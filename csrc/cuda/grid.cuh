@@ -31,17 +31,18 @@
 namespace s2ap::cuda {
 
 constexpr unsigned kWarp = 32;
+constexpr unsigned kThreads = 512;  // of a block on a GPU; known to the compiler, so that what a thread loads lies at fixed distances
 
 #if defined(__CUDACC__)
 
 struct CudaGrid {
   S2AP_DEVICE unsigned thread() const { return threadIdx.x; }
-  S2AP_DEVICE unsigned threads() const { return blockDim.x; }
+  S2AP_DEVICE unsigned threads() const { return kThreads; }
   S2AP_DEVICE unsigned block() const { return blockIdx.x; }
   S2AP_DEVICE unsigned blocks() const { return gridDim.x; }
   S2AP_DEVICE unsigned lane() const { return threadIdx.x % kWarp; }
   S2AP_DEVICE unsigned warp() const { return threadIdx.x / kWarp; }
-  S2AP_DEVICE unsigned warps() const { return blockDim.x / kWarp; }
+  S2AP_DEVICE unsigned warps() const { return kThreads / kWarp; }
 
   S2AP_DEVICE void block_barrier() const { __syncthreads(); }
   S2AP_DEVICE void grid_barrier() const { cooperative_groups::this_grid().sync(); }

@@ -20,7 +20,6 @@ namespace s2ap::cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kThreads = 512;
 constexpr int kBlocksPerMultiprocessor = 2;  // bounds the registers of a thread to 64
 
 inline void check_cuda(cudaError_t error, const char* op, const char* what) {

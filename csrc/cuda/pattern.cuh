@@ -38,13 +38,16 @@ struct Cut {
   }
 };
 
+// In as few bits as the keys have; layers have fewer than 2^32 elements.
+template <class Key>
 struct CutMask {
-  Cut cut;
+  Key key;
+  uint32_t index;
 
-  template <class Key>
-  S2AP_DEVICE bool keeps(Key key, int64_t i) const {
-    return cut.is_reached(static_cast<int64_t>(key), i);
-  }
+  S2AP_DEVICE explicit CutMask(const Cut& cut)
+      : key(static_cast<uint64_t>(cut.key) > Key(-1) ? Key(-1) : static_cast<Key>(cut.key)), index(static_cast<uint32_t>(cut.index)) {}
+
+  S2AP_DEVICE bool keeps(Key other, int64_t i) const { return other > key || (other == key && static_cast<uint32_t>(i) >= index); }
 };
 
 // One bit per element.
@@ -187,12 +190,16 @@ S2AP_DEVICE_APART void sum_groups(const Grid& grid, const Table<Layer<T>>& table
         int64_t each = Groups::chunks_of_group(row), group = turn / each, chunk = turn % each;
         uint32_t block = static_cast<uint32_t>(row.pattern.block), first = static_cast<uint32_t>(chunk * kChunk);
         auto reader = make_reader(layer);
-        double sum = chunk_sum(grid, chunk_length(row.n / row.pattern.size, chunk), [&](int j) {
-          uint32_t t = first + static_cast<uint32_t>(j);  // of the group's elements in the order of their index
-          int64_t i = (t / block * row.pattern.size + group) * block + t % block;
-          double score = reader.score(reader.load(i));
-          return score < 0 ? -score : score;
-        });
+        double sum = chunk_sum(
+            grid, chunk_length(row.n / row.pattern.size, chunk),
+            [&](int j) {
+              uint32_t t = first + static_cast<uint32_t>(j);  // of the group's elements in the order of their index
+              return reader.load((t / block * row.pattern.size + group) * block + t % block);
+            },
+            [&](auto raw) {
+              double score = reader.score(raw);
+              return score < 0 ? -score : score;
+            });
         if (grid.lane() == 0) groups.level[0][quantity * groups.chunks + groups.first_chunk[layer] + turn] = sum;
       });
 }
@@ -214,7 +221,7 @@ S2AP_DEVICE void sum_groups_again(const Grid& grid, const Table<Layer<T>>& table
         int64_t quantity = turn / parts / row.pattern.size;
         int64_t at = quantity * groups.chunks + groups.first_chunk[layer] + group * Groups::chunks_of_group(row);
         const double* in = groups.level[(level - 1) % 2] + at + part * kChunk;
-        double sum = chunk_sum(grid, chunk_length(count, part), [&](int j) { return in[j]; });
+        double sum = chunk_sum(grid, chunk_length(count, part), [&](int j) { return in[j]; }, [](double x) { return x; });
         if (grid.lane() == 0) groups.level[level % 2][at + part] = sum;
       });
 }

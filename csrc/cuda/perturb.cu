@@ -20,26 +20,31 @@
 
 namespace s2ap::cuda {
 
-// The gradient of score i: as given, or formed from that of the masked weight.
+// What the gradient of score i is made from: as given, or formed from that of the masked weight. Loads first, then arithmetic, so that many
+// elements' loads are in flight at once.
 template <class T>
-S2AP_DEVICE T gradient(const Layer<T>& row, int64_t i, bool straight_through) {
-  return straight_through ? score_grad(row.grads[i], row.weights[i], row.scores[i]) : row.grads[i];
-}
+struct GradientReader {
+  struct Raw {
+    T score, grad, weight;
+  };
+  const T *scores, *grads, *weights;
+  bool straight_through;
+
+  S2AP_DEVICE Raw load(int64_t i) const { return {scores[i], grads[i], straight_through ? weights[i] : T{}}; }
+  S2AP_DEVICE T gradient(Raw raw) const { return straight_through ? score_grad(raw.grad, raw.weight, raw.score) : raw.grad; }
+};
 
 // Mask: which elements stay at the scores themselves.
 template <class T, class Mask>
 struct PerturbedReader {
-  struct Raw {
-    T score, grad;
-  };
+  using Raw = typename GradientReader<T>::Raw;
   static constexpr bool kFlips = true, kNotes = true;
-  Layer<T> row;
-  bool straight_through;
+  GradientReader<T> from;
   Compute<T> scale;
   Mask now;
 
-  S2AP_DEVICE Raw load(int64_t i) const { return {row.scores[i], gradient(row, i, straight_through)}; }
-  S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(perturbed(raw.score, raw.grad, scale)); }
+  S2AP_DEVICE Raw load(int64_t i) const { return from.load(i); }
+  S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(perturbed(raw.score, from.gradient(raw), scale)); }
   S2AP_DEVICE bool was_kept(Raw raw, int64_t i) const { return now.keeps(key_of(widen(raw.score)), i); }
   S2AP_DEVICE void tally(Raw raw, Compute<T> moved, Tally& tally) const {
     Compute<T> present = widen(raw.score);
@@ -76,13 +81,19 @@ struct PerturbArgs {
     } else if constexpr (kind == kWindow) {
       return WindowMask<ScoreReader<T>>{row.pattern, cut.index, {row.scores}};
     } else {
-      return CutMask{cut};
+      return CutMask<KeyOf<T>>{cut};
     }
   }
+  S2AP_DEVICE GradientReader<T> gradients(const Layer<T>& row) const { return {row.scores, row.grads, row.weights, straight_through}; }
+  template <int kind>
+  S2AP_DEVICE auto reader_at(int layer, double scale) const {
+    auto now = mask_now<kind>(layer);
+    return PerturbedReader<T, decltype(now)>{gradients(selection.table.rows[layer]), static_cast<Compute<T>>(scale), now};
+  }
+  // Once the scales are written.
   template <int kind = kWeight>
   S2AP_DEVICE auto reader(int layer) const {
-    auto now = mask_now<kind>(layer);
-    return PerturbedReader<T, decltype(now)>{selection.table.rows[layer], straight_through, static_cast<Compute<T>>(scale(layer)), now};
+    return reader_at<kind>(layer, scales[layer]);
   }
   // Once the table is full and the options are set.
   void plan() {
@@ -120,8 +131,14 @@ S2AP_DEVICE void perturb_phases(const Grid& grid, const PerturbArgs<T>& args, in
         if (phase == 0) {
           save_cuts(grid, args.cuts_now, args.saved_cuts, table.layers);
           prepare(grid, args.selection);
-          sum_squares(grid, table, args.sums, [&](const Layer<T>& row, int quantity, int64_t i) {
-            return quantity == 0 ? gradient(row, i, args.straight_through) : row.scores[i];
+          sum_squares(grid, table, args.sums, [&](const Layer<T>& row, int quantity, int64_t first, int length) {
+            if (quantity == 1) {
+              return chunk_sum(grid, length, [&](int j) { return row.scores[first + j]; }, [](T score) { return square(score); });
+            }
+            GradientReader<T> from = args.gradients(row);
+            using Raw = typename GradientReader<T>::Raw;
+            return chunk_sum(
+                grid, length, [&](int j) { return from.load(first + j); }, [&](Raw raw) { return square(from.gradient(raw)); });
           });
           if (args.groups.any) {
             sum_groups(grid, table, args.groups, 1, [&](int layer) { return ScoreReader<T>{table.rows[layer].scores}; });
@@ -129,8 +146,8 @@ S2AP_DEVICE void perturb_phases(const Grid& grid, const PerturbArgs<T>& args, in
         } else if (phase < levels) {
           sum_again(grid, table, args.sums, phase);
         } else if (phase == levels) {
-          write_scales(grid, args);
-          guess(grid, args, storage);
+          write_scales(grid, args);  // for the phases to come; here each block works out its own
+          guess(grid, args.selection, storage, [&](int layer) { return args.template reader_at<kWeight>(layer, args.scale(layer)); });
         } else {
           selection_and_pattern_phase(grid, args, storage, phase - levels - 1);
         }

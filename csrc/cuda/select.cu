@@ -40,7 +40,7 @@ S2AP_DEVICE void select_phases(const Grid& grid, const SelectArgs<T>& args, int 
       [&](int phase) {
         if (phase == 0) {
           prepare(grid, args.selection);
-          guess(grid, args, storage);
+          guess(grid, args.selection, storage, [&](int layer) { return args.reader(layer); });
         } else {
           selection_and_pattern_phase(grid, args, storage, phase - 1);
         }

@@ -153,10 +153,9 @@ S2AP_DEVICE void prepare(const Grid& grid, const Selection<T>& s) {
 }
 
 // Where all or none stay, the interval is empty, and below or above all keys.
-template <class Grid, class Args, class T>
-S2AP_DEVICE void guess(const Grid& grid, const Args& args, SelectionStorage<T>& storage) {
+template <class Grid, class T, class MakeReader>
+S2AP_DEVICE void guess(const Grid& grid, const Selection<T>& s, SelectionStorage<T>& storage, MakeReader make_reader) {
   using Key = KeyOf<T>;
-  const Selection<T>& s = args.selection;
   for (int layer = static_cast<int>(grid.block()); layer < s.table.layers; layer += static_cast<int>(grid.blocks())) {
     const Layer<T>& row = s.table.rows[layer];
     if (row.pattern.kind != kWeight) continue;
@@ -166,8 +165,8 @@ S2AP_DEVICE void guess(const Grid& grid, const Args& args, SelectionStorage<T>& 
       p.lo = p.hi;
     } else if (kept == row.n) {
       p.hi = p.lo;
-    } else if (row.n >= kSampledFrom) {
-      p = guess_bracket<T>(grid, storage.bracket, args.reader(layer), row.n, kept);
+    } else {
+      p = guess_bracket<T>(grid, storage.bracket, make_reader(layer), row.n, kept);
     }
     if (grid.thread() == 0) *progress(s, layer, 0) = p;
   }

@@ -16,23 +16,25 @@ S2AP_DEVICE double fold_lanes(const Grid& grid, double low, double high) {
   return sum;
 }
 
-// term(0) + ... + term(count - 1), count <= kChunk, in lane 0. Thread j of the warp carries the running sums j and j + 32.
-template <class Grid, class Term>
-S2AP_DEVICE double chunk_sum(const Grid& grid, int count, Term term) {
+// term(load(0)) + ... + term(load(count - 1)), count <= kChunk, in lane 0. Thread j of the warp carries the running sums j and j + 32.
+template <class Grid, class Load, class Term>
+S2AP_DEVICE double chunk_sum(const Grid& grid, int count, Load load, Term term) {
   static_assert(kLanes == 2 * kWarp);
+  using V = decltype(load(0));
   double low = 0, high = 0;
   for (int base = static_cast<int>(grid.lane()); base - static_cast<int>(grid.lane()) < count; base += kUnroll * kLanes) {
-    double a[kUnroll], b[kUnroll];
+    V a[kUnroll], b[kUnroll];
     S2AP_UNROLL
     for (int u = 0; u < kUnroll; ++u) {
       int i = base + u * kLanes, j = i + static_cast<int>(kWarp);
-      a[u] = i < count ? term(i) : 0;
-      b[u] = j < count ? term(j) : 0;
+      a[u] = i < count ? load(i) : V{};
+      b[u] = j < count ? load(j) : V{};
     }
     S2AP_UNROLL
     for (int u = 0; u < kUnroll; ++u) {
-      low = add(low, a[u]);
-      high = add(high, b[u]);
+      int i = base + u * kLanes, j = i + static_cast<int>(kWarp);
+      low = add(low, i < count ? term(a[u]) : 0);
+      high = add(high, j < count ? term(b[u]) : 0);
     }
   }
   return fold_lanes(grid, low, high);
@@ -68,16 +70,16 @@ inline int sum_levels(const Table<Row>& table) {
   return levels;
 }
 
-// Level 0: each block sums the chunks of its own range. term(row, quantity, i) is what is squared, of the dtype of the scores.
-template <class Grid, class Row, class Term>
-S2AP_DEVICE void sum_squares(const Grid& grid, const Table<Row>& table, const Sums& sums, Term term) {
+// Level 0: each block sums the chunks of its own range. square_chunk(row, quantity, first, length) is the sum of squares of a chunk, in lane 0.
+template <class Grid, class Row, class SquareChunk>
+S2AP_DEVICE void sum_squares(const Grid& grid, const Table<Row>& table, const Sums& sums, SquareChunk square_chunk) {
   for_each_segment(grid, table, [&](Segment segment) {
     const Row& row = table.rows[segment.layer];
     int64_t begin = segment.begin * sums.quantities, end = segment.end * sums.quantities;
     for (int64_t task = begin + grid.warp(); task < end; task += grid.warps()) {
       int64_t chunk = task / sums.quantities, first = chunk * kChunk;
       int quantity = static_cast<int>(task % sums.quantities);
-      double sum = chunk_sum(grid, chunk_length(row.n, chunk), [&](int i) { return square(term(row, quantity, first + i)); });
+      double sum = square_chunk(row, quantity, first, chunk_length(row.n, chunk));
       if (grid.lane() == 0) sums.level[0][quantity * table.chunks() + table.first_chunk[segment.layer] + chunk] = sum;
     }
   });
@@ -97,7 +99,7 @@ S2AP_DEVICE void sum_again(const Grid& grid, const Table<Row>& table, const Sums
     for (; turn < sums.quantities * groups; turn += warps) {
       int64_t group = turn / sums.quantities, at = turn % sums.quantities * table.chunks() + first;
       const double* terms = in + at + group * kChunk;
-      double sum = chunk_sum(grid, chunk_length(count, group), [&](int i) { return terms[i]; });
+      double sum = chunk_sum(grid, chunk_length(count, group), [&](int i) { return terms[i]; }, [](double x) { return x; });
       if (grid.lane() == 0) out[at + group] = sum;
     }
     turn -= sums.quantities * groups;

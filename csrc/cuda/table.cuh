@@ -67,17 +67,17 @@ S2AP_HD int chunk_length(int64_t n, int64_t chunk) {
 template <int unroll = kUnroll, class Grid, class Load, class Use>
 S2AP_DEVICE void for_each_element(const Grid& grid, int length, Load load, Use use) {
   using V = decltype(load(0));
-  int threads = static_cast<int>(grid.threads());
-  for (int base = static_cast<int>(grid.thread()); base - static_cast<int>(grid.thread()) < length; base += unroll * threads) {
+  int threads = static_cast<int>(grid.threads()), thread = static_cast<int>(grid.thread());
+  for (int base = 0; base < length; base += unroll * threads) {
     V values[unroll];
     S2AP_UNROLL
     for (int u = 0; u < unroll; ++u) {
-      int j = base + u * threads;
+      int j = base + u * threads + thread;
       values[u] = j < length ? load(j) : V{};
     }
     S2AP_UNROLL
     for (int u = 0; u < unroll; ++u) {
-      int j = base + u * threads;
+      int j = base + u * threads + thread;
       use(j, j < length, values[u]);
     }
   }

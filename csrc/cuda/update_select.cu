@@ -135,7 +135,7 @@ S2AP_DEVICE void update_and_square(const Grid& grid, const UpdateSelectArgs<T>& 
   for_each_segment(grid, table, [&](Segment segment) {
     const Layer<T>& row = table.rows[segment.layer];
     StepLayer<T> step = args.steps[segment.layer];
-    CutMask mask{args.cut_now(segment.layer)};
+    CutMask<KeyOf<T>> mask{args.cut_now(segment.layer)};
     bool plain = row.pattern.kind == kWeight, straight_through = args.straight_through;
     Compute<T> scale = step.ascent ? static_cast<Compute<T>>(args.scales[segment.layer]) : 0;
     uint32_t* bits = args.bits(segment.layer);
@@ -200,7 +200,7 @@ S2AP_DEVICE void update_select_phases(const Grid& grid, const UpdateSelectArgs<T
           if (level == args.sums.levels) write_squares(grid, args);
           if (level == 1) {
             prepare(grid, args.selection);
-            guess(grid, args, storage);
+            guess(grid, args.selection, storage, [&](int layer) { return args.reader(layer); });
           } else {
             selection_and_pattern_phase(grid, args, storage, level - 2);
           }

@@ -61,7 +61,7 @@ Course check(const std::vector<T>& scores, int64_t kept, GridSize size, uint64_t
         [&](int phase) {
           if (phase > 0) return kernels::selection_phase(grid, args, storage, phase - 1);
           kernels::prepare(grid, s);
-          kernels::guess(grid, args, storage);
+          kernels::guess(grid, s, storage, [&](int layer) { return args.reader(layer); });
         });
   };
   const int all = 1 + kernels::kSelectionPhases<T>;
@@ -122,7 +122,7 @@ void test_a_misled_sample_costs_reads_only(Random& random) {
     std::vector<T> scores = numbers<T>(0, n, random);
     for (int64_t i = 0; i < kernels::kSample; ++i) {
       uint32_t scattered = static_cast<uint32_t>(i) * 0x9e3779b9u;
-      scores[i * part + static_cast<int64_t>(static_cast<uint64_t>(scattered) * part >> 32)] = make<T>(at_sample * (1 + i % 3));
+      scores[i * n / kernels::kSample + static_cast<int64_t>(static_cast<uint64_t>(scattered) * part >> 32)] = make<T>(at_sample * (1 + i % 3));
     }
     Course course = check(scores, n / 2, {3, 64}, random(), at_sample != 0, "misled sample");
     EXPECT(!course.listed && course.reads > n * 3, "%s, %g: %lld reads", kName<T>, at_sample, (long long)course.reads);
@@ -136,6 +136,20 @@ void test_equal_scores_are_read_twice(Random& random) {
   Course course = check(numbers<T>(2, n, random), n / 2, {3, 64}, random(), true, "all equal");
   EXPECT(!course.listed && course.passes == 2, "%d passes", course.passes);
   EXPECT(course.reads <= 2 * n + kernels::kSample + 3 * n, "%lld reads", (long long)course.reads);  // the ties that go are looked at again
+}
+
+// They are guessed exactly, and so are done after the fewest passes; layers a bit larger are sampled.
+template <class T>
+void test_small_layers_are_their_own_sample(Random& random) {
+  for (int kind = 0; kind < kKindCount; ++kind) {
+    for (int64_t n : {int64_t{2}, int64_t{33}, int64_t{1000}, int64_t{kernels::kSample - 1}, int64_t{kernels::kSample}}) {
+      const int64_t kept = 1 + static_cast<int64_t>(random() % static_cast<uint64_t>(n - 1));
+      Course course = check(numbers<T>(kind, n, random), kept, kGrids[random() % kGridCount], random(), random() % 2 != 0, kKinds[kind]);
+      EXPECT(!course.listed && course.passes == 2, "%s, %lld of %lld: %d passes", kName<T>, (long long)kept, (long long)n, course.passes);
+    }
+    const int64_t n = kernels::kSample + 1 + static_cast<int64_t>(random() % (2 * kernels::kSample));
+    check(numbers<T>(kind, n, random), n / 10, kGrids[random() % kGridCount], random(), true, kKinds[kind]);
+  }
 }
 
 // One chunk, and then one chunk after the other, of scores that are all inside the bracket.
@@ -154,7 +168,7 @@ void test_a_full_list_costs_its_chunk_only(Random& random) {
 template <class T>
 void test_kinds(Random& random) {
   for (int kind = 0; kind < kKindCount; ++kind) {
-    const int64_t n = kernels::kSampledFrom + static_cast<int64_t>(random() % 3000);
+    const int64_t n = 8 * kernels::kSample + static_cast<int64_t>(random() % 3000);
     const int64_t kept = random() % 2 ? n / 10 : some_count(n, random);
     check(numbers<T>(kind, n, random), kept, kGrids[random() % kGridCount], random(), random() % 3 != 0, kKinds[kind]);
   }
@@ -162,7 +176,7 @@ void test_kinds(Random& random) {
 
 template <class T>
 void test_counts_near_the_ends(Random& random) {
-  const int64_t n = kernels::kSampledFrom;
+  const int64_t n = 8 * kernels::kSample;
   for (int64_t kept : {int64_t{1}, int64_t{100}, n - 100, n - 1}) {
     const int kind = random() % 2 ? 0 : 5;
     check(numbers<T>(kind, n, random), kept, {2, 96}, random(), true, std::string("few or many of ") + kKinds[kind]);
@@ -195,6 +209,7 @@ void test_all(Random& random) {
   test_ordinary_layers_read_each_score_once<T>(random);
   test_a_misled_sample_costs_reads_only<T>(random);
   test_equal_scores_are_read_twice<T>(random);
+  test_small_layers_are_their_own_sample<T>(random);
   test_a_full_list_costs_its_chunk_only<T>(random);
   test_kinds<T>(random);
   test_counts_near_the_ends<T>(random);

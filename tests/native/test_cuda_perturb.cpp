@@ -141,7 +141,7 @@ void test_flips(Random& random) {
 // Layers large enough for a bracket, beside one that is not: flips and signs are then counted from bits.
 template <class T>
 void test_layers_with_a_bracket(Random& random) {
-  const int64_t n = kernels::kSampledFrom + 777;
+  const int64_t n = 8 * kernels::kSample + 777;
   Problem<T> problem;
   problem.gamma = 0.5;
   problem.add(numbers<T>(0, n, random), numbers<T>(0, n, random), n / 10, random);

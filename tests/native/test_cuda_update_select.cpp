@@ -141,7 +141,7 @@ void test_flips(Random& random) {
 // Layers large enough for a bracket, with a pattern beside them or not: without, passes may be left out.
 template <class T>
 void test_layers_with_a_bracket(Random& random) {
-  const int64_t n = kernels::kSampledFrom + 777;
+  const int64_t n = 8 * kernels::kSample + 777;
   for (bool patterned : {false, true}) {
     Problem<T> problem;
     problem.add(0, n, {}, n / 10, random);
