@@ -3,7 +3,7 @@
 //
 // The algorithm is that of selection.cuh: exact for every input. Bytes per element, float32: the scores, the weights and the masked weights
 // once each, which is the floor of 12; 1/4 for a bit each; and, where a tenth is kept, 0.8 for the lists. Where the sample misleads, the
-// scores are read 5 times: 28; in layers too small for a sample, 4 times: 24; where all are equal, twice, and again where ties must go.
+// scores are read 5 times: 28; in layers of at most 4096 elements, 3 times: 20; where all are equal, twice, and again where ties must go.
 // Patterns (pattern.cuh) take 12 for windows, 16 for groups.
 //
 // One cooperative launch for all layers, usually with 4 grid barriers in it. A launch per layer and phase would be 100 launches for a

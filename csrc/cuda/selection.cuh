@@ -2,8 +2,8 @@
 // with three ways to read a score.
 //
 // Prepare  zero the counts, start the cuts' rows.
-// Guess    a bracket [lo, hi) around the kept-th largest key, the cut key, of each layer (bracket.cuh). Layers too small for a sample get
-//          the whole range of keys.                                                                         -- grid barrier
+// Guess    a bracket [lo, hi) around the kept-th largest key, the cut key, of each layer (bracket.cuh); that key itself
+//          in layers of no more elements than a sample.                                                     -- grid barrier
 // Sweep    over the scores: one bit per element for whether its key is above the bracket, the count of these; the elements inside the
 //          bracket go to their chunk's list, as key and place. Then pass 0 over the lists.                  -- grid barrier
 // Pass p   every block walks the counts of pass p - 1 to the bin that holds the cut key (radix.cuh), and counts what the bin's elements
@@ -13,9 +13,8 @@
 // Settle   usually one chunk per layer has work: of the elements with the cut key, the first `spare` in index order go.
 //
 // The counts of the sweep prove that the cut key is inside the bracket. If it is not, pass 1 starts again with the whole range of keys,
-// and reads the scores themselves, as do layers without a sample, and chunks with more elements inside than their list takes. So the
-// sample, and how the scores are arranged, affect only the speed. From the bracket on, two passes usually find the key; the others are left
-// out with their barriers.
+// and reads the scores themselves, as do chunks with more elements inside than their list takes. So the sample, and how the scores are
+// arranged, affect only the speed. From the bracket on, two passes usually find the key; the others are left out with their barriers.
 //
 // Each chunk has a list of its own, so that nothing but integer counts passes between blocks: the result does not depend on their number or
 // order, and the cut is that of a stable sort. Within a list the order is any; its elements are only counted, and their bits set.
