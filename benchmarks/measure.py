@@ -42,7 +42,7 @@ class Clock:
             f()
             self._wait()
             return time.perf_counter() - start
-        for _ in range(3):  # a function that waits for the device itself gets ahead never
+        for _ in range(3):  # where the function waits for the device itself, the host never gets ahead
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self._wait()
             self.flush.zero_()
