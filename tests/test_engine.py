@@ -583,11 +583,11 @@ def test_few_images_run_as_was_chosen_for_them(few, tmp_path):
 
 def test_images_that_fill_no_block_run_by_themselves():
     model, size = pruned("digits_cnn")
-    network = compile_sparse(model, images(1, size), chunk=24)
-    n = network._lanes
+    n = lanes()
+    network = compile_sparse(model, images(1, size), chunk=3 * n)
     assert [piece.stop for piece in network._cuts(2 * n + 1)] == [2 * n, 2 * n + 1]
     assert [piece.stop for piece in network._cuts(2 * n - 1)] == [2 * n - 1]
-    assert [piece.stop for piece in network._cuts(25)] == [24, 25]
+    assert [piece.stop for piece in network._cuts(3 * n + 1)] == [3 * n, 3 * n + 1]
     assert list(network._cuts(0)) == []
 
 
