@@ -141,6 +141,8 @@ void test_equal_scores_are_read_twice(Random& random) {
 // They are guessed exactly, and so are done after the fewest passes; layers a bit larger are sampled.
 template <class T>
 void test_small_layers_are_their_own_sample(Random& random) {
+  Course largest = check(numbers<T>(0, 49, random), 1, {2, 96}, random(), true, "one of 49");  // 49 * (1.0 / 49) < 1
+  EXPECT(!largest.listed && largest.passes == 2, "%s, 1 of 49: %d passes", kName<T>, largest.passes);
   for (int kind = 0; kind < kKindCount; ++kind) {
     for (int64_t n : {int64_t{2}, int64_t{33}, int64_t{1000}, int64_t{kernels::kSample - 1}, int64_t{kernels::kSample}}) {
       const int64_t kept = 1 + static_cast<int64_t>(random() % static_cast<uint64_t>(n - 1));
