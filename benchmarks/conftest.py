@@ -49,8 +49,9 @@ def side_by_side(benchmark, quick, device):
 
     ``floor=(name, bytes, others)``: the function ``name`` streams so many bytes; ``others`` are names and the bytes that they have to
     move at least, and the table says how long that takes at the bandwidth of the former, as a share of their time. ``inspect``: also
-    counts calls and memory. ``wall``: on CUDA, the time until the work is done, host included. ``benchmarked=False`` for all but the last
-    in a test, since pytest-benchmark takes one. Returns the medians in seconds.
+    counts calls and memory. ``wall``: on CUDA, the time until the work is done, host included. ``warm``: each call follows one of the
+    same function that is not timed, so that none pays for the caches and waiting threads that another one left. ``benchmarked=False`` for
+    all but the last in a test, since pytest-benchmark takes one. Returns the medians in seconds.
     """
     clock = Clock(device)
 
@@ -62,15 +63,23 @@ def side_by_side(benchmark, quick, device):
         floor: tuple[str, int, dict[str, int]] | None = None,
         inspect: bool = False,
         wall: bool = False,
+        warm: bool = False,
         benchmarked: bool = True,
     ) -> dict[str, float]:
         rounds = 1 if quick else rounds
         (first, ours), *others = functions.items()
         times: dict[str, list[float]] = {name: [] for name in functions}
 
-        def others_in_turn() -> None:
+        def measure(name: str, f: Callable[[], object]) -> None:
+            times[name].append(clock.seconds(f, wall=wall))
+
+        def before_ours() -> None:
             for name, f in others:
-                times[name].append(clock.seconds(f, wall=wall))
+                if warm:
+                    f()
+                measure(name, f)
+            if warm:
+                ours()
 
         row: dict = {"benchmark": what, "rounds": rounds}
         if inspect:
@@ -84,11 +93,11 @@ def side_by_side(benchmark, quick, device):
         gc.disable()
         try:
             if benchmarked:
-                benchmark.pedantic(lambda: times[first].append(clock.seconds(ours, wall=wall)), setup=others_in_turn, rounds=rounds)
+                benchmark.pedantic(lambda: measure(first, ours), setup=before_ours, rounds=rounds)
             else:
                 for _ in range(rounds):
-                    others_in_turn()
-                    times[first].append(clock.seconds(ours, wall=wall))
+                    before_ours()
+                    measure(first, ours)
         finally:
             gc.enable()
         medians = {name: statistics.median(t) for name, t in times.items()}

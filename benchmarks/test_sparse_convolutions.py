@@ -88,7 +88,7 @@ def test_layer(side_by_side, quick, shape, density):
         others = {"dense, contiguous": first[which], "dense, channels_last": last[which]}
         if theirs and name == "forward":
             others["SparseProp"] = theirs[0]
-        medians = side_by_side(ours | others, rounds=5, what=f"{name}: {what}", benchmarked=False)
+        medians = side_by_side(ours | others, rounds=7, warm=True, what=f"{name}: {what}", benchmarked=False)
         ROWS[-1]["sparse_layer"] = (name, density)
         if name == "forward":
             kept = len(entries.values)
@@ -100,11 +100,12 @@ def test_layer(side_by_side, quick, shape, density):
             "ours, images": lambda: (ours_forward["ours, images"](), ours_gradient["ours, images"](), weight_grad()),
             "SparseProp": theirs[1],
         }
-        side_by_side(functions, rounds=3, what=f"forward and both gradients: {what}", benchmarked=False)
+        side_by_side(functions, rounds=5, warm=True, what=f"forward and both gradients: {what}", benchmarked=False)
         ROWS[-1]["sparse_layer"] = ("forward and both gradients", density)
     side_by_side(
         {"ours, images": weight_grad, "dense, contiguous": first[2], "dense, channels_last": last[2]},
         rounds=5,
+        warm=True,
         what=f"weight gradient: {what}",
     )
     ROWS[-1]["sparse_layer"] = ("weight gradient", density)

@@ -35,27 +35,6 @@ inline bool reaches(const Axis& axis, int64_t halo) {
   return true;
 }
 
-// How the outputs of a pass are cut into tiles: rows of a tile, tiles side by side.
-struct BlockTiles {
-  int64_t tall, across;
-  explicit BlockTiles(const Axis& x) : tall(x.outputs <= kWidest / 2 ? 2 : 1), across((x.outputs + kWidest - 1) / kWidest) {}
-};
-
-// Runs of input channels whose part of a tile's inputs stays in the first-level cache, but not so short that sums are loaded and stored for
-// next to nothing. `per_channel`: entries of an output channel, for each input channel.
-inline int64_t channels_of_run(double per_channel, int64_t channels, const Axis& y, const Axis& x, int64_t lanes) {
-  constexpr int64_t kInCache = 5 * 1024;  // floats
-  constexpr double kWorthARun = 24;       // entries of an output channel
-  const BlockTiles tiles(x);
-  const int64_t wide = (x.outputs + tiles.across - 1) / tiles.across;
-  const int64_t rows = (tiles.tall - 1) * y.in_step + y.most() - y.least() + 1;
-  const int64_t columns = (wide - 1) * x.in_step + x.most() - x.least() + 1;
-  const int64_t in_cache = kInCache / (rows * columns * lanes);
-  const int64_t run = std::max({int64_t{1}, in_cache, static_cast<int64_t>(kWorthARun / std::max(per_channel, 1e-3))});
-  const int64_t runs = (channels + run - 1) / run;
-  return (channels + runs - 1) / runs;
-}
-
 // The outputs that `y` and `x` describe, and the entries that reach them.
 struct BlockPass {
   Axis y, x;
@@ -73,10 +52,10 @@ struct BlockPass {
       return dy == Axis::kUnreached || dx == Axis::kUnreached ? Axis::kUnreached : dy * in.row() + dx * in.lanes;
     });
     const int64_t channels = in.channels / shape.groups;
-    const auto reaching = offsets.size() - std::count(offsets.begin(), offsets.end(), Axis::kUnreached);
-    const double share = static_cast<double>(reaching) / static_cast<double>(offsets.size());
-    const double per_channel = share * static_cast<double>(entries.starts[rows]) / static_cast<double>(rows * channels);
-    return {machine, entries, rows, channels, offsets, in.channel(), channels_of_run(per_channel, channels, y, x, in.lanes), slot};
+    const Tiling tiles(x.outputs);
+    const int64_t read = ((tiles.tall - 1) * y.in_step + y.most() - y.least() + 1) * ((tiles.wide - 1) * x.in_step + x.most() - x.least() + 1);
+    const int64_t each = channels_of_run(entries, rows, channels, offsets, read, in.lanes);
+    return {machine, entries, rows, channels, offsets, in.channel(), each, slot};
   }
 };
 
@@ -90,7 +69,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
   const int64_t blocks = out.count * shape.groups;
   const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (tall + 1) / 2);
   const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, entries);
-  const auto [most_rows, across] = BlockTiles(passes[0].x);
+  const Tiling tiles(passes[0].x.outputs);
 
   for_each(machine, blocks * pieces, work, [&](int64_t task) {
     const int64_t piece = task % pieces, group = task / pieces % shape.groups, block = task / pieces / shape.groups;
@@ -113,21 +92,12 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
       args.out = place(out);
       args.out_row = y.out_step * out.row();
       args.out_column = x.out_step * out.lanes;
-      for (int64_t run = 0; run < placed.runs; ++run) {
-        const bool last = run + 1 == placed.runs;
-        args.starts = placed.starts(run, out.channels);
-        args.ends = placed.starts(run + 1, out.channels);
-        args.resume = run > 0;
-        args.residual = last ? place(epilogue.residual) : nullptr;
-        args.relu = last && epilogue.relu;
-        args.gate = last ? place(epilogue.gate) : nullptr;
-        tile(args);
-      }
+      tile_in_runs(tile, args, placed, out.channels, place(epilogue.residual), place(epilogue.gate), epilogue.relu);
     };
     for (int64_t oy = top, height; oy < bottom; oy += height) {
-      height = std::min(most_rows, bottom - oy);
-      for (int64_t i = 0; i < across; ++i) {
-        const int64_t ox = wide * i / across, width = wide * (i + 1) / across - ox;
+      height = std::min(tiles.tall, bottom - oy);
+      for (int64_t i = 0; i < tiles.across; ++i) {
+        const int64_t ox = wide * i / tiles.across, width = wide * (i + 1) / tiles.across - ox;
         const Axis& y = passes[0].y;
         if (oy + height < bottom) {  // the rows that the tile below this one reads beyond those of this one
           const int64_t below = std::max(oy * y.in_step + y.most() + 1, (oy + height) * y.in_step + y.least());

@@ -36,10 +36,12 @@
 
 namespace s2ap {
 
+// The entries as tiles and dot products on packed pieces take them. `runs`: of input channels, as long as pays, or all channels are one.
 inline PlacedEntries place_in(const Layout& layout, const Machine& machine, const Entries& entries, int64_t rows, int64_t channels,
-                              const ConvShape& shape) {
+                              const ConvShape& shape, bool runs) {
   const auto offsets = offsets_of_taps(shape, [&](int64_t ky, int64_t kx) { return layout.offset(ky, kx); });
-  return {machine, entries, rows, channels, offsets, layout.channel(), channels};
+  const int64_t each = runs ? channels_of_run(entries, rows, channels, offsets, layout.tile_vectors(), layout.lanes()) : channels;
+  return {machine, entries, rows, channels, offsets, layout.channel(), each};
 }
 
 // Where the results of a pass belong, and what follows the sums there.
@@ -92,10 +94,10 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
   const TileLoops& loops = tile_loops(machine.isa);
   const int64_t lanes = s2ap::lanes(machine.isa), group_rows = rows / shape.groups, group_channels = channels / shape.groups;
   const Layout layout(y, x, shape.batch, group_channels, lanes);
-  const PlacedEntries placed = place_in(layout, machine, entries, rows, group_channels, shape);
   const Results<T> results{y, x, epilogue, out};
   // Where a vector of results lies in memory as in a register, tiles write it.
   const bool vectors = std::is_same_v<T, float> && layout.by_images() && out.n == 1 && results.alike();
+  const PlacedEntries placed = place_in(layout, machine, entries, rows, group_channels, shape, vectors);
   // Where there are fewer pieces than threads can share, rows are shared out too; a piece is then packed again for each share.
   const int64_t together = layout.together(), tasks = (layout.pieces() + together - 1) / together * shape.groups;
   const int64_t shares = std::clamp<int64_t>(machine.threads / tasks, 1, std::max<int64_t>(1, group_rows / 8));
@@ -111,7 +113,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
       args.in = packed + ty * layout.row() + tx * lanes;
       args.in_row = layout.row();
       args.starts = placed.starts(0, rows);
-      args.ends = placed.starts(1, rows);
+      args.ends = placed.starts(placed.runs, rows);
       args.offsets = placed.offsets;
       args.values = placed.values;
       args.bias = epilogue.bias;
@@ -124,10 +126,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
           args.out_channel = out.c;
           args.out_row = out.h * y.out_step;
           args.out_column = out.w * x.out_step;
-          args.residual = place(epilogue.residual);
-          args.gate = place(epilogue.gate);
-          args.relu = epilogue.relu;
-          tile(args);
+          tile_in_runs(tile, args, placed, rows, place(epilogue.residual), place(epilogue.gate), epilogue.relu);
           return;
         }
       }
@@ -191,7 +190,7 @@ void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, con
   const int64_t group_rows = shape.out_channels / shape.groups, group_channels = shape.in_channels / shape.groups;
   const Axis y = forward_axis(shape, 0), x = forward_axis(shape, 1);
   const Layout layout(y, x, shape.batch, group_channels, lanes);
-  const PlacedEntries placed = place_in(layout, machine, entries, shape.out_channels, group_channels, shape);
+  const PlacedEntries placed = place_in(layout, machine, entries, shape.out_channels, group_channels, shape, false);
   const int64_t count = entries.starts[shape.out_channels];
   // So many partial sums of each value, whatever the number of threads. Slices go to them in turn, a contiguous range to each.
   const int64_t pieces = layout.pieces(), parts = std::min<int64_t>(pieces, 8);

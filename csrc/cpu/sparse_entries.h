@@ -110,6 +110,35 @@ struct PlacedEntries {
   }
 };
 
+// Runs of input channels whose part of a tile's inputs stays in the first-level cache, but not so short that sums are loaded and stored for
+// next to nothing. `tap_offset`: as above; `vectors`: of one channel that a tile reads.
+inline int64_t channels_of_run(const Entries& entries, int64_t rows, int64_t channels, const std::vector<int64_t>& tap_offset, int64_t vectors,
+                               int64_t lanes) {
+  constexpr int64_t kInCache = 5 * 1024;  // floats
+  constexpr double kWorthARun = 24;       // entries of a row
+  const auto taps = static_cast<double>(tap_offset.size());
+  const double share = 1 - static_cast<double>(std::count(tap_offset.begin(), tap_offset.end(), Axis::kUnreached)) / taps;
+  const double per_channel = share * static_cast<double>(entries.starts[rows]) / static_cast<double>(rows * channels);
+  const int64_t run = std::max({int64_t{1}, kInCache / (vectors * lanes), static_cast<int64_t>(kWorthARun / std::max(per_channel, 1e-3))});
+  const int64_t runs = (channels + run - 1) / run;
+  return (channels + runs - 1) / runs;
+}
+
+// A tile, run by run; what follows the sums comes with the last one. `args` lacks the entries' bounds and these. `rows`: of the entries.
+inline void tile_in_runs(TileLoop tile, TileArgs& args, const PlacedEntries& placed, int64_t rows, const float* residual, const float* gate,
+                         bool relu) {
+  for (int64_t run = 0; run < placed.runs; ++run) {
+    const bool last = run + 1 == placed.runs;
+    args.starts = placed.starts(run, rows);
+    args.ends = placed.starts(run + 1, rows);
+    args.resume = run > 0;
+    args.residual = last ? residual : nullptr;
+    args.gate = last ? gate : nullptr;
+    args.relu = last && relu;
+    tile(args);
+  }
+}
+
 // The work of a pass, in elements as for_each counts them: what is read and written, and the arithmetic.
 inline int64_t work_of(int64_t positions, int64_t rows, int64_t channels, int64_t entries) {
   constexpr int64_t kMultiplyAdds = 8;  // that take as long as an element

@@ -21,11 +21,10 @@ S2AP_INLINE void assign(uint16_t& to, float x) { to = Element<BFloat16>::narrow(
 // How a pass is cut into pieces, and where everything lies in a piece's packed input.
 class Layout {
  public:
-  static constexpr int64_t kBudget = 56 * 1024;  // floats of a packed piece: what leaves room in the second-level cache for the rest
-
   Layout(const Axis& y, const Axis& x, int64_t batch, int64_t channels, int64_t lanes)
       : y_(y), x_(x), batch_(batch), channels_(channels), lanes_(lanes) {
     phases_ = static_cast<int64_t>(y.phases.size() * x.phases.size());
+    budget_ = (lanes == 16 ? 160 : 56) * 1024;  // where vectors have 16 lanes the second-level cache holds 1 MB or more
     by_images_ = share_of_images() >= share_of_positions();
     by_images_ ? cut_images() : cut_positions();
   }
@@ -38,6 +37,11 @@ class Layout {
   int64_t channel() const { return phases_ * plane_; }  // floats of a channel, packed
   int64_t packed() const { return channels_ * channel() + kWidest * lanes_; }
   int64_t row() const { return pitch_ * lanes_; }
+  // Vectors of one channel that a tile reads.
+  int64_t tile_vectors() const {
+    const Tiling tiles(columns_);
+    return phases_ * (std::min(tiles.tall, rows_) + y_.span()) * (tiles.wide + x_.span());
+  }
 
   // Offset of the input of a tap, of a channel's; kUnreached if it reaches no output.
   int64_t offset(int64_t ky, int64_t kx) const {
@@ -104,10 +108,10 @@ class Layout {
   void for_each_tile(const Piece& p, const F& f) const {
     const int64_t height = by_images_ ? p.y1 - p.y0 : 1;
     const int64_t width = by_images_ ? p.x1 - p.x0 : (p.f1 - p.f0 + lanes_ - 1) / lanes_;
-    const int64_t across = (width + kWidest - 1) / kWidest;
+    const Tiling tiles(width);
     for (int64_t y = 0; y < height;) {
-      const int64_t rows = width <= kWidest / 2 && height - y >= 2 ? 2 : 1;
-      for (int64_t i = 0; i < across; ++i) f(rows, width * (i + 1) / across - width * i / across, y, width * i / across);
+      const int64_t rows = std::min(tiles.tall, height - y);
+      for (int64_t i = 0; i < tiles.across; ++i) f(rows, width * (i + 1) / tiles.across - width * i / tiles.across, y, width * i / tiles.across);
       y += rows;
     }
   }
@@ -140,11 +144,12 @@ class Layout {
 
   void cut_images() {
     groups_ = (batch_ + lanes_ - 1) / lanes_;
-    const int64_t budget = kBudget / (channels_ * phases_ * lanes_);  // vectors of a plane
+    const int64_t budget = budget_ / (channels_ * phases_ * lanes_);  // vectors of a plane
+    constexpr int64_t kFewest = 4;  // rows: with fewer, more is packed twice than a piece beyond its budget costs
     double least = INFINITY;
     for (int64_t across = 1; across <= std::max<int64_t>(1, x_.outputs / 4); ++across) {
       const int64_t columns = (x_.outputs + across - 1) / across, width = columns + x_.span();
-      const int64_t fits = std::max<int64_t>(budget / width - y_.span(), 1);
+      const int64_t fits = std::max(budget / width - y_.span(), kFewest);
       const int64_t down = (y_.outputs + std::min(fits, y_.outputs) - 1) / std::min(fits, y_.outputs);
       const int64_t rows = (y_.outputs + down - 1) / down;
       const double over = std::max(1.0, static_cast<double>((rows + y_.span()) * width) / static_cast<double>(budget));
@@ -165,7 +170,7 @@ class Layout {
     pitch_ = x_.outputs + x_.span();
     const int64_t reach = y_.span() * pitch_ + x_.span(), tile = kWidest * lanes_;
     const int64_t all = (positions() + lanes_ - 1) / lanes_ * lanes_;
-    const int64_t fits = std::max<int64_t>((kBudget / (channels_ * phases_) - reach) / tile, 1) * tile;
+    const int64_t fits = std::max<int64_t>((budget_ / (channels_ * phases_) - reach) / tile, 1) * tile;
     strip_ = std::min(all, fits);
     pieces_x_ = (positions() + strip_ - 1) / strip_;
     plane_ = (strip_ + reach + lanes_ - 1) / lanes_ * lanes_;
@@ -242,6 +247,7 @@ class Layout {
 
   const Axis &y_, &x_;
   int64_t batch_, channels_, lanes_, phases_;
+  int64_t budget_;  // floats of a packed piece: what leaves room in the second-level cache for the rest
   bool by_images_;
   int64_t groups_ = 1, pieces_y_ = 1, pieces_x_ = 1;
   int64_t rows_ = 1, columns_ = 1;  // outputs of a piece

@@ -22,6 +22,13 @@ namespace s2ap {
 
 constexpr int kWidest = 14;  // sums that 16 registers have room for, beside a value and an operand
 
+// How a row of `width` outputs is cut into tiles: rows of a tile, tiles side by side.
+struct Tiling {
+  int64_t tall, across, wide;
+  explicit Tiling(int64_t width)
+      : tall(width <= kWidest / 2 ? 2 : 1), across((width + kWidest - 1) / kWidest), wide((width + across - 1) / across) {}
+};
+
 // A tile of some output channels, and what it is made of. Lengths and offsets are in floats.
 struct TileArgs {
   const float* in;         // the inputs of the tile's first position, for offset 0
