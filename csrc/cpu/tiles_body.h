@@ -33,15 +33,22 @@ S2AP_TARGET S2AP_INLINE void add_product(Floats& sum, const Floats& a, const Flo
 #endif
 }
 
+// What lies like a tile's results, for writing or for reading.
+template <int rows, int columns, int write>
+S2AP_TARGET S2AP_INLINE void prefetch(const TileArgs& args, const float* first) {
+  S2AP_ALL for (int r = 0; r < rows; ++r) {
+    S2AP_ALL for (int c = 0; c < columns; c += 64 / S2AP_WIDTH) __builtin_prefetch(first + r * args.out_row + c * args.out_column, write);
+  }
+}
+
 template <int step, int rows, int columns>
 S2AP_TARGET void tile(const TileArgs& given) {
   const TileArgs args = given;  // a copy that the stores below cannot change, in the eyes of the compiler
   float* out = args.out;
   for (int64_t o = args.first; o < args.last; ++o, out += args.out_channel) {
-    S2AP_ALL for (int r = 0; r < rows; ++r) {  // what is written two channels on
-      const float* const later = out + 2 * args.out_channel + r * args.out_row;
-      S2AP_ALL for (int c = 0; c < columns; c += 64 / S2AP_WIDTH) __builtin_prefetch(later + c * args.out_column, 1);
-    }
+    prefetch<rows, columns, 1>(args, out + 2 * args.out_channel);  // what is written two channels on, and read one channel on
+    if (args.residual) prefetch<rows, columns, 0>(args, args.residual + (out - args.out) + args.out_channel);
+    if (args.gate) prefetch<rows, columns, 0>(args, args.gate + (out - args.out) + args.out_channel);
     Floats sum[rows][columns];
     if (args.resume) {
       S2AP_ALL for (int r = 0; r < rows; ++r) {
