@@ -27,6 +27,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "sparse_entries.h"
@@ -47,6 +48,7 @@ inline PlacedEntries place_in(const Layout& layout, const Machine& machine, cons
 // Where the results of a pass belong, and what follows the sums there.
 template <class T>
 struct Results {
+  const TileLoops& loops;
   const Axis &y, &x;
   const Epilogue<Images<const T>>& epilogue;
   const Images<T>& out;
@@ -77,8 +79,12 @@ struct Results {
       return result;
     };
     const int64_t across = out.w * x.out_step;
-    if (step == 1 && across == 1 && alike()) {  // so that it vectorises
-      for (int64_t i = 0; i < count; ++i) assign(to[i], finished(i, i, i));
+    if (step == 1 && across == 1 && alike()) {
+      if constexpr (std::is_same_v<T, float>) {
+        loops.finish({from, to, residual, gate, epilogue.relu, count});
+      } else {
+        for (int64_t i = 0; i < count; ++i) assign(to[i], finished(i, i, i));
+      }
     } else {
       for (int64_t i = 0; i < count; ++i) {
         assign(to[i * across], finished(i, i * epilogue.residual.w * x.out_step, i * epilogue.gate.w * x.out_step));
@@ -94,7 +100,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
   const TileLoops& loops = tile_loops(machine.isa);
   const int64_t lanes = s2ap::lanes(machine.isa), group_rows = rows / shape.groups, group_channels = channels / shape.groups;
   const Layout layout(y, x, shape.batch, group_channels, lanes);
-  const Results<T> results{y, x, epilogue, out};
+  const Results<T> results{loops, y, x, epilogue, out};
   // Where a vector of results lies in memory as in a register, tiles write it.
   const bool vectors = std::is_same_v<T, float> && layout.by_images() && out.n == 1 && results.alike();
   const PlacedEntries placed = place_in(layout, machine, entries, rows, group_channels, shape, vectors);
@@ -133,6 +139,17 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
       constexpr int64_t kTogether = 16;  // rows whose sums wait to be written
       const int64_t size = tile_rows * tile_columns * lanes;
       float* const sums = scratch(Scratch::kResults, kTogether * kWidest * lanes);
+      struct Wanted {  // sums that are outputs, neighbours in one row
+        int64_t at, n, line, column, count;
+      };
+      Wanted* const wanted = scratch<Wanted>(Scratch::kWanted, kWidest * lanes);
+      int64_t count_wanted = 0;
+      if (!layout.by_images()) {
+        const int64_t from = p.f0 + tx * lanes;
+        layout.for_each_run(from, std::min(p.f1, from + size), [&](int64_t at, int64_t n, int64_t line, int64_t column, int64_t count) {
+          if (line < y.outputs) wanted[count_wanted++] = {at, n, line, column, std::min(count, x.outputs - column)};
+        });
+      }
       args.out = sums;
       args.out_channel = size;
       args.out_row = tile_columns * lanes;
@@ -148,10 +165,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
               for (int64_t n = 0; n < p.images; ++n) results.write(line + n, lanes, tile_columns, p.n0 + n, row, p.y0 + ty + r, p.x0 + tx);
             }
           } else {
-            const int64_t from = p.f0 + tx * lanes, to = std::min(p.f1, from + size);
-            layout.for_each_run(from, to, [&](int64_t at, int64_t n, int64_t line, int64_t column, int64_t count) {
-              if (line < y.outputs) results.write(sum + at, 1, std::min(count, x.outputs - column), n, row, line, column);
-            });
+            for (const Wanted* w = wanted; w < wanted + count_wanted; ++w) results.write(sum + w->at, 1, w->count, w->n, row, w->line, w->column);
           }
         }
       }

@@ -15,7 +15,7 @@
 namespace s2ap {
 
 // Memory of one thread that grows to what it was asked for and stays: fresh memory would cost a page fault for every 4 KB in every call.
-enum class Scratch { kPacked, kResults, kGradient, kStarts, kColumns, kOffsets, kValues, kPlaces };
+enum class Scratch { kPacked, kInside, kResults, kWanted, kGradient, kStarts, kColumns, kOffsets, kValues, kPlaces };
 
 constexpr int kScratchSlots = 4;  // of each kind, for what there is several of at a time
 

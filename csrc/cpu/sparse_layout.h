@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "element.h"
+#include "sparse_entries.h"
 #include "sparse_shape.h"
 #include "tiles.h"
 
@@ -75,13 +76,11 @@ class Layout {
   // Copies a piece of an input's channels [first, first + channels) to `to`.
   template <class T>
   void pack(const Images<const T>& in, int64_t first, const Piece& p, float* to) const {
-    for (int64_t c = 0; c < channels_; ++c) {
-      const T* source = in.data + (first + c) * in.c;
-      for (int64_t py : y_.phases) {
-        for (int64_t px : x_.phases) {
-          by_images_ ? pack_images(in, source, py, px, p, to) : pack_positions(in, source, py, px, p, to);
-          to += plane_;
-        }
+    int64_t phase = 0;
+    for (int64_t py : y_.phases) {
+      for (int64_t px : x_.phases) {
+        by_images_ ? pack_images(in, first, py, px, p, to + phase * plane_) : pack_positions(in, first, py, px, p, to + phase * plane_);
+        ++phase;
       }
     }
   }
@@ -128,7 +127,9 @@ class Layout {
       at += count;
     }
   }
-  int64_t positions() const { return batch_ * (y_.outputs + y_.span()) * (x_.outputs + x_.span()); }
+  // Positions of all images' planes; and up to the last one that is an output.
+  int64_t planes() const { return batch_ * (y_.outputs + y_.span()) * (x_.outputs + x_.span()); }
+  int64_t positions() const { return planes() - y_.span() * (x_.outputs + x_.span()) - x_.span(); }
   int64_t strip() const { return strip_; }
 
  private:
@@ -215,44 +216,56 @@ class Layout {
     high = std::clamp<int64_t>(outputs_below(axis.in_size), low, first + count);
   }
 
+  // One phase of all channels, from the first one's place on.
   template <class T>
-  void pack_images(const Images<const T>& in, const T* source, int64_t py, int64_t px, const Piece& p, float* to) const {
+  void pack_images(const Images<const T>& in, int64_t channel, int64_t py, int64_t px, const Piece& p, float* packed) const {
     int64_t left, right;
     const int64_t first = p.x0 + x_.first, width = p.x1 - p.x0 + x_.span();
     inside(x_, px, first, width, left, right);
-    for (int64_t y = p.y0 + y_.first; y < p.y1 + y_.last; ++y, to += row()) {
-      const int64_t at = y * y_.in_step + py;
-      if (at < 0 || at >= y_.in_size || left == right) {
-        std::fill_n(to, width * lanes_, 0.0f);
-        continue;
+    for (int64_t c = 0; c < channels_; ++c) {
+      float* to = packed + c * this->channel();
+      for (int64_t y = p.y0 + y_.first; y < p.y1 + y_.last; ++y, to += row()) {
+        const int64_t at = y * y_.in_step + py;
+        if (at < 0 || at >= y_.in_size || left == right) {
+          std::fill_n(to, width * lanes_, 0.0f);
+          continue;
+        }
+        std::fill_n(to, (left - first) * lanes_, 0.0f);
+        std::fill_n(to + (right - first) * lanes_, (first + width - right) * lanes_, 0.0f);
+        const T* const from = in.data + (channel + c) * in.c + p.n0 * in.n + at * in.h + (left * x_.in_step + px) * in.w;
+        prefetch_vectors(from + in.c, in.n, in.w * x_.in_step, right - left);
+        copy_vectors(from, in.n, in.w * x_.in_step, p.images, right - left, to + (left - first) * lanes_);
       }
-      std::fill_n(to, (left - first) * lanes_, 0.0f);
-      std::fill_n(to + (right - first) * lanes_, (first + width - right) * lanes_, 0.0f);
-      const int64_t x = left * x_.in_step + px;
-      const T* const from = source + p.n0 * in.n + at * in.h + x * in.w;
-      prefetch_vectors(from + in.c, in.n, in.w * x_.in_step, right - left);
-      copy_vectors(from, in.n, in.w * x_.in_step, p.images, right - left, to + (left - first) * lanes_);
     }
   }
 
   template <class T>
-  void pack_positions(const Images<const T>& in, const T* source, int64_t py, int64_t px, const Piece& p, float* to) const {
-    const int64_t end = std::min(p.f0 + plane_, positions());
-    std::fill_n(to, plane_, 0.0f);
-    for_each_run(p.f0, end, [&](int64_t at, int64_t n, int64_t line, int64_t column, int64_t count) {
+  void pack_positions(const Images<const T>& in, int64_t channel, int64_t py, int64_t px, const Piece& p, float* packed) const {
+    struct Inside {  // neighbours in a row that are no padding
+      int64_t to, from, count;
+    };
+    auto* const found = scratch<Inside>(Scratch::kInside, plane_);  // the same for all channels
+    int64_t rows = 0;
+    const int64_t step = x_.in_step * in.w;
+    for_each_run(p.f0, std::min(p.f0 + plane_, planes()), [&](int64_t at, int64_t n, int64_t line, int64_t column, int64_t count) {
       const int64_t y = (line + y_.first) * y_.in_step + py;
       if (y < 0 || y >= y_.in_size) return;
       int64_t left, right;
       inside(x_, px, column + x_.first, count, left, right);
-      float* const row = to + at - (column + x_.first);
-      const int64_t step = x_.in_step;
-      const T* const from = source + n * in.n + y * in.h + px * in.w;
-      if (step * in.w == 1) {  // so that it vectorises
-        for (int64_t i = left; i < right; ++i) row[i] = as_float(from[i]);
-      } else {
-        for (int64_t i = left; i < right; ++i) row[i] = as_float(from[i * step * in.w]);
-      }
+      if (left < right) found[rows++] = {at + left - (column + x_.first), n * in.n + y * in.h + px * in.w + left * step, right - left};
     });
+    for (int64_t c = 0; c < channels_; ++c) {
+      const T* const source = in.data + (channel + c) * in.c;
+      float* const to = packed + c * this->channel();
+      std::fill_n(to, plane_, 0.0f);
+      for (const Inside* row = found; row < found + rows; ++row) {
+        if (step == 1) {  // so that it vectorises
+          for (int64_t i = 0; i < row->count; ++i) to[row->to + i] = as_float(source[row->from + i]);
+        } else {
+          for (int64_t i = 0; i < row->count; ++i) to[row->to + i] = as_float(source[row->from + i * step]);
+        }
+      }
+    }
   }
 
   const Axis &y_, &x_;

@@ -5,8 +5,10 @@
 // That is what the machine can load, so positions per weight are what counts: as many as there are registers.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "element.h"
@@ -47,6 +49,15 @@ struct TileArgs {
 };
 using TileLoop = void (*)(const TileArgs&);
 
+// to[i] = from[i] and what follows the sums, for i < count.
+struct FinishArgs {
+  const float* from;
+  float* to;
+  const float *residual, *gate;  // as in TileArgs
+  bool relu;
+  int64_t count;
+};
+
 // sums[j] += sum over rows and columns of a[row][column] * x[offsets[j]][row][column], columns being vectors.
 struct DotArgs {
   const float *a, *x;
@@ -69,6 +80,7 @@ struct TileLoops {
   // [step - 1][columns - 1]: columns whose inputs are `step` vectors apart
   std::array<std::array<TileLoop, kWidest>, 2> one_row;
   std::array<std::array<TileLoop, kWidest / 2>, 2> two_rows;
+  void (*finish)(const FinishArgs&);
   void (*dots)(const DotArgs&);
   void (*place)(const PlaceArgs&);
 };

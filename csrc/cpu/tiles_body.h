@@ -103,6 +103,36 @@ S2AP_TARGET void tile(const TileArgs& given) {
   }
 }
 
+// The first `count` floats of a vector, 1 <= count <= kFloats; the others are 0, or stay. (AVX2's masked stores are slow on some machines.)
+S2AP_TARGET S2AP_INLINE Floats load_first(const float* p, int64_t count) {
+  Floats v{};
+#if S2AP_WIDTH == 64
+  v = (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  count == kFloats ? load_floats(v, p) : static_cast<void>(std::memcpy(&v, p, count * sizeof(float)));
+#endif
+  return v;
+}
+S2AP_TARGET S2AP_INLINE void store_first(float* p, const Floats& v, int64_t count) {
+#if S2AP_WIDTH == 64
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+#else
+  count == kFloats ? store_floats(p, v) : static_cast<void>(std::memcpy(p, &v, count * sizeof(float)));
+#endif
+}
+
+S2AP_TARGET inline void finish(const FinishArgs& args) {
+  const FinishArgs a = args;
+  for (int64_t i = 0; i < a.count; i += kFloats) {
+    const int64_t count = std::min(a.count - i, kFloats);
+    Floats result = load_first(a.from + i, count);
+    if (a.residual) result = result + load_first(a.residual + i, count);
+    if (a.relu) result = result < 0 ? Floats{} : result;  // NaN stays
+    if (a.gate) result = load_first(a.gate + i, count) <= 0 ? Floats{} : result;
+    store_first(a.to + i, result, count);
+  }
+}
+
 // to[k] += all lanes of sums[k].
 template <int count>
 S2AP_TARGET S2AP_INLINE void add_lanes(float* to, const Floats (&sums)[count]) {
@@ -159,11 +189,19 @@ S2AP_TARGET inline void dots(const DotArgs& args) {
 }
 
 S2AP_TARGET inline void place(const PlaceArgs& args) {
-  const auto taps = static_cast<uint32_t>(args.taps), channel = static_cast<uint32_t>(args.channel);
-  const uint64_t part = ((uint64_t{1} << 32) + taps - 1) / taps;  // a division for each entry would take longer than all the rest
+  const auto taps = static_cast<int32_t>(args.taps), channel = static_cast<int32_t>(args.channel);
+  const int32_t *const columns = args.columns, *const tap_offsets = args.tap_offsets;
+  int32_t* const offsets = args.offsets;  // apart from both
+  if (taps == 1) {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < args.count; ++j) offsets[j] = columns[j] * channel + tap_offsets[0];
+    return;
+  }
+  const auto part = static_cast<uint32_t>(((uint64_t{1} << 32) + args.taps - 1) / args.taps);  // a division for each entry would be slow
+#pragma GCC ivdep
   for (int64_t j = 0; j < args.count; ++j) {
-    const auto column = static_cast<uint32_t>(args.columns[j]), c = static_cast<uint32_t>(column * part >> 32);
-    args.offsets[j] = static_cast<int32_t>(c * channel) + args.tap_offsets[column - c * taps];
+    const auto c = static_cast<int32_t>(uint64_t{static_cast<uint32_t>(columns[j])} * part >> 32);
+    offsets[j] = c * channel + tap_offsets[columns[j] - c * taps];
   }
 }
 
@@ -178,6 +216,7 @@ using Columns = std::make_integer_sequence<int, kWidest / rows>;
 inline constexpr TileLoops kTileLoops = {
     {tiles_of<1, 1>(Columns<1>()), tiles_of<2, 1>(Columns<1>())},
     {tiles_of<1, 2>(Columns<2>()), tiles_of<2, 2>(Columns<2>())},
+    finish,
     dots,
     place,
 };

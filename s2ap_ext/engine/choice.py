@@ -81,5 +81,6 @@ def computed(layer: Layer) -> float:
         return lanes() * -(-layer.batch // lanes()) / layer.batch
     height, width = layer.output[1:]
     spans = [-(-(k - 1) // s) for k, s in zip(layer.weight[2:], layer.stride, strict=True)]
-    positions = layer.batch * (height + spans[0]) * (width + spans[1])
+    pitch = width + spans[1]
+    positions = (layer.batch * (height + spans[0]) - spans[0]) * pitch - spans[1]  # up to the last output
     return lanes() * math.ceil(positions / lanes()) / (layer.batch * height * width)
