@@ -85,7 +85,7 @@ def test_inference(side_by_side, quick, batch, tmp_path):
     dense = min(t for name, t in medians.items() if name.startswith(("eager", "torch.compile", "onnxruntime")) and "bfloat16" not in name)
     speedups = {density: dense / medians[name] for density, name in on_kept.items()}
     BREAK_EVEN.extend({"batch": batch, "density": density, "speedup": speedup} for density, speedup in speedups.items())
-    ROWS[-1]["note"] = f"On the kept weights alone it is as fast as the fastest dense form in float32 at a density of {_where_one(speedups)}."
+    ROWS[-1]["note"] = f"On the kept weights alone as fast as the fastest dense form in float32: at a density of {_where_one(speedups)}."
 
 
 def _where_one(speedups):

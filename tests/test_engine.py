@@ -551,8 +551,8 @@ def test_what_is_chosen_by_itself(monkeypatch):
 @needs_kernels
 def test_outputs_computed_for_one_that_is_wanted():
     n = engine.choice.lanes()
-    layer = Layer("a", (4, 4, 3, 3), 0.1, (4, 8, 8), (4, 4, 4), 1, stride=(2, 2))  # of a plane of 5 x 5
-    assert engine.choice.computed(layer) == -(-25 // n) * n / 16
+    layer = Layer("a", (4, 4, 3, 3), 0.1, (4, 8, 8), (4, 4, 4), 1, stride=(2, 2))  # of a plane of 5 x 5 without its last row and column
+    assert engine.choice.computed(layer) == -(-19 // n) * n / 16
     assert engine.choice.computed(dataclasses.replace(layer, batch=2 * n)) == 1
     assert engine.choice.computed(dataclasses.replace(layer, batch=n + 1)) == 2 * n / (n + 1)
 

@@ -23,7 +23,8 @@ def measurements_that_follow(rates, monkeypatch):
     def inference(layer, batch, size):
         shape, density = speed._shape(layer, batch, size), float((layer.weight != 0).float().mean())
         wanted = size * size if batch == 1 else batch
-        vectors = -(-((size + 2) ** 2) // lanes()) if batch == 1 else -(-batch // lanes())
+        positions = (size - 1) * (size + 2) + size  # of the padded plane, up to the last output
+        vectors = -(-positions // lanes()) if batch == 1 else -(-batch // lanes())
         terms = cost.sparse_terms(shape, density, blocks=batch > 1, computed=vectors * lanes() / wanted)
         return cost.seconds(cost.dense_terms(shape), rates), cost.seconds(terms, rates)
 

@@ -67,23 +67,23 @@ class Entries(NamedTuple):
 
 class _SparseConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, masked: Tensor, bias: Tensor | None, entries: Entries, convolution: tuple, every_weight: bool) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, convolution: tuple, every_weight: bool) -> Tensor:
         kernel, stride, padding, dilation, _ = convolution
         size = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
         ]
-        out = empty_batch_innermost((len(x), len(masked), *size), x)
+        out = empty_batch_innermost((len(x), len(weight), *size), x)
         torch.ops.s2ap.sparse_conv(x, entries.starts, entries.columns, entries.values, bias, None, *convolution, 0, False, out)
-        ctx.save_for_backward(x, masked)
+        ctx.save_for_backward(x, weight)
         ctx.entries, ctx.convolution, ctx.every_weight = entries, convolution, every_weight
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        x, masked = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         entries, convolution = ctx.entries, ctx.convolution
-        grad_x = grad_masked = grad_bias = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = empty_batch_innermost(x.shape, x)
             torch.ops.s2ap.sparse_conv_input_grad(
@@ -91,17 +91,17 @@ class _SparseConv2d(torch.autograd.Function):
             )
         if ctx.needs_input_grad[1] and ctx.every_weight:
             _, stride, padding, dilation, groups = convolution
-            _, grad_masked, _ = torch.ops.aten.convolution_backward(
-                grad.contiguous(), x.contiguous(), masked, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+            _, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad.contiguous(), x.contiguous(), weight, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
             )
         elif ctx.needs_input_grad[1]:
             values = torch.empty_like(entries.values)
             torch.ops.s2ap.sparse_conv_weight_grad(x, grad, entries.starts, entries.columns, *convolution, values)
-            grad_masked = torch.zeros_like(masked)
-            grad_masked.view(-1)[entries.flat] = values
+            grad_weight = torch.zeros_like(weight)
+            grad_weight.view(-1)[entries.flat] = values
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=(0, 2, 3))
-        return grad_x, grad_masked, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def pays(layer: nn.Conv2d, x: Tensor, density: float) -> bool:
@@ -117,19 +117,20 @@ def pays(layer: nn.Conv2d, x: Tensor, density: float) -> bool:
     return cost.prefers_sparse(cost.Shape.of(layer, x), density)
 
 
-def sparse_conv2d(layer: nn.Conv2d, x: Tensor, masked: Tensor, entries: Entries, *, every_weight: bool) -> Tensor:
-    """``layer``'s convolution with the masked weight ``masked``, whose entries are given.
+def sparse_conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, entries: Entries, *, every_weight: bool) -> Tensor:
+    """``layer``'s convolution with the kept weights ``entries``.
 
     Args:
         x: float32 [N, C, H, W] on the CPU.
-        every_weight: the gradient of ``masked`` is wanted at all weights, and not only at the kept ones.
+        weight: what gets the weight's gradient, of its shape: the masked weight, or the weight itself.
+        every_weight: that gradient is wanted at all weights, and not only at the kept ones (0 elsewhere).
 
     Returns:
         [N, C', H', W'], the batch innermost in memory.
 
     Equivalent to::
 
-        layer._conv_forward(x, masked, layer.bias)
+        layer._conv_forward(x, torch.where(mask, weight, 0), layer.bias)
     """
     convolution = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return _SparseConv2d.apply(x, masked, layer.bias, entries, convolution, every_weight)
+    return _SparseConv2d.apply(x, weight, layer.bias, entries, convolution, every_weight)

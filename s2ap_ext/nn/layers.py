@@ -219,7 +219,9 @@ class S2APConv2d(Pruned, nn.Conv2d):
         masked = self._masked_weight()
         density = 1 - self._sparsity  # near enough; with learned counts too, since it only decides what is faster
         if self._selection is not None and pays(self, input, density):
-            return sparse_conv2d(self, input, masked, self._entries(), every_weight=self.scores.requires_grad)
+            every_weight = self.scores.requires_grad
+            # Gradients at the kept weights alone need no mask: they are the weight's own.
+            return sparse_conv2d(self, input, masked if every_weight else self.weight, self._entries(), every_weight=every_weight)
         return self._conv_forward(input, masked, self.bias)
 
     def _entries(self) -> Entries:
