@@ -3,6 +3,7 @@
 pytest benchmarks/test_sparse_convolutions.py
 """
 
+import copy
 import importlib.util
 import io
 import math
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from measure import ROOFLINE, ROWS
 
-from s2ap_ext import backend
+from s2ap_ext import S2APConv2d, backend
+from s2ap_ext.nn import train_weights
 from s2ap_ext.nn.convolution import Entries
 from s2ap_ext.nn.layout import empty_batch_innermost
 from s2ap_ext.sparse_reference import to_blocks
@@ -96,11 +98,9 @@ def test_layer(side_by_side, quick, shape, density):
             moved = 4 * (x.numel() + y.numel()) + 8 * kept
             ROOFLINE.append({"layer": shape, "density": density, "flops": flops, "bytes": moved, "seconds": medians["ours, blocks"]})
     if theirs:
-        functions = {
-            "ours, images": lambda: (ours_forward["ours, images"](), ours_gradient["ours, images"](), weight_grad()),
-            "SparseProp": theirs[1],
-        }
-        side_by_side(functions, rounds=5, warm=True, what=f"forward and both gradients: {what}", benchmarked=False)
+        ours = _layer(conv, innermost_x, innermost_grad, quick)
+        what_both = f"forward and both gradients: {what}"
+        side_by_side({"ours, images": ours, "SparseProp": theirs[1]}, rounds=5, warm=True, what=what_both, benchmarked=False)
         ROWS[-1]["sparse_layer"] = ("forward and both gradients", density)
     side_by_side(
         {"ours, images": weight_grad, "dense, contiguous": first[2], "dense, channels_last": last[2]},
@@ -109,6 +109,21 @@ def test_layer(side_by_side, quick, shape, density):
         what=f"weight gradient: {what}",
     )
     ROWS[-1]["sparse_layer"] = ("weight gradient", density)
+
+
+def _layer(conv, x, grad, quick):
+    """Forward and backward of a pruned layer whose kept weights train, on activations with the batch innermost."""
+    density = conv.weight.count_nonzero().item() / conv.weight.numel()
+    layer = train_weights(S2APConv2d.from_dense(copy.deepcopy(conv), sparsity=1 - density))
+    a = x.detach().requires_grad_()
+
+    def both():
+        a.grad = layer.weight.grad = None
+        layer(a).backward(grad)
+
+    both()
+    assert quick or layer._selection.entries is not None  # it runs on the kept weights
+    return both
 
 
 def _sparseprop(conv, x, grad):
