@@ -7,7 +7,8 @@
 // How. Nothing is skipped and nothing is looked up per position: every kept entry becomes an offset into a packed copy of the input and a value
 // (tiles.h), and each tile of output positions runs through the entries of one output channel after the other. The packed copy holds a piece of
 // the input that fits the second-level cache, with the padding around it as zeros, so that there are no borders. Input positions that a stride
-// skips between two outputs are apart in it ("phases"), so that neighbouring outputs read neighbouring vectors whatever the stride.
+// skips between two outputs are apart in it ("phases"), so that neighbouring outputs read neighbouring vectors whatever the stride. Where tiles
+// write their results themselves, they take the entries in runs of input channels, so that a run's inputs stay in the first-level cache.
 //
 // Vectors are made in one of two ways:
 //   Images     a vector is the same position of as many images as it has lanes. Activations whose strides have the batch innermost

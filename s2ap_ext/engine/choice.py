@@ -42,7 +42,7 @@ def lanes() -> int:
     return 8
 
 
-FILLED = 0.6  # of a block's lanes: with fewer images, images beat blocks
+FILLED = 0.5  # of a block's lanes: with fewer images, images beat blocks
 
 
 def in_blocks(images: int) -> bool:
