@@ -31,6 +31,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../plan.h"
 #include "sparse_entries.h"
 #include "sparse_layout.h"
 #include "sparse_shape.h"

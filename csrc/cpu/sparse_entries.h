@@ -7,7 +7,6 @@
 #include <memory>
 #include <vector>
 
-#include "../plan.h"
 #include "machine.h"
 #include "sparse_shape.h"
 #include "tiles.h"
@@ -57,21 +56,22 @@ struct PlacedEntries {
     const std::vector<int32_t> tap_offsets(tap_offset.begin(), tap_offset.end());  // those that are read fit
     const auto all = int64_t{kept.starts[rows]};
     auto* const to = scratch<int32_t>(Scratch::kOffsets, all + 1, slot);
-    for_each(machine, (all + kChunk - 1) / kChunk, all, [&](int64_t i) {
-      const int64_t first = i * kChunk;
-      tile_loops(machine.isa).place({kept.columns + first, std::min(kChunk, all - first), taps, channel, tap_offsets.data(), to + first});
+    auto* const places = scratch<int32_t>(Scratch::kPlaces, (runs + 1) * rows, slot);
+    constexpr int64_t kRows = 16;  // of a task
+    for_each(machine, (rows + kRows - 1) / kRows, all + rows * runs * 16, [&](int64_t task) {
+      const int64_t first = task * kRows, last = std::min(rows, first + kRows);
+      const int64_t begin = kept.starts[first], count = kept.starts[last] - begin;
+      tile_loops(machine.isa).place({kept.columns + begin, count, taps, channel, tap_offsets.data(), to + begin});
+      for (int64_t r = first; r < last; ++r) {
+        const int32_t *from = kept.columns + kept.starts[r], *const end = kept.columns + kept.starts[r + 1];
+        for (int64_t run = 0; run < runs; ++run) {
+          from = run == 0 ? from : std::lower_bound(from, end, run * each * taps);
+          places[run * rows + r] = static_cast<int32_t>(from - kept.columns);
+        }
+        places[runs * rows + r] = kept.starts[r + 1];
+      }
     });
     offsets = to;
-
-    auto* const places = scratch<int32_t>(Scratch::kPlaces, (runs + 1) * rows, slot);
-    for_each(machine, rows, rows * runs * 16, [&](int64_t r) {
-      const int32_t *from = kept.columns + kept.starts[r], *const end = kept.columns + kept.starts[r + 1];
-      for (int64_t run = 0; run < runs; ++run) {
-        from = run == 0 ? from : std::lower_bound(from, end, run * each * taps);
-        places[run * rows + r] = static_cast<int32_t>(from - kept.columns);
-      }
-      places[runs * rows + r] = kept.starts[r + 1];
-    });
     bounds = places;
   }
 
