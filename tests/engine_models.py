@@ -1,4 +1,4 @@
-"""Models that the sparse engine is tested with, in the styles of the libraries that cannot be imported beside every torch."""
+"""Models that the sparse engine is tested with, in the styles of the libraries that cannot be imported beside every torch; and how."""
 
 import torch
 import torch.nn.functional as F
@@ -222,3 +222,62 @@ def pruned(name):
 
 def images(n, size, seed=0):
     return torch.rand(n, *size, generator=torch.Generator().manual_seed(seed))
+
+
+class Strange(nn.Module):
+    """Operations without a step: GELU, a gate, a channel shuffle by sizes, groups normalised, padding by reflection, something in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.act = nn.GELU()
+        self.norm = nn.GroupNorm(2, 8)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.c = nn.Conv2d(8, 8, 3, stride=3)
+        self.scale = nn.Parameter(torch.rand(8, 1, 5))
+
+    def forward(self, x):
+        x = self.norm(self.act(self.a(x)))
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        left, right = self.b(x).chunk(2, dim=1)
+        x = F.hardswish(torch.cat([right, left], dim=1), True)
+        x = F.relu(self.c(x)) * self.scale
+        return x.flatten(1)
+
+
+class Looks(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.inner = nn.Sequential(nn.ReLU(), Looks())
+
+    def forward(self, x):
+        return self.inner(self.conv(x)).flatten(1)
+
+
+def all_sparse(layer):
+    return "sparse"
+
+
+def all_dense(layer):
+    return "dense"
+
+
+def assert_close(got, expected):
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def gradient(model, x, direction):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (dx,) = torch.autograd.grad((y * direction).sum(), x)
+    return y.detach(), dx

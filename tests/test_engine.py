@@ -2,48 +2,23 @@
 
 import copy
 import dataclasses
-import gc
-import json
-import pickle
 import re
 import threading
 import types
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_models import MODELS, images, pruned
+from engine_models import MODELS, Branches, Strange, all_dense, all_sparse, assert_close, gradient, images, pruned
 from torch import nn
 
 import s2ap_ext
-from s2ap_ext import S2AP, _files, backend, densify, engine, sparsify
-from s2ap_ext.attacks import accuracy, pgd
+from s2ap_ext import S2AP, backend, densify, engine, sparsify
 from s2ap_ext.engine import Layer, SparseNetwork, compile_sparse
 from s2ap_ext.engine.choice import cheapest, lanes
 from s2ap_ext.nn import cost, sparse_layers
 
-needs_kernels = pytest.mark.skipif(backend().cpu != "C++", reason="attacks use the engine where the C++ kernels run")
-
-
-def all_sparse(layer):
-    return "sparse"
-
-
-def all_dense(layer):
-    return "dense"
-
-
-def assert_close(got, expected):
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def gradient(model, x, direction):
-    x = x.clone().requires_grad_()
-    y = model(x)
-    (dx,) = torch.autograd.grad((y * direction).sum(), x)
-    return y.detach(), dx
+needs_kernels = pytest.mark.skipif(backend().cpu != "C++", reason="what is chosen rests on the C++ kernels")
 
 
 def check(network, model, x):
@@ -170,30 +145,6 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 
 
 # ---- Dense parts
-
-
-class Strange(nn.Module):
-    """Operations without a step: GELU, a gate, a channel shuffle by sizes, groups normalised, padding by reflection, something in place."""
-
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Conv2d(3, 8, 3, padding=1)
-        self.act = nn.GELU()
-        self.norm = nn.GroupNorm(2, 8)
-        self.gate = nn.Conv2d(8, 8, 1)
-        self.b = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
-        self.c = nn.Conv2d(8, 8, 3, stride=3)
-        self.scale = nn.Parameter(torch.rand(8, 1, 5))
-
-    def forward(self, x):
-        x = self.norm(self.act(self.a(x)))
-        x = x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))
-        n, c, h, w = x.shape
-        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
-        left, right = self.b(x).chunk(2, dim=1)
-        x = F.hardswish(torch.cat([right, left], dim=1), True)
-        x = F.relu(self.c(x)) * self.scale
-        return x.flatten(1)
 
 
 def test_dense_parts_are_named_and_run():
@@ -369,81 +320,7 @@ def test_gradients_of_two_calls_at_once_and_only_once_each():
         ya.sum().backward()
 
 
-# ---- Files
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_save_and_load(name, tmp_path):
-    model, size = pruned(name)
-    network = compile_sparse(model, images(1, size), choose=all_sparse)
-    network.save(tmp_path / "x.safetensors")
-    loaded = SparseNetwork.load(tmp_path / "x.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
-    assert repr(loaded) == repr(network)
-    for n in (3, 13):
-        direction = torch.ones_like(network(images(n, size)))
-        a, b = (gradient(net, images(n, size), direction) for net in (network, loaded))
-        assert all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
-    with pytest.raises(RuntimeError, match="loaded from a file"):
-        loaded.refresh()
-
-
-def test_files_that_are_not_networks(tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
-        SparseNetwork.load(tmp_path / "none.safetensors")
-    path = tmp_path / "x.safetensors"
-    _files.save(path, {"a": torch.ones(2)}, {"model": "dense"})
-    with pytest.raises(ValueError, match=r"x.safetensors: not a file that SparseNetwork.save wrote"):
-        SparseNetwork.load(path)
-
-    model, size = pruned("digits_cnn")
-    compile_sparse(model, images(1, size), choose=all_sparse).save(path)
-    tensors, about = _files.load(path)
-    _files.save(path, tensors, {**about, "version": 99})
-    with pytest.raises(ValueError, match="of version 99"):
-        SparseNetwork.load(path)
-
-    def damaged(tensors, about):
-        _files.save(path, tensors, about)
-        with pytest.raises(ValueError, match="damaged"):
-            SparseNetwork.load(path)
-
-    columns, starts = tensors["1.columns"].clone(), tensors["1.starts"]
-    row = int(starts.diff().argmax())
-    columns[starts[row]] = 1 << 30  # a kernel that believed it would read far outside
-    damaged(tensors | {"1.columns": columns}, about)
-    order = tensors["1.order"].clone()
-    order[0] = order[1]
-    damaged(tensors | {"1.order": order}, about)
-    damaged({name: t for name, t in tensors.items() if name != "0.values"}, about)
-    damaged(tensors, {**about, "steps": [{**about["steps"][0], "step": "Part"}]})
-    damaged(tensors, {**about, "steps": json.loads(json.dumps(about["steps"]).replace('"out"', '"in"'))})
-
-
-def test_networks_are_not_pickled():
-    model, size = pruned("digits_cnn")
-    network = compile_sparse(model, images(1, size))
-    with pytest.raises(TypeError, match=r"use save\(path\)"):
-        pickle.dumps(network)
-    assert network.state_dict() == {}
-
-
 # ---- Errors
-
-
-class Branches(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.inner = nn.Sequential(nn.ReLU(), Looks())
-
-    def forward(self, x):
-        return self.inner(self.conv(x)).flatten(1)
-
-
-class Looks(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
 
 
 class Fickle(nn.Module):
@@ -463,7 +340,7 @@ def by_batch():
 
 
 CANNOT = [
-    (Branches, ValueError, r"torch.fx cannot trace layer inner.1 \(.*test_engine.py, line \d+\)"),
+    (Branches, ValueError, r"torch.fx cannot trace layer inner.1 \(.*engine_models.py, line \d+\)"),
     (Fickle, RuntimeError, "what torch.fx traced is not what it computes"),
     (by_batch, ValueError, "layer 1 normalises by the batch in evaluation mode too"),
     (lambda: nn.Sequential(nn.Identity()), ValueError, "gives its input back"),
@@ -589,118 +466,6 @@ def test_images_that_fill_no_block_run_by_themselves():
     assert [piece.stop for piece in network._cuts(2 * n - 1)] == [2 * n - 1]
     assert [piece.stop for piece in network._cuts(3 * n + 1)] == [3 * n, 3 * n + 1]
     assert list(network._cuts(0)) == []
-
-
-# ---- Attacks
-
-
-SETTINGS = {"eps": 8 / 255, "step_size": 2 / 255, "steps": 4}
-
-
-@needs_kernels
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("loss", ["ce", "kl"])
-def test_attacks_are_the_same_with_and_without(norm, loss):
-    model, size = pruned("resnet18")
-    model.train()
-    x, y = images(21, size), torch.arange(21) % 10
-    assert engine.for_attack(model, x) is not None
-    with engine.disabled():
-        assert engine.for_attack(model, x) is None
-        plain = pgd(model, x, y, **SETTINGS, norm=norm, loss=loss, generator=torch.Generator().manual_seed(0))
-    ours = pgd(model, x, y, **SETTINGS, norm=norm, loss=loss, generator=torch.Generator().manual_seed(0))
-    if norm == "l2":
-        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-5)
-    else:  # where a gradient is 0 up to rounding its sign is anyone's
-        assert (ours - plain).abs().gt(1e-6).float().mean() < 1e-3
-    with torch.no_grad():
-        logits = model.eval()(ours)
-        assert_close(engine.for_attack(model, x)(ours), logits)
-        assert torch.equal(engine.for_attack(model, x)(ours).argmax(1), logits.argmax(1))
-
-
-@needs_kernels
-def test_an_attack_follows_the_model():
-    model, size = pruned("resnet18")
-    x, y = images(9, size), torch.arange(9)
-
-    def ours_and_plain():
-        ours = pgd(model, x, y, **SETTINGS, random_start=False)
-        with engine.disabled():
-            return ours, pgd(model, x, y, **SETTINGS, random_start=False)
-
-    first = engine.for_attack(model, x)
-    a = ours_and_plain()[0]
-    with torch.no_grad():
-        nn.init.normal_(model.layer2[0].conv1.scores)
-    b, plain = ours_and_plain()
-    assert not torch.equal(a, b)
-    assert (b - plain).abs().gt(1e-6).float().mean() < 1e-3
-    assert engine.for_attack(model, x) is first  # the graph and the buffers stay
-    model.layer1[0] = nn.Identity()
-    assert engine.for_attack(model, x) is not first
-    b, plain = ours_and_plain()
-    assert (b - plain).abs().gt(1e-6).float().mean() < 1e-3
-
-
-@needs_kernels
-def test_an_attack_sees_settings_of_the_code():
-    class Switched(nn.Sequential):
-        double = False
-
-        def forward(self, x):
-            return super().forward(x) * (2 if self.double else 1)
-
-    torch.manual_seed(0)
-    model, x = sparsify(Switched(nn.Conv2d(3, 8, 3), nn.Flatten()), 0.9).eval(), images(9, (3, 9, 9))
-    for model.double in (False, True, False):
-        assert_close(engine.for_attack(model, x)(x), model(x).detach())
-
-
-@needs_kernels
-def test_when_attacks_call_the_model_itself():
-    model, size = pruned("resnet18")
-    x = images(9, size)
-    assert engine.for_attack(model, x.double()) is None
-    assert engine.for_attack(densify(copy.deepcopy(model)), x) is None
-    assert engine.for_attack(lambda x: x, x) is None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert engine.for_attack(model, x) is None
-    handle = model.layer1.register_forward_hook(lambda *args: None)
-    assert engine.for_attack(model, x) is None
-    handle.remove()
-    assert engine.for_attack(model, x) is not None
-    with torch.no_grad():
-        model.conv1.weight[0] = torch.nan
-    assert engine.for_attack(model, x) is None
-    assert engine.for_attack(sparsify(Branches(), 0.9), x) is None
-    assert engine.for_attack(sparsify(Strange(), 0.9), images(9, (3, 15, 15))) is None
-
-
-@needs_kernels
-def test_nothing_is_left_on_the_model_or_kept_alive():
-    model, size = pruned("resnet18")
-    keys, attributes = list(model.state_dict()), set(vars(model))
-    network = weakref.ref(engine.for_attack(model, images(9, size)))
-    assert list(model.state_dict()) == keys
-    assert set(vars(model)) == attributes
-    twin = copy.deepcopy(model)
-    assert engine.for_attack(twin, images(9, size)) is not network()
-    pickle.dumps(model)
-    gone = weakref.ref(model)
-    del model
-    gc.collect()
-    assert gone() is None
-    assert network() is None
-
-
-@needs_kernels
-def test_a_network_can_be_attacked_itself():
-    model, size = pruned("resnet18")
-    network, x, y = compile_sparse(model, images(1, size)), images(21, size), torch.arange(21) % 10
-    ours, plain = (pgd(net, x, y, **SETTINGS, random_start=False) for net in (network, model))
-    assert (ours - plain).abs().gt(1e-6).float().mean() < 1e-3
-    assert accuracy(network, [(ours, y)]) == accuracy(model, [(ours, y)])
 
 
 def test_the_package_offers_it():
