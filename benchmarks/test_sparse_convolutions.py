@@ -15,7 +15,7 @@ from measure import ROOFLINE, ROWS
 
 from s2ap_ext import S2APConv2d, backend
 from s2ap_ext.nn import train_weights
-from s2ap_ext.nn.convolution import Entries
+from s2ap_ext.nn.convolution import Entries, convolution_of
 from s2ap_ext.nn.layout import empty_batch_innermost
 from s2ap_ext.sparse_reference import to_blocks
 
@@ -48,8 +48,8 @@ def test_layer(side_by_side, quick, shape, density):
     x = torch.randn(batch, inputs, size, size, generator=generator)
     y = conv(x)
     grad = torch.randn(y.shape, generator=generator)
-    entries = Entries.of(conv.weight, None, 1)
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, 1)
+    geometry = convolution_of(conv)
+    entries = Entries.of(conv.weight, None, geometry)
     forward = entries.starts, entries.columns, entries.values
     backward = entries.input_starts, entries.input_columns, entries.input_values
 

@@ -32,7 +32,7 @@ SCHEMAS = {
     "Tensor[] weights, Tensor kept, int[] patterns, Tensor cuts, float lr, float momentum, float dampening, float weight_decay, "
     "bool nesterov, bool straight_through, Tensor(c!)[] masked, Tensor(d!) new_cuts, Tensor(e!) squares) -> ()",
     # The sparse convolutions, with kernels for the CPU only: sparse_reference.py tells what an entry, an input and blocks are.
-    "sparse_pattern": "(Tensor weight, Tensor? mask, int groups) -> "
+    "sparse_pattern": f"(Tensor weight, Tensor? mask, {CONVOLUTION}) -> "
     "(Tensor starts, Tensor columns, Tensor input_starts, Tensor input_columns, Tensor order)",
     "sparse_conv": "(Tensor input, Tensor starts, Tensor columns, Tensor values, Tensor? bias, Tensor? residual, "
     f"{CONVOLUTION}, int halo, bool relu, Tensor(a!) out) -> ()",
@@ -82,9 +82,8 @@ def _update_select(
         masked[i].copy_(out)
 
 
-def _fake_sparse_pattern(weight, mask, groups):
-    entries = torch.library.get_ctx().new_dynamic_size()
-    starts, input_starts = weight.shape[0] + 1, groups * weight.shape[1] + 1
+def _fake_sparse_pattern(weight, mask, *convolution):
+    starts, entries, input_starts = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
     return tuple(weight.new_empty(size, dtype=torch.int32) for size in (starts, entries, input_starts, entries, entries))
 
 
@@ -137,7 +136,7 @@ class Backend:
 
 
 # Raised with every change of a schema or of a kernel's contract. setup.py compiles it into both libraries and writes it into _build.json.
-INTERFACE = 3
+INTERFACE = 4
 REBUILD = "to mend it, run in the checkout: pip install --force-reinstall --no-deps ."
 
 

@@ -1,9 +1,11 @@
 """The specification of the sparse convolutions, in plain PyTorch: every op for one layer, with no tricks.
 
-**Entries.** The kept weights of a layer, as a CSR matrix: ``starts`` (int32 [rows + 1]), ``columns`` (int32 [entries], ascending within a
-row) and ``values`` (float32 [entries]). Forward, a row is an output channel and a column a flat index into its weight
-``[inputs / groups, *kernel]``. For the gradient with respect to the input, a row is an input channel and a column a flat index into
-``[outputs / groups, *kernel]``.
+**Entries.** The kept weights of a layer, as CSR matrices, the *parts*, one after the other: ``starts`` (int32 [parts * rows + 1]),
+``columns`` (int32 [entries], ascending within a row of a part) and ``values`` (float32 [entries]). Forward, a row is an output channel
+and a column a flat index into its weight ``[inputs / groups, *kernel]``; parts are *runs* of input channels. For the gradient with
+respect to the input, a row is an input channel and a column a flat index into ``[outputs / groups, *kernel]``; there is a *pass* for
+each of the ``stride[0] * stride[1]`` residues that the input's positions have, and its parts are runs of output channels. (The kernels
+go through an image part by part, so that a part's inputs are in the cache.)
 
 **Activations** are images, logical shape (N, C, H, W) with any strides, or *blocks*: contiguous
 ``[N / lanes, C, H + 2 * halo, W + 2 * halo, lanes]``, whose halo is zeros and stays so. The kernels read blocks where they are; ``lanes``
@@ -19,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sparse_pattern(weight: Tensor, mask: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def sparse_pattern(
+    weight: Tensor,
+    mask: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The places of the kept weights: those in ``mask``, or without one those that are not 0.
 
     Returns:
@@ -27,20 +37,44 @@ def sparse_pattern(weight: Tensor, mask: Tensor | None, groups: int) -> tuple[Te
         of the latter (int32) which entry of the former it is.
     """
     outputs, inputs = weight.shape[:2]
-    kept = (weight != 0 if mask is None else mask).reshape(outputs, inputs, -1)
+    kept = (weight != 0 if mask is None else mask).reshape(outputs, inputs, kernel[0] * kernel[1])
+    passes, entries = stride[0] * stride[1], int(kept.sum())
+    starts, columns, where = _rows(kept, _parts(channels_of_run(entries, outputs, inputs, 1), inputs, torch.zeros(kept.shape[2]), 1))
     number = torch.full(kept.shape, -1, dtype=torch.int32, device=weight.device)
-    number[kept] = torch.arange(int(kept.sum()), dtype=torch.int32, device=weight.device)
+    number[where] = torch.arange(entries, dtype=torch.int32, device=weight.device)
     by_input = _exchanged(kept, groups)
-    starts, columns = _rows(kept)
-    input_starts, input_columns = _rows(by_input)
-    return starts, columns, input_starts, input_columns, _exchanged(number, groups)[by_input]
+    each = channels_of_run(entries, len(by_input), outputs // groups, passes)
+    parts = _parts(each, outputs // groups, _pass_of_tap(kernel, stride, padding, dilation), passes)
+    input_starts, input_columns, where = _rows(by_input, parts)
+    return starts, columns, input_starts, input_columns, _exchanged(number, groups)[where]
 
 
-def _rows(kept: Tensor) -> tuple[Tensor, Tensor]:
-    flat = kept.flatten(1)
-    starts = torch.zeros(len(flat) + 1, dtype=torch.int32, device=kept.device)
-    starts[1:] = flat.sum(dim=1).cumsum(0)
-    return starts, flat.nonzero()[:, 1].to(torch.int32)
+def channels_of_run(entries: int, rows: int, channels: int, passes: int) -> int:
+    """So many of the channels that are read make a run that a row has 24 entries in it on average; 8 at least."""
+    each = channels if entries == 0 else min(max(-(-24 * rows * channels * passes // entries), min(8, channels)), channels)
+    runs = max(1, -(-channels // max(each, 1)))
+    return -(-channels // runs)
+
+
+def _pass_of_tap(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """[taps]: the residue of the input's positions whose gradient a tap reaches."""
+    y, x = ((torch.arange(k) * d - p) % s for k, s, p, d in zip(kernel, stride, padding, dilation, strict=True))
+    return (y[:, None] * stride[1] + x).flatten()
+
+
+def _parts(each: int, channels: int, pass_of_tap: Tensor, passes: int) -> list[Tensor]:
+    """What belongs to each part, bool [channels, taps]."""
+    run = torch.arange(channels) // max(each, 1)
+    return [(run[:, None] == r) & (pass_of_tap == p) for p in range(passes) for r in range(max(1, -(-channels // max(each, 1))))]
+
+
+def _rows(kept: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """``(starts, columns, where)``: the last are the indices of the entries in ``kept`` [rows, channels, taps]."""
+    starts = torch.zeros(len(parts) * len(kept) + 1, dtype=torch.int32, device=kept.device)
+    of_parts = [kept & part.to(kept.device) for part in parts]
+    starts[1:] = torch.cat([part.flatten(1).sum(dim=1) for part in of_parts]).cumsum(0)
+    rows, channels, taps = (torch.cat(indices) for indices in zip(*(part.nonzero(as_tuple=True) for part in of_parts), strict=True))
+    return starts, (channels * kept.shape[2] + taps).to(torch.int32), (rows, channels, taps)
 
 
 def _exchanged(weight: Tensor, groups: int) -> Tensor:
@@ -50,10 +84,14 @@ def _exchanged(weight: Tensor, groups: int) -> Tensor:
 
 def dense_weight(starts: Tensor, columns: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
     """The entries as a weight of the given shape, [rows, ...], with zeros elsewhere."""
-    rows = torch.repeat_interleave(torch.arange(len(starts) - 1, device=starts.device), starts.diff().long())
     weight = values.new_zeros(shape[0], int(torch.tensor(shape[1:]).prod()))
-    weight[rows, columns.long()] = values
+    weight[rows_of(starts, shape[0]), columns.long()] = values
     return weight.view(*shape)
+
+
+def rows_of(starts: Tensor, rows: int) -> Tensor:
+    """int64 [entries]: the row of each entry."""
+    return torch.repeat_interleave(torch.arange(len(starts) - 1, device=starts.device) % rows, starts.diff().long())
 
 
 def to_blocks(images: Tensor, lanes: int, halo: int) -> Tensor:
@@ -168,5 +206,4 @@ def sparse_conv_weight_grad(
     """``out`` (float32 [entries]): the gradient with respect to the values, rows being output channels; images only."""
     weight = torch.zeros(grad.shape[1], input.shape[1] // groups, *kernel, device=input.device)
     _, weight = _gradients(grad, input.float(), weight, stride, padding, dilation, groups, (False, True))
-    rows = torch.repeat_interleave(torch.arange(len(starts) - 1, device=starts.device), starts.diff().long())
-    out.copy_(weight.flatten(1)[rows, columns.long()])
+    out.copy_(weight.flatten(1)[rows_of(starts, len(weight)), columns.long()])

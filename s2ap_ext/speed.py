@@ -19,7 +19,7 @@ from ._library import backend
 from .engine.choice import Layer, computed, lanes
 from .engine.network import CHUNK, compile_sparse
 from .nn import cost, densify
-from .nn.convolution import Entries
+from .nn.convolution import Entries, convolution_of
 from .nn.layout import empty_batch_innermost
 
 ROUNDS = 5
@@ -158,7 +158,7 @@ def _measure(name: str, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> Measu
     x = torch.randn(input_shape)
     with torch.no_grad():
         y = layer._conv_forward(x, weight, None)
-    entries = Entries.of(weight, None, layer.groups)
+    entries = Entries.of(weight, None, convolution)
 
     def dense(memory_format) -> Callable[[], object]:
         a, w, g = (t.contiguous(memory_format=memory_format) for t in (x, weight, y))
@@ -206,8 +206,8 @@ def _measure_inference(layer: nn.Conv2d, batch: int, size: int) -> tuple[float, 
         halo, a = 0, x
     else:
         halo, a = 1, torch.rand(-(-batch // lanes()), channels, size + 2, size + 2, lanes())
-    out, entries = torch.empty_like(a), Entries.of(layer.weight.detach(), None, 1)
-    convolution = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+    convolution = convolution_of(layer)
+    out, entries = torch.empty_like(a), Entries.of(layer.weight.detach(), None, convolution)
 
     def sparse():
         torch.ops.s2ap.sparse_conv(a, entries.starts, entries.columns, entries.values, None, None, *convolution, halo, False, out)

@@ -18,8 +18,11 @@ CASES = {
     "1x1": (16, 6, 10, (8, 8), (1, 1), (2, 2), (0, 0), (1, 1), 1),
     "groups": (3, 6, 9, (9, 7), (3, 2), (1, 2), (1, 0), (2, 1), 3),
     "one image": (1, 6, 10, (12, 12), (7, 7), (2, 2), (3, 3), (1, 1), 1),
+    "runs": (17, 40, 50, (6, 5), (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "runs of a few images": (2, 40, 20, (6, 5), (3, 3), (1, 1), (1, 1), (1, 1), 1),
     "linear": (40, 30, 12, (1, 1), (1, 1), (1, 1), (0, 0), (1, 1), 1),
 }
+ONE = ((1, 1), (1, 1), (0, 0), (1, 1), 1)  # a linear layer
 LAYOUTS = {
     "contiguous": lambda t: t.contiguous(),
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
@@ -46,9 +49,12 @@ class Problem:
         self.y = F.conv2d(self.x, self.weight, **self.settings)
         self.grad = torch.randn(self.y.shape, generator=generator)
         self.bias = torch.randn(outputs, generator=generator)
-        self.starts, self.columns, self.input_starts, self.input_columns, order = OPS.sparse_pattern(self.weight, None, groups)
-        self.values = self.weight[self.weight != 0]
+        self.starts, self.columns, self.input_starts, self.input_columns, order = OPS.sparse_pattern(self.weight, None, *self.convolution)
+        self.values = self.of_entries(self.weight)
         self.input_values = self.values[order.long()]
+
+    def of_entries(self, weight):
+        return weight.flatten(1)[reference.rows_of(self.starts, len(weight)), self.columns.long()]
 
     def dense_grads(self):
         x, w = self.x.clone().requires_grad_(), self.weight.clone().requires_grad_()
@@ -66,19 +72,27 @@ def close(a, b):
 
 
 def test_pattern(problem):
-    groups = problem.convolution[-1]
     for mask in (None, problem.mask):
-        got = OPS.sparse_pattern(problem.weight, mask, groups)
-        for a, b in zip(got, reference.sparse_pattern(problem.weight, mask, groups), strict=True):
+        got = OPS.sparse_pattern(problem.weight, mask, *problem.convolution)
+        for a, b in zip(got, reference.sparse_pattern(problem.weight, mask, *problem.convolution), strict=True):
             assert a.dtype == torch.int32
             assert torch.equal(a, b)
     assert torch.equal(reference.dense_weight(problem.starts, problem.columns, problem.values, problem.weight.shape), problem.weight)
 
 
+def test_parts():
+    """Rows that are long are cut into runs of channels; of the input gradient each residue has its own."""
+    p = Problem(*CASES["runs"], density=2)
+    assert len(p.starts) == 5 * 50 + 1  # 9 entries of an input channel, 24 of a run: 3 channels, but never fewer than 8
+    assert len(p.input_starts) == 4 * 5 * 40 + 1  # 9 / 4 for each residue on average: 11 of the 50 channels, so runs of 10
+    even = p.input_columns[: p.input_starts[5 * 40]] % 9  # rows and columns of the input with even numbers: reached by the kernel's centre
+    assert even.unique().tolist() == [4]
+
+
 def test_a_kept_weight_of_zero_is_in_the_mask_alone():
     weight, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-    assert len(OPS.sparse_pattern(weight, None, 1)[1]) == 0
-    assert len(OPS.sparse_pattern(weight, mask, 1)[1]) == 6
+    assert len(OPS.sparse_pattern(weight, None, *ONE)[1]) == 0
+    assert len(OPS.sparse_pattern(weight, mask, *ONE)[1]) == 6
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -92,7 +106,7 @@ def test_images(problem, layout):
     close(grad_x, dense_x)
     values = torch.empty_like(p.values)
     OPS.sparse_conv_weight_grad(stored(p.x), stored(p.grad), p.starts, p.columns, *p.convolution, values)
-    close(values, dense_w[p.weight != 0])
+    close(values, p.of_entries(dense_w))
 
 
 @pytest.mark.parametrize("halo", [6])
@@ -142,7 +156,7 @@ def test_bfloat16():
 def arguments(name):
     p = Problem(*CASES["3x3"])
     return {
-        "sparse_pattern": (p.weight, p.mask, 1),
+        "sparse_pattern": (p.weight, p.mask, *p.convolution),
         "sparse_conv": (p.x, p.starts, p.columns, p.values, p.bias, None, *p.convolution, 0, True, torch.empty_like(p.y)),
         "sparse_conv_input_grad": (
             *(p.grad, p.input_starts, p.input_columns, p.input_values, None, None, *p.convolution, 0),
@@ -159,9 +173,9 @@ def test_opcheck(name):
 
 def test_fake_pattern():
     with FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv()):
-        starts, columns, *_ = OPS.sparse_pattern(torch.empty(4, 3, 2, 2), None, 1)
-        assert starts.shape == (5,)
-        assert columns.dtype == torch.int32
+        starts, columns, *_ = OPS.sparse_pattern(torch.empty(4, 3, 2, 2), None, (2, 2), (1, 1), (0, 0), (1, 1), 1)
+        assert starts.dim() == columns.dim() == 1
+        assert starts.dtype == columns.dtype == torch.int32
 
 
 @pytest.mark.skipif(backend().cpu != "C++", reason="the checks of the kernels")
@@ -170,7 +184,7 @@ def test_fake_pattern():
     [
         ({"out": torch.empty(16, 10, 8, 8)}, r"out: expected size 9 along axis 3, got 8"),
         ({"out": torch.empty(15, 10, 8, 9)}, r"out: expected a batch of 16, got 15"),
-        ({"starts": torch.zeros(3, dtype=torch.int32)}, r"starts: expected 11 elements, got 3"),
+        ({"starts": torch.zeros(3, dtype=torch.int32)}, r"starts: expected 1 and a multiple of 10 elements, got 3"),
         ({"values": torch.zeros(3)}, r"values: expected \d+ elements, got 3"),
         ({"bias": torch.zeros(3)}, r"bias: expected 10 elements, got 3"),
         ({"residual": torch.zeros(16, 10, 8, 8)}, r"residual: expected a tensor of the size and dtype of out, got another"),

@@ -35,41 +35,30 @@ inline bool reaches(const Axis& axis, int64_t halo) {
   return true;
 }
 
-// The outputs that `y` and `x` describe, and the entries that reach them.
+// The outputs that `y` and `x` describe, and where the entries that reach them start.
 struct BlockPass {
   Axis y, x;
-  PlacedEntries placed;
-
-  BlockPass(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, const Entries& entries,
-            const Blocks<const float>& in, int64_t rows, int slot)
-      : y(y), x(x), placed(place(machine, shape, y, x, entries, in, rows, slot)) {}
-
- private:
-  static PlacedEntries place(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, const Entries& entries,
-                             const Blocks<const float>& in, int64_t rows, int slot) {
-    const auto offsets = offsets_of_taps(shape, [&](int64_t ky, int64_t kx) {
-      const int64_t dy = y.shifts[ky], dx = x.shifts[kx];
-      return dy == Axis::kUnreached || dx == Axis::kUnreached ? Axis::kUnreached : dy * in.row() + dx * in.lanes;
-    });
-    const int64_t channels = in.channels / shape.groups;
-    const Tiling tiles(x.outputs);
-    const int64_t read = ((tiles.tall - 1) * y.in_step + y.most() - y.least() + 1) * ((tiles.wide - 1) * x.in_step + x.most() - x.least() + 1);
-    const int64_t each = channels_of_run(entries, rows, channels, offsets, read, in.lanes);
-    return {machine, entries, rows, channels, offsets, in.channel(), each, slot};
-  }
+  const int32_t* starts;
 };
 
 // The outputs of several passes, which are each other's neighbours and read the same inputs: tile by tile they take turns, while both are in
 // the cache.
-inline void block_passes(const Machine& machine, const ConvShape& shape, const std::vector<BlockPass>& passes, int64_t entries,
-                         const Blocks<const float>& in, const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
+inline void block_passes(const Machine& machine, const ConvShape& shape, const std::vector<BlockPass>& passes, const Entries& entries,
+                         int64_t count, const Blocks<const float>& in, const Epilogue<Blocks<const float>>& epilogue,
+                         const Blocks<float>& out) {
   const TileLoops& loops = tile_loops(machine.isa);
   const int64_t rows = out.channels / shape.groups, channels = in.channels / shape.groups;
   const int64_t tall = passes[0].y.outputs, wide = passes[0].x.outputs;  // the others have as many outputs or fewer
   const int64_t blocks = out.count * shape.groups;
   const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (tall + 1) / 2);
-  const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, entries);
+  const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, count);
   const Tiling tiles(passes[0].x.outputs);
+  // The passes' taps are different ones.
+  std::vector<int64_t> tap_offset(shape.taps());
+  for (const auto& [y, x, starts] : passes) {
+    for_each_tap(shape, y, x, [&](int64_t tap, int64_t dy, int64_t dx) { tap_offset[tap] = dy * in.row() + dx * in.lanes; });
+  }
+  const int32_t* const offsets = place(machine, entries, 0, count, tap_offset, in.channel());
 
   for_each(machine, blocks * pieces, work, [&](int64_t task) {
     const int64_t piece = task % pieces, group = task / pieces % shape.groups, block = task / pieces / shape.groups;
@@ -79,20 +68,21 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
     args.last = (group + 1) * rows;
     args.out_channel = out.channel();
     args.bias = epilogue.bias;
+    args.runs = 1;
+    args.offsets = offsets;
+    args.values = entries.values;
     const auto run_tile = [&](const BlockPass& pass, int64_t oy, int64_t ox, int64_t height, int64_t width) {
-      const auto& [y, x, placed] = pass;
-      const TileLoop tile = (height == 2 ? loops.two_rows[x.in_step - 1].data() : loops.one_row[x.in_step - 1].data())[width - 1];
+      const auto& [y, x, starts] = pass;
       const auto place = [&](const auto& images) {
         return images.data ? images.at(block, args.first, y.out_first + oy * y.out_step, x.out_first + ox * x.out_step) : nullptr;
       };
       args.in = in.at(block, group * channels, oy * y.in_step, ox * x.in_step);
       args.in_row = y.in_step * in.row();
-      args.offsets = placed.offsets;
-      args.values = placed.values;
+      args.starts = starts;
       args.out = place(out);
       args.out_row = y.out_step * out.row();
       args.out_column = x.out_step * out.lanes;
-      tile_in_runs(tile, args, placed, out.channels, place(epilogue.residual), place(epilogue.gate), epilogue.relu);
+      tile_in_runs(loops.tile(x.in_step, height, width), args, entries, place(epilogue.residual), place(epilogue.gate), epilogue.relu);
     };
     for (int64_t oy = top, height; oy < bottom; oy += height) {
       height = std::min(tiles.tall, bottom - oy);
@@ -119,17 +109,15 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
 
 inline void sparse_conv(const Machine& machine, const ConvShape& shape, const Entries& entries, const Blocks<const float>& in,
                         const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
-  const std::vector<BlockPass> passes{{machine, shape, forward_axis(shape, 0), forward_axis(shape, 1), entries, in, out.channels, 0}};
-  block_passes(machine, shape, passes, entries.starts[out.channels], in, epilogue, out);
+  const std::vector<BlockPass> passes{{forward_axis(shape, 0), forward_axis(shape, 1), entries.pass(0)}};
+  block_passes(machine, shape, passes, entries, entries.count(1), in, epilogue, out);
 }
 
 inline void sparse_conv_input_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Blocks<const float>& grad,
                                    const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
   std::vector<BlockPass> passes;
-  for_each_residue(shape, [&](const Axis& y, const Axis& x) {
-    passes.emplace_back(machine, shape, y, x, entries, grad, out.channels, static_cast<int>(passes.size()));
-  });
-  block_passes(machine, shape, passes, entries.starts[out.channels], grad, epilogue, out);
+  for_each_residue(shape, [&](int64_t pass, const Axis& y, const Axis& x) { passes.push_back({y, x, entries.pass(pass)}); });
+  block_passes(machine, shape, passes, entries, entries.count(shape.passes()), grad, epilogue, out);
 }
 
 }  // namespace s2ap

@@ -4,18 +4,11 @@
 #include <optional>
 
 #include "sparse_blocks.h"
-#include "torch_binding.h"
+#include "sparse_binding.h"
 
 namespace s2ap {
 
-using Ints = std::vector<int64_t>;
 using MaybeTensor = std::optional<Tensor>;
-
-// The arguments that say which convolution it is.
-struct ConvArguments {
-  const Ints &kernel, &stride, &padding, &dilation;
-  int64_t groups, halo;
-};
 
 // Sizes of an activation, as images (N, C, H, W) or as blocks.
 struct ActivationSize {
@@ -28,20 +21,16 @@ inline ActivationSize size_of(const Tensor& t, const char* name, int64_t halo) {
   return {t.size(0) * t.size(4), t.size(1), {t.size(2) - 2 * halo, t.size(3) - 2 * halo}};
 }
 
-inline ConvShape conv_shape(const Tensor& in, const char* in_name, const Tensor& out, const char* out_name, const ConvArguments& c) {
-  const ActivationSize input = size_of(in, in_name, c.halo), output = size_of(out, out_name, c.halo);
-  ConvShape s{input.batch, input.channels, output.channels, c.groups, {}, {}, {}, {}, {}, {}};
+inline ConvShape conv_shape(const Tensor& in, const char* in_name, const Tensor& out, const char* out_name, int64_t halo,
+                            const ConvArguments& convolution) {
+  const ActivationSize input = size_of(in, in_name, halo), output = size_of(out, out_name, halo);
+  ConvShape s = conv_shape(convolution);
+  s.batch = input.batch;
+  s.in_channels = input.channels;
+  s.out_channels = output.channels;
   for (int axis = 0; axis < 2; ++axis) {
-    const auto number = [&](const Ints& numbers, const char* name, int64_t least) {
-      if (numbers.size() != 2 || numbers[axis] < least) fail(name, "two numbers of at least " + std::to_string(least), "others");
-      return numbers[axis];
-    };
     s.in_size[axis] = input.size[axis];
     s.out_size[axis] = output.size[axis];
-    s.kernel[axis] = number(c.kernel, "kernel", 1);
-    s.stride[axis] = number(c.stride, "stride", 1);
-    s.padding[axis] = number(c.padding, "padding", 0);
-    s.dilation[axis] = number(c.dilation, "dilation", 1);
     const int64_t left = input.size[axis] + 2 * s.padding[axis] - s.dilation[axis] * (s.kernel[axis] - 1) - 1;
     const int64_t expected = left < 0 ? 0 : left / s.stride[axis] + 1;
     if (output.size[axis] != expected) {
@@ -49,29 +38,37 @@ inline ConvShape conv_shape(const Tensor& in, const char* in_name, const Tensor&
     }
   }
   if (output.batch != input.batch) fail(out_name, "a batch of " + std::to_string(input.batch), std::to_string(output.batch));
-  if (c.groups < 1 || s.in_channels % c.groups || s.out_channels % c.groups) {
-    fail("groups", "a divisor of both numbers of channels", std::to_string(c.groups));
+  if (s.groups < 1 || s.in_channels % s.groups || s.out_channels % s.groups) {
+    fail("groups", "a divisor of both numbers of channels", std::to_string(s.groups));
   }
   return s;
 }
 
-// The entries, checked: `rows` rows, columns below inputs * taps, or where that shows.
-inline Entries entries_of(const Tensor& starts, const Tensor& columns, const Tensor* values, int64_t rows, int64_t inputs, int64_t taps) {
+// The entries, checked: so many rows in each part, columns below inputs * taps, or where that shows.
+inline Entries entries_of(const Tensor& starts, const Tensor& columns, const Tensor* values, int64_t rows, int64_t inputs, int64_t taps,
+                          int64_t passes) {
   const int64_t row_length = inputs * taps;
   if (row_length * taps >= INT64_C(1) << 32) fail("columns", "rows of fewer than 2**32 / taps columns", std::to_string(row_length));
-  check_tensor(starts, "starts", ScalarType::Int, rows + 1);
+  const int64_t in_pass = rows * passes, parts = starts.numel() - 1;
+  if (parts < 0 || (in_pass == 0 ? parts != 0 : parts == 0 || parts % in_pass)) {
+    fail("starts", "1 and a multiple of " + std::to_string(in_pass) + " elements", std::to_string(starts.numel()));
+  }
+  check_tensor(starts, "starts", ScalarType::Int, starts.numel());
   const auto* start = static_cast<const int32_t*>(starts.const_data_ptr());
   check_tensor(columns, "columns", ScalarType::Int, columns.numel());
-  if (start[0] != 0 || start[rows] != columns.numel()) fail("starts", "an end at " + std::to_string(columns.numel()), std::to_string(start[rows]));
+  if (start[0] != 0 || start[parts] != columns.numel()) {
+    fail("starts", "an end at " + std::to_string(columns.numel()), std::to_string(start[parts]));
+  }
   const auto* column = static_cast<const int32_t*>(columns.const_data_ptr());
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < parts; ++r) {
     const int32_t from = start[r], to = start[r + 1];
     if (from > to || (from < to && (column[from] < 0 || column[to - 1] >= row_length))) {
-      fail("columns", "ascending ones below " + std::to_string(row_length) + " in each row", "others in row " + std::to_string(r));
+      fail("columns", "ascending ones below " + std::to_string(row_length) + " in each row", "others in row " + std::to_string(r % rows));
     }
   }
   if (values) check_tensor(*values, "values", ScalarType::Float, columns.numel());
-  return {start, column, values ? static_cast<const float*>(values->const_data_ptr()) : nullptr};
+  const auto* const value = values ? static_cast<const float*>(values->const_data_ptr()) : nullptr;
+  return {start, column, value, rows, in_pass == 0 ? 1 : parts / in_pass};
 }
 
 template <class T>
@@ -135,8 +132,8 @@ const float* bias_of(const MaybeTensor& bias, int64_t channels) {
 void sparse_conv_cpu(const Tensor& input, const Tensor& starts, const Tensor& columns, const Tensor& values, const MaybeTensor& bias,
                      const MaybeTensor& residual, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
                      int64_t groups, int64_t halo, bool relu, const Tensor& out) {
-  const ConvShape shape = conv_shape(input, "input", out, "out", {kernel, stride, padding, dilation, groups, halo});
-  const Entries entries = entries_of(starts, columns, &values, shape.out_channels, shape.in_channels / groups, shape.taps());
+  const ConvShape shape = conv_shape(input, "input", out, "out", halo, {kernel, stride, padding, dilation, groups});
+  const Entries entries = entries_of(starts, columns, &values, shape.out_channels, shape.in_channels / groups, shape.taps(), 1);
   const float* const b = bias_of(bias, shape.out_channels);
   by_layout(
       input, "input", out, residual, {}, shape, halo,
@@ -155,8 +152,9 @@ void sparse_conv_cpu(const Tensor& input, const Tensor& starts, const Tensor& co
 void sparse_conv_input_grad_cpu(const Tensor& grad, const Tensor& starts, const Tensor& columns, const Tensor& values,
                                 const MaybeTensor& residual, const MaybeTensor& gate, const Ints& kernel, const Ints& stride,
                                 const Ints& padding, const Ints& dilation, int64_t groups, int64_t halo, const Tensor& out) {
-  const ConvShape shape = conv_shape(out, "out", grad, "grad", {kernel, stride, padding, dilation, groups, halo});
-  const Entries entries = entries_of(starts, columns, &values, shape.in_channels, shape.out_channels / groups, shape.taps());
+  const ConvShape shape = conv_shape(out, "out", grad, "grad", halo, {kernel, stride, padding, dilation, groups});
+  const Entries entries =
+      entries_of(starts, columns, &values, shape.in_channels, shape.out_channels / groups, shape.taps(), shape.passes());
   by_layout(
       grad, "grad", out, residual, gate, shape, halo,
       [&](auto element) {
@@ -167,7 +165,7 @@ void sparse_conv_input_grad_cpu(const Tensor& grad, const Tensor& starts, const 
         sparse_conv_input_grad<T>(torch_machine(), shape, entries, images_of<const T>(grad), epilogue, images_of<T>(out));
       },
       [&] {
-        for_each_residue(shape, [&](const Axis& y, const Axis& x) { check_reach(y, x, halo); });
+        for_each_residue(shape, [&](int64_t, const Axis& y, const Axis& x) { check_reach(y, x, halo); });
         Epilogue<Blocks<const float>> epilogue;
         if (residual) epilogue.residual = blocks_of<const float>(*residual, halo);
         if (gate) epilogue.gate = blocks_of<const float>(*gate, halo);
@@ -178,8 +176,8 @@ void sparse_conv_input_grad_cpu(const Tensor& grad, const Tensor& starts, const 
 void sparse_conv_weight_grad_cpu(const Tensor& input, const Tensor& grad, const Tensor& starts, const Tensor& columns, const Ints& kernel,
                                  const Ints& stride, const Ints& padding, const Ints& dilation, int64_t groups, const Tensor& out) {
   if (input.dim() != 4) fail("input", "4 dimensions", std::to_string(input.dim()));
-  const ConvShape shape = conv_shape(input, "input", grad, "grad", {kernel, stride, padding, dilation, groups, 0});
-  const Entries entries = entries_of(starts, columns, nullptr, shape.out_channels, shape.in_channels / groups, shape.taps());
+  const ConvShape shape = conv_shape(input, "input", grad, "grad", 0, {kernel, stride, padding, dilation, groups});
+  const Entries entries = entries_of(starts, columns, nullptr, shape.out_channels, shape.in_channels / groups, shape.taps(), 1);
   check_tensor(out, "out", ScalarType::Float, columns.numel());
   auto* const sums = static_cast<float*>(out.mutable_data_ptr());
   if (input.numel() == 0 || grad.numel() == 0) {

@@ -27,7 +27,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -39,12 +38,12 @@
 
 namespace s2ap {
 
-// The entries as tiles and dot products on packed pieces take them. `runs`: of input channels, as long as pays, or all channels are one.
-inline PlacedEntries place_in(const Layout& layout, const Machine& machine, const Entries& entries, int64_t rows, int64_t channels,
-                              const ConvShape& shape, bool runs) {
-  const auto offsets = offsets_of_taps(shape, [&](int64_t ky, int64_t kx) { return layout.offset(ky, kx); });
-  const int64_t each = runs ? channels_of_run(entries, rows, channels, offsets, layout.tile_vectors(), layout.lanes()) : channels;
-  return {machine, entries, rows, channels, offsets, layout.channel(), each};
+// Where the inputs of a pass's entries lie in packed pieces; and the place of its rows, run after run.
+inline const int32_t* place_in(const Layout& layout, const Machine& machine, const Entries& entries, const int32_t* starts,
+                               const ConvShape& shape, const Axis& y, const Axis& x) {
+  std::vector<int64_t> offsets(shape.taps());
+  for_each_tap(shape, y, x, [&](int64_t tap, int64_t dy, int64_t dx) { offsets[tap] = layout.offset(dy, dx); });
+  return place(machine, entries, starts[0], starts[entries.runs * entries.rows], offsets, layout.channel());
 }
 
 // Where the results of a pass belong, and what follows the sums there.
@@ -97,33 +96,34 @@ struct Results {
 
 // One pass: writes the outputs that `y` and `x` describe, for all channels.
 template <class T>
-void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, int64_t rows, int64_t channels,
-               const Entries& entries, const Images<const T>& in, const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
+void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, int64_t channels, const Entries& entries,
+               const int32_t* starts, const Images<const T>& in, const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
   const TileLoops& loops = tile_loops(machine.isa);
-  const int64_t lanes = s2ap::lanes(machine.isa), group_rows = rows / shape.groups, group_channels = channels / shape.groups;
+  const int64_t lanes = s2ap::lanes(machine.isa), rows = entries.rows, group_rows = rows / shape.groups;
+  const int64_t group_channels = channels / shape.groups;
   const Layout layout(y, x, shape.batch, group_channels, lanes);
   const Results<T> results{loops, y, x, epilogue, out};
   // Where a vector of results lies in memory as in a register, tiles write it.
   const bool vectors = std::is_same_v<T, float> && layout.by_images() && out.n == 1 && results.alike();
-  const PlacedEntries placed = place_in(layout, machine, entries, rows, group_channels, shape, vectors);
+  const int32_t* const offsets = place_in(layout, machine, entries, starts, shape, y, x);
   // Where there are fewer pieces than threads can share, rows are shared out too; a piece is then packed again for each share.
   const int64_t together = layout.together(), tasks = (layout.pieces() + together - 1) / together * shape.groups;
   const int64_t shares = std::clamp<int64_t>(machine.threads / tasks, 1, std::max<int64_t>(1, group_rows / 8));
-  const int64_t work = work_of(shape.batch * y.outputs * x.outputs, rows, channels, entries.starts[rows]);
+  const int64_t work = work_of(shape.batch * y.outputs * x.outputs, rows, channels, starts[entries.runs * rows] - starts[0]);
 
   const auto run = [&](const Layout::Piece& p, int64_t group, int64_t first, int64_t last) {
     float* const packed = scratch(Scratch::kPacked, layout.packed());
     layout.pack(in, group * group_channels, p, packed);
 
-    layout.for_each_tile(p, [&](int64_t tile_rows, int64_t tile_columns, int64_t ty, int64_t tx) {
-      const TileLoop tile = (tile_rows == 2 ? loops.two_rows[0].data() : loops.one_row[0].data())[tile_columns - 1];
+    layout.for_each_tile(p, Tiling(layout.width(p)), [&](int64_t tile_rows, int64_t tile_columns, int64_t ty, int64_t tx) {
+      const TileLoop tile = loops.tile(1, tile_rows, tile_columns);
       TileArgs args{};
       args.in = packed + ty * layout.row() + tx * lanes;
       args.in_row = layout.row();
-      args.starts = placed.starts(0, rows);
-      args.ends = placed.starts(placed.runs, rows);
-      args.offsets = placed.offsets;
-      args.values = placed.values;
+      args.starts = starts;
+      args.runs = 1;
+      args.offsets = offsets;
+      args.values = entries.values;
       args.bias = epilogue.bias;
       if constexpr (std::is_same_v<T, float>) {
         if (vectors && p.images == lanes) {
@@ -134,7 +134,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
           args.out_channel = out.c;
           args.out_row = out.h * y.out_step;
           args.out_column = out.w * x.out_step;
-          tile_in_runs(tile, args, placed, rows, place(epilogue.residual), place(epilogue.gate), epilogue.relu);
+          tile_in_runs(tile, args, entries, place(epilogue.residual), place(epilogue.gate), epilogue.relu);
           return;
         }
       }
@@ -152,6 +152,8 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
           if (line < y.outputs) wanted[count_wanted++] = {at, n, line, column, std::min(count, x.outputs - column)};
         });
       }
+      args.runs = entries.runs;
+      args.next_run = rows;
       args.out = sums;
       args.out_channel = size;
       args.out_row = tile_columns * lanes;
@@ -185,15 +187,15 @@ template <class T>
 void sparse_conv(const Machine& machine, const ConvShape& shape, const Entries& entries, const Images<const T>& in,
                  const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
   const Axis y = forward_axis(shape, 0), x = forward_axis(shape, 1);
-  conv_pass<T>(machine, shape, y, x, shape.out_channels, shape.in_channels, entries, in, epilogue, out);
+  conv_pass<T>(machine, shape, y, x, shape.in_channels, entries, entries.pass(0), in, epilogue, out);
 }
 
 // The gradient with respect to the input, and the epilogue. `entries` has a row for each input channel.
 template <class T>
 void sparse_conv_input_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Images<const T>& grad,
                             const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
-  for_each_residue(shape, [&](const Axis& y, const Axis& x) {
-    conv_pass<T>(machine, shape, y, x, shape.in_channels, shape.out_channels, entries, grad, epilogue, out);
+  for_each_residue(shape, [&](int64_t pass, const Axis& y, const Axis& x) {
+    conv_pass<T>(machine, shape, y, x, shape.out_channels, entries, entries.pass(pass), grad, epilogue, out);
   });
 }
 
@@ -206,37 +208,56 @@ void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, con
   const int64_t group_rows = shape.out_channels / shape.groups, group_channels = shape.in_channels / shape.groups;
   const Axis y = forward_axis(shape, 0), x = forward_axis(shape, 1);
   const Layout layout(y, x, shape.batch, group_channels, lanes);
-  const PlacedEntries placed = place_in(layout, machine, entries, shape.out_channels, group_channels, shape, false);
-  const int64_t count = entries.starts[shape.out_channels];
-  // So many partial sums of each value, whatever the number of threads. Slices go to them in turn, a contiguous range to each.
+  const int32_t* const offsets = place_in(layout, machine, entries, entries.starts, shape, y, x);
+  const int64_t count = entries.count(1);
+  // So many partial sums of each value, whatever the number of threads. Pieces go to them in turn, a contiguous range to each.
   const int64_t pieces = layout.pieces(), parts = std::min<int64_t>(pieces, 8);
   const int64_t shares = std::clamp<int64_t>(8 / (parts * shape.groups), 1, std::max<int64_t>(1, group_rows / 8));
-  const auto partial = std::make_unique<float[]>(parts * count);
+  float* const partial = scratch(Scratch::kPartial, parts * count);
   const int64_t work = work_of(shape.batch * y.outputs * x.outputs, shape.out_channels, shape.in_channels, count);
 
   for_each(machine, parts * shape.groups * shares, work, [&](int64_t task) {
     const int64_t share = task % shares, group = task / shares % shape.groups, part = task / shares / shape.groups;
     const int64_t first = group * group_rows + group_rows * share / shares, last = group * group_rows + group_rows * (share + 1) / shares;
     float* const packed = scratch(Scratch::kPacked, layout.packed());
+    ProductArgs args{};
+    args.in_row = layout.row();
+    args.offsets = offsets;
+    args.first = first;
+    args.last = last;
+    args.sums = partial + part * count;
+    const auto for_each_run = [&](const auto& f) {
+      for (int64_t run = 0; run < entries.runs; ++run) f(entries.starts + run * entries.rows);
+    };
+    for_each_run([&](const int32_t* starts) { std::fill(args.sums + starts[first], args.sums + starts[last], 0.0f); });
     for (int64_t i = pieces * part / parts; i < pieces * (part + 1) / parts; ++i) {
-      const typename Layout::Piece p = layout.piece(i);
+      const Layout::Piece p = layout.piece(i);
       layout.pack(in, group * group_channels, p, packed);
-      DotArgs args{};
-      args.rows = layout.by_images() ? p.y1 - p.y0 : 1;
-      args.columns = layout.by_images() ? p.x1 - p.x0 : (p.f1 - p.f0 + lanes - 1) / lanes;
-      args.a_row = args.x_row = layout.row();
-      args.x = packed;
-      args.offsets = placed.offsets;
-      args.sums = partial.get() + part * count;
-      float* const gradient = scratch(Scratch::kGradient, layout.by_images() ? args.rows * layout.row() : layout.strip());
-      args.a = gradient;
-      for (int64_t row = first; row < last; ++row) {
-        args.first = entries.starts[row];  // forward, every tap reaches an output
-        args.last = entries.starts[row + 1];
-        if (args.first == args.last) continue;
-        layout.pack_outputs(grad, row, p, gradient);
-        loops.dots(args);
+      const float* gradients = nullptr;
+      if constexpr (std::is_same_v<T, float>) {
+        if (layout.by_images() && grad.n == 1 && p.images == lanes) {  // as they are in memory
+          gradients = grad.data + p.n0 + first * grad.c + p.y0 * grad.h + p.x0 * grad.w;
+          args.channel = grad.c;
+          args.row = grad.h;
+          args.column = grad.w;
+        }
       }
+      if (gradients == nullptr) {
+        args.channel = layout.by_images() ? layout.height(p) * layout.row() : layout.strip();
+        args.row = layout.row();
+        args.column = lanes;
+        float* const copies = scratch(Scratch::kGradient, (last - first) * args.channel);
+        for (int64_t row = first; row < last; ++row) layout.pack_outputs(grad, row, p, copies + (row - first) * args.channel);
+        gradients = copies;
+      }
+      layout.for_each_tile(p, ProductTiling(layout.height(p), layout.width(p), lanes), [&](int64_t rows, int64_t columns, int64_t ty, int64_t tx) {
+        args.gradient = gradients + ty * args.row + tx * args.column;
+        args.in = packed + ty * layout.row() + tx * lanes;
+        for_each_run([&](const int32_t* starts) {
+          args.starts = starts;
+          loops.products(rows, columns)(args);
+        });
+      });
     }
   });
   for_each(machine, (count + kChunk - 1) / kChunk, count * parts, [&](int64_t c) {

@@ -31,23 +31,14 @@ class Layout {
   }
 
   bool by_images() const { return by_images_; }
-  int64_t lanes() const { return lanes_; }
   int64_t pieces() const { return groups_ * pieces_y_ * pieces_x_; }
   // Pieces that share the lines of memory that they are read from and written to. Pieces i * together() and on are of the same lines.
   int64_t together() const { return by_images_ ? std::min(groups_, 16 / lanes_) : 1; }
   int64_t channel() const { return phases_ * plane_; }  // floats of a channel, packed
   int64_t packed() const { return channels_ * channel() + kWidest * lanes_; }
   int64_t row() const { return pitch_ * lanes_; }
-  // Vectors of one channel that a tile reads.
-  int64_t tile_vectors() const {
-    const Tiling tiles(columns_);
-    return phases_ * (std::min(tiles.tall, rows_) + y_.span()) * (tiles.wide + x_.span());
-  }
-
-  // Offset of the input of a tap, of a channel's; kUnreached if it reaches no output.
-  int64_t offset(int64_t ky, int64_t kx) const {
-    const int64_t dy = y_.shifts[ky], dx = x_.shifts[kx];
-    if (dy == Axis::kUnreached || dx == Axis::kUnreached) return Axis::kUnreached;
+  // Offset of the input of a tap with these shifts, of a channel's.
+  int64_t offset(int64_t dy, int64_t dx) const {
     const int64_t phase = y_.phase_index(dy) * static_cast<int64_t>(x_.phases.size()) + x_.phase_index(dx);
     return phase * plane_ + ((y_.quotient(dy) - y_.first) * pitch_ + x_.quotient(dx) - x_.first) * (by_images_ ? lanes_ : 1);
   }
@@ -104,16 +95,19 @@ class Layout {
     }
   }
 
-  // f(rows, columns, y, x): tiles that make up a piece, counted from its own first row and column. Positions: one row of vectors.
-  template <class F>
-  void for_each_tile(const Piece& p, const F& f) const {
-    const int64_t height = by_images_ ? p.y1 - p.y0 : 1;
-    const int64_t width = by_images_ ? p.x1 - p.x0 : (p.f1 - p.f0 + lanes_ - 1) / lanes_;
-    const Tiling tiles(width);
-    for (int64_t y = 0; y < height;) {
-      const int64_t rows = std::min(tiles.tall, height - y);
-      for (int64_t i = 0; i < tiles.across; ++i) f(rows, width * (i + 1) / tiles.across - width * i / tiles.across, y, width * i / tiles.across);
-      y += rows;
+  // A piece's vectors: of images, rows and columns of outputs; of positions, one row.
+  int64_t height(const Piece& p) const { return by_images_ ? p.y1 - p.y0 : 1; }
+  int64_t width(const Piece& p) const { return by_images_ ? p.x1 - p.x0 : (p.f1 - p.f0 + lanes_ - 1) / lanes_; }
+
+  // f(rows, columns, y, x): tiles that make up a piece, counted from its own first row and column.
+  template <class Tiles, class F>
+  void for_each_tile(const Piece& p, const Tiles& tiles, const F& f) const {
+    for (int64_t y = 0, rows; y < height(p); y += rows) {
+      rows = tiles.rows(height(p) - y);
+      for (int64_t i = 0; i < tiles.across; ++i) {
+        const int64_t x = width(p) * i / tiles.across;
+        f(rows, width(p) * (i + 1) / tiles.across - x, y, x);
+      }
     }
   }
 

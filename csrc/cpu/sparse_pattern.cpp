@@ -4,36 +4,40 @@
 #include <optional>
 #include <tuple>
 
-#include "torch_binding.h"
+#include "sparse_binding.h"
 
 namespace s2ap {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_pattern_cpu(const Tensor& weight, const std::optional<Tensor>& mask, int64_t groups) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_pattern_cpu(const Tensor& weight, const std::optional<Tensor>& mask,
+                                                                      const Ints& kernel, const Ints& stride, const Ints& padding,
+                                                                      const Ints& dilation, int64_t groups) {
   if (weight.dim() < 2) fail("weight", "a tensor of 2 or more dimensions", std::to_string(weight.dim()));
   const int64_t n = weight.numel();
   check_tensor(weight, "weight", weight.scalar_type(), n);
   if (mask) check_tensor(*mask, "mask", ScalarType::Bool, n);
   if (groups < 1 || weight.size(0) % groups) fail("groups", "a divisor of " + std::to_string(weight.size(0)), std::to_string(groups));
   if (n > INT32_MAX) fail("weight", "fewer than 2**31 elements", std::to_string(n));
-  const WeightShape shape{weight.size(0), weight.size(1), n == 0 ? 1 : n / (weight.size(0) * weight.size(1)), groups};
+  const ConvShape conv = conv_shape({kernel, stride, padding, dilation, groups});
+  if (n != weight.size(0) * weight.size(1) * conv.taps()) fail("kernel", "the size of the weight's", std::to_string(conv.taps()) + " elements");
+  const WeightShape shape{weight.size(0), weight.size(1), conv.taps(), groups, conv.passes(), passes_of_taps(conv)};
 
   const auto empty = [&](int64_t size) { return torch::stable::new_empty(weight, {size}, ScalarType::Int); };
   const auto ints = [](const Tensor& t) { return static_cast<int32_t*>(t.mutable_data_ptr()); };
   const Machine machine = torch_machine();
-  Tensor starts = empty(shape.outputs + 1), input_starts = empty(groups * shape.inputs + 1), columns, input_columns, order;
+  Tensor starts, columns, input_starts, input_columns, order;
   const auto make = [&](const auto& kept) {
-    count_entries(machine, shape, kept, ints(starts));
-    const int64_t count = ints(starts)[shape.outputs];
-    columns = empty(count);
-    input_columns = empty(count);
-    order = empty(count);
-    list_entries(machine, shape, kept, ints(starts), ints(columns), ints(input_starts), ints(input_columns), ints(order));
+    const PatternLists lists(machine, shape, kept);
+    starts = empty(lists.rows() + 1);
+    input_starts = empty(lists.input_rows() + 1);
+    for (Tensor* list : {&columns, &input_columns, &order}) *list = empty(lists.entries());
+    lists.write(kept, ints(starts), ints(columns), ints(input_starts), ints(input_columns), ints(order));
   };
   if (mask) {
     const auto* m = static_cast<const bool*>(mask->const_data_ptr());
     make([m](int64_t i) { return m[i]; });
   } else {
-    dispatch({weight}, [&](auto element) {
+    const TensorList weights(1, weight);
+    dispatch(weights, [&](auto element) {
       using T = decltype(element);
       const BitsOf<T>* w = input<T>(weight);
       make([w](int64_t i) { return (w[i] & kMagnitude<BitsOf<T>>) != 0; });

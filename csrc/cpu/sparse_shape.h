@@ -13,6 +13,7 @@ struct ConvShape {
   int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
 
   int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t passes() const { return stride[0] * stride[1]; }  // of the gradient with respect to the input, one for each residue
 };
 
 // A tensor of logical shape (N, C, H, W), by its strides in elements. Null data: there is none.
@@ -22,11 +23,17 @@ struct Images {
   int64_t n = 0, c = 0, h = 0, w = 0;
 };
 
-// The kept entries. Rows are the channels that are written, columns flat indices into (channels that are read within the group, taps).
+// The kept entries, part after part (sparse_pattern.h): `runs` of the channels that are read, and for the gradient with respect to the input
+// so many for each pass. Rows are the channels that are written, columns flat indices into (channels that are read within the group, taps).
 struct Entries {
-  const int32_t* starts;   // [rows + 1]
-  const int32_t* columns;  // [entries], ascending within a row
+  const int32_t* starts;   // [parts * rows + 1]
+  const int32_t* columns;  // [entries], ascending within a row of a part
   const float* values;     // [entries]; not for weight gradients
+  int64_t rows, runs;
+
+  // Where the rows of a pass start, run after run.
+  const int32_t* pass(int64_t pass) const { return starts + pass * runs * rows; }
+  int64_t count(int64_t passes) const { return starts[passes * runs * rows]; }
 };
 
 // What follows the sums: + bias + residual, ReLU, and 0 where `gate` is 0 or less. NaN stays. Images are of the output's size.
@@ -87,12 +94,36 @@ inline Axis backward_axis(const ConvShape& s, int axis, int64_t residue) {
   return a;
 }
 
-// f(y, x) for the passes that a gradient with respect to the input consists of.
+// f(tap, shift along y, shift along x) for the taps that reach an output.
+template <class F>
+void for_each_tap(const ConvShape& shape, const Axis& y, const Axis& x, const F& f) {
+  for (int64_t tap = 0; tap < shape.taps(); ++tap) {
+    const int64_t dy = y.shifts[tap / shape.kernel[1]], dx = x.shifts[tap % shape.kernel[1]];
+    if (dy != Axis::kUnreached && dx != Axis::kUnreached) f(tap, dy, dx);
+  }
+}
+
+// f(pass, y, x) for the passes that a gradient with respect to the input consists of.
 template <class F>
 void for_each_residue(const ConvShape& shape, const F& f) {
   for (int64_t y = 0; y < std::min(shape.stride[0], shape.in_size[0]); ++y) {
-    for (int64_t x = 0; x < std::min(shape.stride[1], shape.in_size[1]); ++x) f(backward_axis(shape, 0, y), backward_axis(shape, 1, x));
+    for (int64_t x = 0; x < std::min(shape.stride[1], shape.in_size[1]); ++x) {
+      f(y * shape.stride[1] + x, backward_axis(shape, 0, y), backward_axis(shape, 1, x));
+    }
   }
+}
+
+// The one of these passes that a tap's entries belong to, for all taps.
+inline std::vector<int64_t> passes_of_taps(const ConvShape& shape) {
+  const auto residue = [&](int axis, int64_t k) {
+    const int64_t stride = shape.stride[axis];
+    return ((k * shape.dilation[axis] - shape.padding[axis]) % stride + stride) % stride;
+  };
+  std::vector<int64_t> passes;
+  for (int64_t ky = 0; ky < shape.kernel[0]; ++ky) {
+    for (int64_t kx = 0; kx < shape.kernel[1]; ++kx) passes.push_back(residue(0, ky) * shape.stride[1] + residue(1, kx));
+  }
+  return passes;
 }
 
 }  // namespace s2ap

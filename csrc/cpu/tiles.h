@@ -24,18 +24,32 @@ namespace s2ap {
 
 constexpr int kWidest = 14;  // sums that 16 registers have room for, beside a value and an operand
 
-// How a row of `width` outputs is cut into tiles: rows of a tile, tiles side by side.
+// How outputs are cut into tiles: rows of a tile, tiles side by side.
 struct Tiling {
-  int64_t tall, across, wide;
-  explicit Tiling(int64_t width)
-      : tall(width <= kWidest / 2 ? 2 : 1), across((width + kWidest - 1) / kWidest), wide((width + across - 1) / across) {}
+  int64_t tall, across;
+  explicit Tiling(int64_t width) : tall(width <= kWidest / 2 ? 2 : 1), across((width + kWidest - 1) / kWidest) {}
+  int64_t rows(int64_t left) const { return std::min(tall, left); }
+};
+
+// Of products of gradients with inputs there are fewer sums, and gradients take the registers: vectors of a tile that there is room for.
+constexpr int kMostProducts = 16;
+
+struct ProductTiling {
+  int64_t tall, across;  // a tile has as many rows as are left, 4, 2 or 1, and `tall` at most
+  ProductTiling(int64_t height, int64_t width, int64_t lanes) {
+    const int64_t most = lanes == 16 ? kMostProducts : 12;  // with vectors of 16 lanes come 32 registers, otherwise 16
+    tall = height >= 4 && width <= most / 4 ? 4 : height >= 2 ? 2 : 1;
+    across = (width + most / tall - 1) / (most / tall);
+  }
+  int64_t rows(int64_t left) const { return left >= tall ? tall : left >= 2 ? 2 : 1; }
 };
 
 // A tile of some output channels, and what it is made of. Lengths and offsets are in floats.
 struct TileArgs {
   const float* in;         // the inputs of the tile's first position, for offset 0
   int64_t in_row;          // from one of its rows to the next
-  const int32_t *starts, *ends;  // [channels]: each output channel's entries
+  const int32_t* starts;   // [channels + 1]: where each output channel's entries of a run begin
+  int64_t runs, next_run;  // how many runs are summed at once; from one's starts to the next one's
   const int32_t* offsets;  // [entries]: how far the inputs of an entry are from `in`
   const float* values;     // [entries]
   int64_t first, last;     // output channels
@@ -58,15 +72,18 @@ struct FinishArgs {
   int64_t count;
 };
 
-// sums[j] += sum over rows and columns of a[row][column] * x[offsets[j]][row][column], columns being vectors.
-struct DotArgs {
-  const float *a, *x;
-  int64_t a_row, x_row;
-  int64_t rows, columns;
-  const int32_t* offsets;
-  int64_t first, last;  // of j
-  float* sums;
+// sums[j] += the products of a tile of a gradient, of one output channel after the other, with the inputs of the channel's j-th entry.
+struct ProductArgs {
+  const float* gradient;  // its first position, of channel `first`
+  int64_t channel, row, column;
+  const float* in;  // the inputs of that position, for offset 0
+  int64_t in_row;
+  const int32_t* starts;   // [channels + 1]
+  const int32_t* offsets;  // [entries]
+  int64_t first, last;     // output channels
+  float* sums;             // [entries]
 };
+using ProductLoop = void (*)(const ProductArgs&);
 
 // offsets[j] = channel * c + tap_offsets[tap] for columns[j] = c * taps + tap.
 struct PlaceArgs {
@@ -80,9 +97,18 @@ struct TileLoops {
   // [step - 1][columns - 1]: columns whose inputs are `step` vectors apart
   std::array<std::array<TileLoop, kWidest>, 2> one_row;
   std::array<std::array<TileLoop, kWidest / 2>, 2> two_rows;
+  std::array<ProductLoop, kMostProducts> one_row_products;  // [columns - 1]
+  std::array<ProductLoop, kMostProducts / 2> two_rows_products;
+  std::array<ProductLoop, kMostProducts / 4> four_rows_products;
   void (*finish)(const FinishArgs&);
-  void (*dots)(const DotArgs&);
   void (*place)(const PlaceArgs&);
+
+  TileLoop tile(int64_t step, int64_t rows, int64_t columns) const {
+    return rows == 2 ? two_rows[step - 1][columns - 1] : one_row[step - 1][columns - 1];
+  }
+  ProductLoop products(int64_t rows, int64_t columns) const {
+    return rows == 4 ? four_rows_products[columns - 1] : rows == 2 ? two_rows_products[columns - 1] : one_row_products[columns - 1];
+  }
 };
 
 }  // namespace s2ap

@@ -60,15 +60,18 @@ S2AP_TARGET void tile(const TileArgs& given) {
         S2AP_ALL for (int c = 0; c < columns; ++c) sum[r][c] = start;
       }
     }
-    const int32_t *offset = args.offsets + args.starts[o], *const end = args.offsets + args.ends[o];
-    for (const float* value = args.values + args.starts[o]; offset < end; ++offset, ++value) {
-      const Floats v = broadcast(*value);
-      const float* const x = args.in + *offset;
-      S2AP_ALL for (int r = 0; r < rows; ++r) {
-        S2AP_ALL for (int c = 0; c < columns; ++c) {
-          Floats at;
-          load_floats(at, x + r * args.in_row + c * step * kFloats);
-          add_product(sum[r][c], v, at);
+    const int32_t* start = args.starts + o;
+    for (int64_t run = 0; run < args.runs; ++run, start += args.next_run) {
+      const int32_t *offset = args.offsets + start[0], *const end = args.offsets + start[1];
+      for (const float* value = args.values + start[0]; offset < end; ++offset, ++value) {
+        const Floats v = broadcast(*value);
+        const float* const x = args.in + *offset;
+        S2AP_ALL for (int r = 0; r < rows; ++r) {
+          S2AP_ALL for (int c = 0; c < columns; ++c) {
+            Floats at;
+            load_floats(at, x + r * args.in_row + c * step * kFloats);
+            add_product(sum[r][c], v, at);
+          }
         }
       }
     }
@@ -133,59 +136,77 @@ S2AP_TARGET inline void finish(const FinishArgs& args) {
   }
 }
 
-// to[k] += all lanes of sums[k].
-template <int count>
-S2AP_TARGET S2AP_INLINE void add_lanes(float* to, const Floats (&sums)[count]) {
-#if S2AP_WIDTH == 16
-  S2AP_ALL for (int k = 0; k < count; ++k) to[k] += (sums[k][0] + sums[k][1]) + (sums[k][2] + sums[k][3]);
-#else
-  S2AP_ALL for (int k = 0; k < count; k += 4) {
-    __m256 eight[4];
-    S2AP_ALL for (int i = 0; i < 4; ++i) {
-      alignas(S2AP_WIDTH) float lanes[kFloats];
-      store_floats(lanes, k + i < count ? sums[k + i < count ? k + i : 0] : Floats{});
-      eight[i] = _mm256_load_ps(lanes);
-      if constexpr (kFloats == 16) eight[i] = _mm256_add_ps(eight[i], _mm256_load_ps(lanes + kFloats / 2));
-    }
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(eight[0], eight[1]), _mm256_hadd_ps(eight[2], eight[3]));
-    const __m128 all = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
-    S2AP_ALL for (int i = 0; i < 4; ++i) {
-      if (k + i < count) to[k + i] += all[i];
-    }
+// sums[k] += all lanes of vectors[k], for k < count.
+S2AP_TARGET S2AP_INLINE void add_lanes(const Floats (&vectors)[kFloats], int64_t count, float* sums) {
+#if S2AP_WIDTH == 64
+  // Halves of 16 vectors are added up into 8, quarters of these into 4, and so on: the sums of vector k end in lane k. (With masks of all
+  // lanes, since the plain forms make GCC warn of its own header.)
+  constexpr __mmask16 all_lanes = 0xFFFF;
+  __m512 v[8], w[4], u[2];
+  S2AP_ALL for (int k = 0; k < 8; ++k) {
+    const auto a = (__m512)vectors[k], b = (__m512)vectors[k + 8];
+    v[k] = _mm512_add_ps(_mm512_mask_blend_ps(0xFF00, a, b), _mm512_maskz_shuffle_f32x4(all_lanes, a, b, 0x4E));
   }
+  const __m512i quarters = _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+  S2AP_ALL for (int k = 0; k < 4; ++k) {
+    w[k] = _mm512_add_ps(_mm512_mask_blend_ps(0xF0F0, v[k], v[k + 4]), _mm512_permutex2var_ps(v[k], quarters, v[k + 4]));
+  }
+  S2AP_ALL for (int k = 0; k < 2; ++k) {
+    u[k] = _mm512_add_ps(_mm512_mask_blend_ps(0xCCCC, w[k], w[k + 2]), _mm512_maskz_shuffle_ps(all_lanes, w[k], w[k + 2], 0x4E));
+  }
+  const __m512 even = _mm512_maskz_unpacklo_ps(all_lanes, u[0], u[1]), odd = _mm512_maskz_unpackhi_ps(all_lanes, u[0], u[1]);
+  const Floats all = (Floats)_mm512_add_ps(_mm512_maskz_shuffle_ps(all_lanes, even, odd, 0x44), _mm512_maskz_shuffle_ps(all_lanes, even, odd, 0xEE));
+#elif S2AP_WIDTH == 32
+  __m256 v[4];
+  S2AP_ALL for (int k = 0; k < 4; ++k) {
+    const auto a = (__m256)vectors[k], b = (__m256)vectors[k + 4];
+    v[k] = _mm256_add_ps(_mm256_blend_ps(a, b, 0xF0), _mm256_permute2f128_ps(a, b, 0x21));
+  }
+  const Floats all = (Floats)_mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+#else
+  Floats all;
+  S2AP_ALL for (int k = 0; k < 4; ++k) all[k] = (vectors[k][0] + vectors[k][1]) + (vectors[k][2] + vectors[k][3]);
 #endif
+  store_first(sums, load_first(sums, count) + all, count);
 }
 
-// The products of `together` entries from the j-th on. Each load of `a` is shared by all of them, and so many sums in registers keep the
-// multiply-adds from waiting for each other.
-template <int together>
-S2AP_TARGET void dots_of(const DotArgs& args, int64_t j) {
-  Floats sum[together] = {};
-  for (int64_t r = 0; r < args.rows; ++r) {
-    const float* const a = args.a + r * args.a_row;
-    const float* x[together];
-    S2AP_ALL for (int k = 0; k < together; ++k) x[k] = args.x + r * args.x_row + args.offsets[j + k];
-    for (int64_t c = 0; c < args.columns * kFloats; c += kFloats) {
-      Floats shared;
-      load_floats(shared, a + c);
-      S2AP_ALL for (int k = 0; k < together; ++k) {
-        Floats at;
-        load_floats(at, x[k] + c);
-        add_product(sum[k], shared, at);
+// A gradient's vectors stay in registers while an entry after the other takes its products; what these add up to waits until there is a vector
+// of them. The entries of a run follow each other, whatever output channel they are of.
+template <int rows, int columns>
+S2AP_TARGET void products(const ProductArgs& given) {
+  const ProductArgs args = given;
+  Floats waiting[kFloats];
+  int64_t count = 0, done = args.starts[args.first];
+  const float* gradient = args.gradient;
+  for (int64_t o = args.first; o < args.last; ++o, gradient += args.channel) {
+    const int32_t* offset = args.offsets + args.starts[o];
+    const int32_t* const end = args.offsets + args.starts[o + 1];
+    if (offset == end) continue;
+    Floats g[rows][columns];
+    S2AP_ALL for (int r = 0; r < rows; ++r) {
+      S2AP_ALL for (int c = 0; c < columns; ++c) load_floats(g[r][c], gradient + r * args.row + c * args.column);
+    }
+    for (; offset < end; ++offset) {
+      const float* const x = args.in + *offset;
+      Floats sum[2] = {};  // two, so that products wait less for each other
+      S2AP_ALL for (int r = 0; r < rows; ++r) {
+        S2AP_ALL for (int c = 0; c < columns; ++c) {
+          Floats at;
+          load_floats(at, x + r * args.in_row + c * kFloats);
+          add_product(sum[c % 2], g[r][c], at);
+        }
+      }
+      waiting[count++] = sum[0] + sum[1];
+      if (count == kFloats) {
+        add_lanes(waiting, kFloats, args.sums + done);
+        done += kFloats;
+        count = 0;
       }
     }
   }
-  add_lanes(args.sums + j, sum);
-}
-
-// sums[j] += the dot products of a with x[offsets[j]], over `rows` rows of `columns` vectors.
-S2AP_TARGET inline void dots(const DotArgs& args) {
-  constexpr int kTogether = 8;
-  static constexpr void (*kRest[kTogether])(const DotArgs&, int64_t) = {nullptr,    dots_of<1>, dots_of<2>, dots_of<3>,
-                                                                        dots_of<4>, dots_of<5>, dots_of<6>, dots_of<7>};
-  int64_t j = args.first;
-  for (; j + kTogether <= args.last; j += kTogether) dots_of<kTogether>(args, j);
-  if (j < args.last) kRest[args.last - j](args, j);
+  if (count == 0) return;
+  for (int64_t k = count; k < kFloats; ++k) waiting[k] = Floats{};
+  add_lanes(waiting, count, args.sums + done);
 }
 
 S2AP_TARGET inline void place(const PlaceArgs& args) {
@@ -210,14 +231,21 @@ constexpr std::array<TileLoop, sizeof...(columns)> tiles_of(std::integer_sequenc
   return {tile<step, rows, columns + 1>...};
 }
 
+template <int rows, int... columns>
+constexpr std::array<ProductLoop, sizeof...(columns)> products_of(std::integer_sequence<int, columns...>) {
+  return {products<rows, columns + 1>...};
+}
+
 template <int rows>
 using Columns = std::make_integer_sequence<int, kWidest / rows>;
 
 inline constexpr TileLoops kTileLoops = {
     {tiles_of<1, 1>(Columns<1>()), tiles_of<2, 1>(Columns<1>())},
     {tiles_of<1, 2>(Columns<2>()), tiles_of<2, 2>(Columns<2>())},
+    products_of<1>(std::make_integer_sequence<int, kMostProducts>()),
+    products_of<2>(std::make_integer_sequence<int, kMostProducts / 2>()),
+    products_of<4>(std::make_integer_sequence<int, kMostProducts / 4>()),
     finish,
-    dots,
     place,
 };
 

@@ -187,10 +187,16 @@ class _Lowering:
             kind = self.lowered.layers[node.target] = "dense"
         else:
             kind = self.chosen(node, weight, shape, stride=module.stride, groups=module.groups)
-        source = Source(kind, len(weight), node.target, groups=module.groups)
-        geometry = {"kernel": module.kernel_size, "stride": module.stride, "padding": (ends[2], ends[0]), "dilation": module.dilation}
+        geometry = {
+            "kernel": module.kernel_size,
+            "stride": module.stride,
+            "padding": (ends[2], ends[0]),
+            "dilation": module.dilation,
+            "groups": module.groups,
+        }
+        source = Source(kind, len(weight), node.target, convolution=tuple(geometry.values()))
         step = SparseConv if kind == "sparse" else DenseConv
-        return self.emit(node, step, input, weights=self.weights(source), groups=module.groups, **geometry)
+        return self.emit(node, step, input, weights=self.weights(source), **geometry)
 
     def linear(self, node: fx.Node, module: nn.Linear, input: fx.Node) -> int:
         shape, weight = self.shape(input), weight_of(module)

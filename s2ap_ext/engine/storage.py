@@ -16,7 +16,7 @@ from .steps import STEPS, Step
 from .weights import Dense, Scale, Source, Sparse
 
 KIND = "sparse network"
-VERSION = 2
+VERSION = 3
 WEIGHTS = {cls.__name__: cls for cls in (Sparse, Dense, Scale)}
 
 

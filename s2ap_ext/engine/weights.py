@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..nn import S2APConv2d, S2APLinear
+from ..nn.convolution import Convolution
+from ..sparse_reference import rows_of
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,14 @@ class Source:
         channels: of the output.
         layer: name of the module with the weight, or None.
         changes: ``("norm", name of a BatchNorm)``, or ``("add" | "sub" | "mul" | "div", a number or the name of a tensor)``.
-        groups: of the convolution.
+        convolution: kernel size, stride, padding, dilation and groups.
     """
 
     kind: str
     channels: int
     layer: str | None = None
     changes: tuple[tuple[str, str | float], ...] = ()
-    groups: int = 1
+    convolution: Convolution = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
 
     def followed_by(self, later: Source) -> Source:
         return replace(self, changes=self.changes + later.changes)
@@ -84,8 +86,8 @@ class Source:
             factor = scale.float().view(-1, *[1] * (weight.dim() - 1))
             weight = self._finite(weight * factor if self.changes else weight.clone())
             return Dense(weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight, bias)
-        starts, columns, input_starts, input_columns, order = torch.ops.s2ap.sparse_pattern(weight, None, self.groups)
-        rows = torch.repeat_interleave(torch.arange(len(weight)), starts.diff())
+        starts, columns, input_starts, input_columns, order = torch.ops.s2ap.sparse_pattern(weight, None, *self.convolution)
+        rows = rows_of(starts, len(weight))
         values = weight.view(-1).index_select(0, rows * weight[0].numel() + columns)
         if self.changes:
             values *= scale.float().index_select(0, rows)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .._library import backend
+from ..sparse_reference import rows_of
 from . import cost
 from .layout import empty_batch_innermost
 
@@ -35,6 +36,14 @@ def dense_kernels() -> Iterator[None]:
         _ENABLED.reset(token)
 
 
+Convolution = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int], int]
+"""Kernel size, stride, padding, dilation and groups."""
+
+
+def convolution_of(layer: nn.Conv2d) -> Convolution:
+    return layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
+
+
 class Entries(NamedTuple):
     """The kept weights of a layer as the ops take them (:mod:`s2ap_ext.sparse_reference`)."""
 
@@ -48,14 +57,13 @@ class Entries(NamedTuple):
     input_values: Tensor
 
     @classmethod
-    def of(cls, masked: Tensor, mask: Tensor | None, groups: int) -> Entries:
+    def of(cls, masked: Tensor, mask: Tensor | None, convolution: Convolution) -> Entries:
         """``mask``: which weights are kept; None: those that are not 0."""
         weight = masked.contiguous()
         starts, columns, input_starts, input_columns, order = torch.ops.s2ap.sparse_pattern(
-            weight, None if mask is None else mask.contiguous(), groups
+            weight, None if mask is None else mask.contiguous(), *convolution
         )
-        rows = torch.repeat_interleave(torch.arange(len(weight)), starts.diff().long())
-        flat, order = rows * weight[0].numel() + columns, order.long()
+        flat, order = rows_of(starts, len(weight)) * weight[0].numel() + columns, order.long()
         values = weight.flatten()[flat]
         return cls(starts, columns, input_starts, input_columns, order, flat, values, values[order])
 
@@ -67,7 +75,9 @@ class Entries(NamedTuple):
 
 class _SparseConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, convolution: tuple, every_weight: bool) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, entries: Entries, convolution: Convolution, every_weight: bool
+    ) -> Tensor:
         kernel, stride, padding, dilation, _ = convolution
         size = [
             (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
@@ -132,5 +142,4 @@ def sparse_conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, entries: Entries,
 
         layer._conv_forward(x, torch.where(mask, weight, 0), layer.bias)
     """
-    convolution = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
-    return _SparseConv2d.apply(x, weight, layer.bias, entries, convolution, every_weight)
+    return _SparseConv2d.apply(x, weight, layer.bias, entries, convolution_of(layer), every_weight)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..reference import CUT_COLUMNS, PLAIN, WEIGHT, Pattern, score_grad
 from ..sparsity import check_sparsity, kept_in_pattern, pattern_for, score_init
-from .convolution import Entries, pays, sparse_conv2d
+from .convolution import Entries, convolution_of, pays, sparse_conv2d
 from .selection import Move, Selection, select_stale
 
 
@@ -233,7 +233,7 @@ class S2APConv2d(Pruned, nn.Conv2d):
                 if earlier is not None:
                     made.entries = earlier.refreshed(self._masked)
                 else:  # where weights train, a kept one that happens to be 0 needs its gradient too
-                    made.entries = Entries.of(self._masked, self._mask() if self.weight.requires_grad else None, self.groups)
+                    made.entries = Entries.of(self._masked, self._mask() if self.weight.requires_grad else None, convolution_of(self))
             made.same_mask = None
         return made.entries
 

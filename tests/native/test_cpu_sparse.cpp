@@ -151,7 +151,7 @@ struct Problem {
     }
     in = random(c.batch, c.in_channels, c.size[0], c.size[1], 1);
     out = random(c.batch, c.out_channels, shape.out_size[0], shape.out_size[1], 2);
-    weight_shape = {c.out_channels, c.in_channels / c.groups, shape.taps(), c.groups};
+    weight_shape = {c.out_channels, c.in_channels / c.groups, shape.taps(), c.groups, shape.passes(), passes_of_taps(shape)};
     std::mt19937 generator(3);
     std::normal_distribution<float> normal;
     std::uniform_real_distribution<double> uniform;
@@ -159,17 +159,22 @@ struct Problem {
     for (float& w : weight) w = uniform(generator) < c.density ? normal(generator) : 0;
     for (int64_t i = 0; i < c.out_channels; ++i) bias.push_back(normal(generator));
     const auto kept = [&](int64_t i) { return weight[i] != 0; };
-    starts.resize(c.out_channels + 1);
-    count_entries(machine(Isa::kPlain, 3), weight_shape, kept, starts.data());
-    const int64_t count = starts.back();
-    for (auto* list : {&columns, &input_columns, &order}) list->resize(count);
-    input_starts.resize(c.in_channels + 1);
-    list_entries(machine(Isa::kPlain, 3), weight_shape, kept, starts.data(), columns.data(), input_starts.data(), input_columns.data(),
-                 order.data());
-    for (int64_t o = 0; o < c.out_channels; ++o) {
-      for (int32_t j = starts[o]; j < starts[o + 1]; ++j) values.push_back(weight[o * weight_shape.row() + columns[j]]);
-    }
+    const Machine three = machine(Isa::kPlain, 3);
+    const PatternLists lists(three, weight_shape, kept);
+    for (auto* list : {&columns, &input_columns, &order}) list->resize(lists.entries());
+    starts.resize(lists.rows() + 1);
+    input_starts.resize(lists.input_rows() + 1);
+    lists.write(kept, starts.data(), columns.data(), input_starts.data(), input_columns.data(), order.data());
+    each_entry([&](size_t, int64_t w) { values.push_back(weight[w]); });
     for (int32_t j : order) input_values.push_back(values[j]);
+  }
+
+  // f(entry, flat index into the weight)
+  template <class F>
+  void each_entry(const F& f) const {
+    for (size_t row = 0; row + 1 < starts.size(); ++row) {
+      for (int32_t j = starts[row]; j < starts[row + 1]; ++j) f(j, static_cast<int64_t>(row) % c.out_channels * weight_shape.row() + columns[j]);
+    }
   }
 
   // f(flat index of in, of the weight, of out)
@@ -195,8 +200,13 @@ struct Problem {
       }
     }
   }
-  Entries forward() const { return {starts.data(), columns.data(), values.data()}; }
-  Entries backward() const { return {input_starts.data(), input_columns.data(), input_values.data()}; }
+  Entries forward() const {
+    return {starts.data(), columns.data(), values.data(), c.out_channels, static_cast<int64_t>(starts.size()) / c.out_channels};
+  }
+  Entries backward() const {
+    const int64_t parts = static_cast<int64_t>(input_starts.size()) / c.in_channels;
+    return {input_starts.data(), input_columns.data(), input_values.data(), c.in_channels, parts / shape.passes()};
+  }
 };
 
 int64_t reach(const Problem& p) {
@@ -205,7 +215,7 @@ int64_t reach(const Problem& p) {
     while (!reaches(y, halo) || !reaches(x, halo)) ++halo;
   };
   extend(forward_axis(p.shape, 0), forward_axis(p.shape, 1));
-  for_each_residue(p.shape, extend);
+  for_each_residue(p.shape, [&](int64_t, const Axis& y, const Axis& x) { extend(y, x); });
   return halo;
 }
 
@@ -285,12 +295,9 @@ void test_weight_grad(const Problem& p, Isa isa, Order order, const std::vector<
   for (int threads : kThreads) {
     std::vector<float> sums(p.columns.size(), -1.f);
     sparse_conv_weight_grad<float>(machine(isa, threads), p.shape, p.forward(), in.input(), grad.input(), sums.data());
-    for (int64_t o = 0; o < p.c.out_channels; ++o) {
-      for (int32_t j = p.starts[o]; j < p.starts[o + 1]; ++j) {
-        const double want = expected[o * p.weight_shape.row() + p.columns[j]];
-        EXPECT(std::abs(sums[j] - want) <= 1e-3 * (1 + std::abs(want)), "entry %d: %g, not %g", j, sums[j], want);
-      }
-    }
+    p.each_entry([&](size_t j, int64_t w) {
+      EXPECT(std::abs(sums[j] - expected[w]) <= 1e-3 * (1 + std::abs(expected[w])), "entry %zu: %g, not %g", j, sums[j], expected[w]);
+    });
     if (threads == kThreads[0]) first = sums;
     EXPECT(sums == first, "the bits of a weight gradient depend on the number of threads");
   }
