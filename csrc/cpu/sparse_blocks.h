@@ -41,6 +41,36 @@ struct BlockPass {
   const int32_t* starts;
 };
 
+// The inputs that tiles at the same place read, in all passes.
+class Window {
+ public:
+  explicit Window(const std::vector<BlockPass>& passes) : y_(passes[0].y), x_(passes[0].x) {
+    for (const BlockPass& pass : passes) {
+      top_ = std::min(top_, pass.y.least());
+      bottom_ = std::max(bottom_, pass.y.most());
+      left_ = std::min(left_, pass.x.least());
+      right_ = std::max(right_, pass.x.most());
+    }
+  }
+
+  // Asks for what a tile is about to read into the second-level cache: some channels' rows, but those that the tile above has read. (What a kept
+  // weight reads is too short for the machine to foresee.)
+  void prefetch(const Blocks<const float>& in, const float* first, Range channels, bool topmost, int64_t height, int64_t width) const {
+    const int64_t end = (height - 1) * y_.in_step + bottom_ + 1, start = topmost ? top_ : std::max(top_, end - height * y_.in_step);
+    const int64_t vectors = (width - 1) * x_.in_step + right_ - left_ + 1;
+    for (int64_t c = channels.first; c < channels.last; ++c) {
+      for (int64_t row = start; row < end; ++row) {
+        const float* const from = first + c * in.channel() + row * in.row() + left_ * in.lanes;
+        for (int64_t i = 0; i < vectors * in.lanes; i += 16) ask_for(from + i);
+      }
+    }
+  }
+
+ private:
+  const Axis &y_, &x_;
+  int64_t top_ = 0, bottom_ = 0, left_ = 0, right_ = 0;
+};
+
 // The outputs of several passes, which are each other's neighbours and read the same inputs: tile by tile they take turns, while both are in
 // the cache.
 inline void block_passes(const Machine& machine, const ConvShape& shape, const std::vector<BlockPass>& passes, const Entries& entries,
@@ -53,6 +83,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
   const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (tall + 1) / 2);
   const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, count);
   const Tiling tiles(passes[0].x.outputs);
+  const Window window(passes);
   // The passes' taps are different ones.
   std::vector<int64_t> tap_offset(shape.taps());
   for (const auto& [y, x, starts] : passes) {
@@ -82,22 +113,16 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
       args.out = place(out);
       args.out_row = y.out_step * out.row();
       args.out_column = x.out_step * out.lanes;
-      tile_in_runs(loops.tile(x.in_step, height, width), args, entries, place(epilogue.residual), place(epilogue.gate), epilogue.relu);
+      const auto before = [&](int64_t run) {
+        if (&pass == &passes[0]) window.prefetch(in, args.in, channels_of_run(run, entries, channels), oy == top, height, width);
+      };
+      const TileLoop tile = loops.tile(x.in_step, height, width);
+      tile_in_runs(tile, args, entries, place(epilogue.residual), place(epilogue.gate), epilogue.relu, before);
     };
     for (int64_t oy = top, height; oy < bottom; oy += height) {
       height = std::min(tiles.tall, bottom - oy);
       for (int64_t i = 0; i < tiles.across; ++i) {
         const int64_t ox = wide * i / tiles.across, width = wide * (i + 1) / tiles.across - ox;
-        const Axis& y = passes[0].y;
-        if (oy + height < bottom) {  // the rows that the tile below this one reads beyond those of this one
-          const int64_t below = std::max(oy * y.in_step + y.most() + 1, (oy + height) * y.in_step + y.least());
-          for (int64_t c = group * channels; c < (group + 1) * channels; ++c) {
-            for (int64_t row = below; row <= (oy + 2 * height - 1) * y.in_step + y.most() && row < in.height; ++row) {
-              const float* const later = in.at(block, c, row, ox * passes[0].x.in_step);
-              for (int64_t k = 0; k < width * passes[0].x.in_step * in.lanes; k += 16) __builtin_prefetch(later + k, 0, 2);
-            }
-          }
-        }
         for (const BlockPass& pass : passes) {
           const int64_t tile_rows = std::min(height, pass.y.outputs - oy), tile_columns = std::min(width, pass.x.outputs - ox);
           if (tile_rows > 0 && tile_columns > 0) run_tile(pass, oy, ox, tile_rows, tile_columns);

@@ -49,14 +49,27 @@ inline const int32_t* place(const Machine& machine, const Entries& entries, int6
   return offsets;
 }
 
-// A tile, run by run; what follows the sums comes with the last one. `args` has the first run's starts, and lacks what follows.
-inline void tile_in_runs(TileLoop tile, TileArgs& args, const Entries& entries, const float* residual, const float* gate, bool relu) {
+struct Range {
+  int64_t first, last;
+};
+
+// The channels that a run of entries reads.
+inline Range channels_of_run(int64_t run, const Entries& entries, int64_t channels) {
+  const int64_t each = (channels + entries.runs - 1) / entries.runs;
+  return {run * each, std::min(channels, (run + 1) * each)};
+}
+
+// A tile, run by run, before(run) coming before each; what follows the sums comes with the last one. `args` has the first run's starts, and
+// lacks what follows.
+template <class F>
+void tile_in_runs(TileLoop tile, TileArgs& args, const Entries& entries, const float* residual, const float* gate, bool relu, const F& before) {
   for (int64_t run = 0; run < entries.runs; ++run, args.starts += entries.rows) {
     const bool last = run + 1 == entries.runs;
     args.resume = run > 0;
     args.residual = last ? residual : nullptr;
     args.gate = last ? gate : nullptr;
     args.relu = last && relu;
+    before(run);
     tile(args);
   }
 }

@@ -83,7 +83,7 @@ class Layout {
     if (by_images_) {
       for (int64_t y = p.y0; y < p.y1; ++y, to += row()) {
         const T* const from = source + p.n0 * in.n + y * in.h + p.x0 * in.w;
-        prefetch_vectors(from + in.c, in.n, in.w, p.x1 - p.x0);
+        ask_for_vectors(from + kAhead * in.c, in.n, in.w, p.x1 - p.x0);
         copy_vectors(from, in.n, in.w, p.images, p.x1 - p.x0, to);
       }
     } else {
@@ -173,11 +173,11 @@ class Layout {
     plane_ = (strip_ + reach + lanes_ - 1) / lanes_ * lanes_;
   }
 
-  // What the next channel copies from its `from`: few vectors that lie far apart, which the machine does not foresee by itself.
+  // What a later channel copies from its `from`: few vectors that lie far apart, which the machine does not foresee by itself.
   template <class T>
-  static void prefetch_vectors(const T* from, int64_t across, int64_t step, int64_t count) {
+  static void ask_for_vectors(const T* from, int64_t across, int64_t step, int64_t count) {
     if (across != 1) return;
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(from + i * step);
+    for (int64_t i = 0; i < count; ++i) ask_for(from + i * step);
   }
 
   // `count` vectors, `step` apart, of `images` lanes, `across` apart; the other lanes are 0.
@@ -227,7 +227,7 @@ class Layout {
         std::fill_n(to, (left - first) * lanes_, 0.0f);
         std::fill_n(to + (right - first) * lanes_, (first + width - right) * lanes_, 0.0f);
         const T* const from = in.data + (channel + c) * in.c + p.n0 * in.n + at * in.h + (left * x_.in_step + px) * in.w;
-        prefetch_vectors(from + in.c, in.n, in.w * x_.in_step, right - left);
+        ask_for_vectors(from + kAhead * in.c, in.n, in.w * x_.in_step, right - left);
         copy_vectors(from, in.n, in.w * x_.in_step, p.images, right - left, to + (left - first) * lanes_);
       }
     }
@@ -261,6 +261,8 @@ class Layout {
       }
     }
   }
+
+  static constexpr int64_t kAhead = 3;  // channels
 
   const Axis &y_, &x_;
   int64_t batch_, channels_, lanes_, phases_;

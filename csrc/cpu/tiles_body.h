@@ -33,11 +33,14 @@ S2AP_TARGET S2AP_INLINE void add_product(Floats& sum, const Floats& a, const Flo
 #endif
 }
 
-// What lies like a tile's results, for writing or for reading.
-template <int rows, int columns, int write>
-S2AP_TARGET S2AP_INLINE void prefetch(const TileArgs& args, const float* first) {
+// The vectors of a tile of results, or of a gradient: of a later channel, which the machine does not foresee, for they are few and channels
+// lie far apart.
+constexpr int64_t kAhead = 4;  // channels
+
+template <int rows, int columns>
+S2AP_TARGET S2AP_INLINE void ask_for_tile(const float* first, int64_t row, int64_t column) {
   S2AP_ALL for (int r = 0; r < rows; ++r) {
-    S2AP_ALL for (int c = 0; c < columns; c += 64 / S2AP_WIDTH) __builtin_prefetch(first + r * args.out_row + c * args.out_column, write);
+    S2AP_ALL for (int c = 0; c < columns; c += 64 / S2AP_WIDTH) ask_for(first + r * row + c * column);
   }
 }
 
@@ -46,9 +49,10 @@ S2AP_TARGET void tile(const TileArgs& given) {
   const TileArgs args = given;  // a copy that the stores below cannot change, in the eyes of the compiler
   float* out = args.out;
   for (int64_t o = args.first; o < args.last; ++o, out += args.out_channel) {
-    prefetch<rows, columns, 1>(args, out + 2 * args.out_channel);  // what is written two channels on, and read one channel on
-    if (args.residual) prefetch<rows, columns, 0>(args, args.residual + (out - args.out) + args.out_channel);
-    if (args.gate) prefetch<rows, columns, 0>(args, args.gate + (out - args.out) + args.out_channel);
+    const int64_t later = out - args.out + kAhead * args.out_channel;
+    ask_for_tile<rows, columns>(args.out + later, args.out_row, args.out_column);
+    if (args.residual) ask_for_tile<rows, columns>(args.residual + later, args.out_row, args.out_column);
+    if (args.gate) ask_for_tile<rows, columns>(args.gate + later, args.out_row, args.out_column);
     Floats sum[rows][columns];
     if (args.resume) {
       S2AP_ALL for (int r = 0; r < rows; ++r) {
@@ -182,6 +186,7 @@ S2AP_TARGET void products(const ProductArgs& given) {
     const int32_t* offset = args.offsets + args.starts[o];
     const int32_t* const end = args.offsets + args.starts[o + 1];
     if (offset == end) continue;
+    ask_for_tile<rows, columns>(gradient + kAhead * args.channel, args.row, args.column);
     Floats g[rows][columns];
     S2AP_ALL for (int r = 0; r < rows; ++r) {
       S2AP_ALL for (int c = 0; c < columns; ++c) load_floats(g[r][c], gradient + r * args.row + c * args.column);
