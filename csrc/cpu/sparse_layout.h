@@ -83,7 +83,7 @@ class Layout {
     if (by_images_) {
       for (int64_t y = p.y0; y < p.y1; ++y, to += row()) {
         const T* const from = source + p.n0 * in.n + y * in.h + p.x0 * in.w;
-        ask_for_vectors(from + kAhead * in.c, in.n, in.w, p.x1 - p.x0);
+        ask_for_vectors(from + kChannelsAhead * in.c, in.n, in.w, p.x1 - p.x0);
         copy_vectors(from, in.n, in.w, p.images, p.x1 - p.x0, to);
       }
     } else {
@@ -227,7 +227,7 @@ class Layout {
         std::fill_n(to, (left - first) * lanes_, 0.0f);
         std::fill_n(to + (right - first) * lanes_, (first + width - right) * lanes_, 0.0f);
         const T* const from = in.data + (channel + c) * in.c + p.n0 * in.n + at * in.h + (left * x_.in_step + px) * in.w;
-        ask_for_vectors(from + kAhead * in.c, in.n, in.w * x_.in_step, right - left);
+        ask_for_vectors(from + kChannelsAhead * in.c, in.n, in.w * x_.in_step, right - left);
         copy_vectors(from, in.n, in.w * x_.in_step, p.images, right - left, to + (left - first) * lanes_);
       }
     }
@@ -262,7 +262,7 @@ class Layout {
     }
   }
 
-  static constexpr int64_t kAhead = 3;  // channels
+  static constexpr int64_t kChannelsAhead = 3;  // channels
 
   const Axis &y_, &x_;
   int64_t batch_, channels_, lanes_, phases_;

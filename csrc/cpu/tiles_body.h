@@ -35,7 +35,7 @@ S2AP_TARGET S2AP_INLINE void add_product(Floats& sum, const Floats& a, const Flo
 
 // The vectors of a tile of results, or of a gradient: of a later channel, which the machine does not foresee, for they are few and channels
 // lie far apart.
-constexpr int64_t kAhead = 4;  // channels
+constexpr int64_t kChannelsAhead = 4;  // channels
 
 template <int rows, int columns>
 S2AP_TARGET S2AP_INLINE void ask_for_tile(const float* first, int64_t row, int64_t column) {
@@ -49,7 +49,7 @@ S2AP_TARGET void tile(const TileArgs& given) {
   const TileArgs args = given;  // a copy that the stores below cannot change, in the eyes of the compiler
   float* out = args.out;
   for (int64_t o = args.first; o < args.last; ++o, out += args.out_channel) {
-    const int64_t later = out - args.out + kAhead * args.out_channel;
+    const int64_t later = out - args.out + kChannelsAhead * args.out_channel;
     ask_for_tile<rows, columns>(args.out + later, args.out_row, args.out_column);
     if (args.residual) ask_for_tile<rows, columns>(args.residual + later, args.out_row, args.out_column);
     if (args.gate) ask_for_tile<rows, columns>(args.gate + later, args.out_row, args.out_column);
@@ -186,7 +186,7 @@ S2AP_TARGET void products(const ProductArgs& given) {
     const int32_t* offset = args.offsets + args.starts[o];
     const int32_t* const end = args.offsets + args.starts[o + 1];
     if (offset == end) continue;
-    ask_for_tile<rows, columns>(gradient + kAhead * args.channel, args.row, args.column);
+    ask_for_tile<rows, columns>(gradient + kChannelsAhead * args.channel, args.row, args.column);
     Floats g[rows][columns];
     S2AP_ALL for (int r = 0; r < rows; ++r) {
       S2AP_ALL for (int c = 0; c < columns; ++c) load_floats(g[r][c], gradient + r * args.row + c * args.column);
