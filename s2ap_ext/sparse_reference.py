@@ -50,8 +50,8 @@ def sparse_pattern(
 
 
 def channels_of_run(entries: int, rows: int, channels: int, passes: int) -> int:
-    """So many of the channels that are read make a run that a row has 24 entries in it on average; 8 at least."""
-    each = channels if entries == 0 else min(max(-(-24 * rows * channels * passes // entries), min(8, channels)), channels)
+    """So many of the channels that are read make a run that a row has 20 entries in it on average; 8 at least."""
+    each = channels if entries == 0 else min(max(-(-20 * rows * channels * passes // entries), min(8, channels)), channels)
     runs = max(1, -(-channels // max(each, 1)))
     return -(-channels // runs)
 

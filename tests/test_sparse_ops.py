@@ -83,9 +83,9 @@ def test_pattern(problem):
 def test_parts():
     """Rows that are long are cut into runs of channels; of the input gradient each residue has its own."""
     p = Problem(*CASES["runs"], density=2)
-    assert len(p.starts) == 5 * 50 + 1  # 9 entries of an input channel, 24 of a run: 3 channels, but never fewer than 8
-    assert len(p.input_starts) == 4 * 5 * 40 + 1  # 9 / 4 for each residue on average: 11 of the 50 channels, so runs of 10
-    even = p.input_columns[: p.input_starts[5 * 40]] % 9  # rows and columns of the input with even numbers: reached by the kernel's centre
+    assert len(p.starts) == 5 * 50 + 1  # 9 entries of an input channel, 20 of a run: 3 channels, but never fewer than 8
+    assert len(p.input_starts) == 4 * 6 * 40 + 1  # 9 / 4 for each residue on average: 9 of the 50 channels
+    even = p.input_columns[: p.input_starts[6 * 40]] % 9  # rows and columns of the input with even numbers: reached by the kernel's centre
     assert even.unique().tolist() == [4]
 
 

@@ -99,6 +99,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
     args.last = (group + 1) * rows;
     args.out_channel = out.channel();
     args.bias = epilogue.bias;
+    args.relu = epilogue.relu;
     args.runs = 1;
     args.offsets = offsets;
     args.values = entries.values;
@@ -116,8 +117,9 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
       const auto before = [&](int64_t run) {
         if (&pass == &passes[0]) window.prefetch(in, args.in, channels_of_run(run, entries, channels), oy == top, height, width);
       };
-      const TileLoop tile = loops.tile(x.in_step, height, width);
-      tile_in_runs(tile, args, entries, place(epilogue.residual), place(epilogue.gate), epilogue.relu, before);
+      args.residual = place(epilogue.residual);
+      args.gate = place(epilogue.gate);
+      tile_in_runs(loops.tile(x.in_step, height, width), height, width, out.lanes, args, entries, before);
     };
     for (int64_t oy = top, height; oy < bottom; oy += height) {
       height = std::min(tiles.tall, bottom - oy);

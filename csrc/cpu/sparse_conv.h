@@ -134,7 +134,10 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
           args.out_channel = out.c;
           args.out_row = out.h * y.out_step;
           args.out_column = out.w * x.out_step;
-          tile_in_runs(tile, args, entries, place(epilogue.residual), place(epilogue.gate), epilogue.relu, [](int64_t) {});
+          args.residual = place(epilogue.residual);
+          args.gate = place(epilogue.gate);
+          args.relu = epilogue.relu;
+          tile_in_runs(tile, tile_rows, tile_columns, lanes, args, entries, [](int64_t) {});
           return;
         }
       }

@@ -59,17 +59,25 @@ inline Range channels_of_run(int64_t run, const Entries& entries, int64_t channe
   return {run * each, std::min(channels, (run + 1) * each)};
 }
 
-// A tile, run by run, before(run) coming before each; what follows the sums comes with the last one. `args` has the first run's starts, and
-// lacks what follows.
+// A tile of `rows` x `columns`, run by run, before(run) coming before each. `args` has the first run's starts. Sums wait for the next run in
+// memory of their own, where they lie close together; what follows the sums comes with the last run, which writes them to where they belong.
 template <class F>
-void tile_in_runs(TileLoop tile, TileArgs& args, const Entries& entries, const float* residual, const float* gate, bool relu, const F& before) {
-  for (int64_t run = 0; run < entries.runs; ++run, args.starts += entries.rows) {
-    const bool last = run + 1 == entries.runs;
-    args.resume = run > 0;
-    args.residual = last ? residual : nullptr;
-    args.gate = last ? gate : nullptr;
-    args.relu = last && relu;
+void tile_in_runs(TileLoop tile, int64_t rows, int64_t columns, int64_t lanes, TileArgs args, const Entries& entries, const F& before) {
+  const TileArgs last = args;
+  if (entries.runs > 1) {
+    args.out_column = lanes;
+    args.out_row = columns * lanes;
+    args.out_channel = rows * args.out_row;
+    args.out = scratch(Scratch::kResults, (args.last - args.first) * args.out_channel);
+    args.residual = args.gate = nullptr;
+    args.relu = false;
+  }
+  const float* const waiting = args.out;
+  for (int64_t run = 0; run < entries.runs; ++run) {
     before(run);
+    if (run + 1 == entries.runs) args = last;
+    args.starts = last.starts + run * entries.rows;
+    args.resumed = run > 0 ? waiting : nullptr;
     tile(args);
   }
 }

@@ -28,10 +28,10 @@ struct WeightShape {
   int64_t group_outputs() const { return outputs / groups; }
 };
 
-// So many channels of `channels` make a run that a row has 24 entries there, for fewer are not worth loading and storing its sums again; and 8
+// So many channels of `channels` make a run that a row has 20 entries there, for fewer are not worth loading and storing its sums again; and 8
 // at least. `entries`: of all `rows` in all `passes`.
 inline int64_t channels_of_run(int64_t entries, int64_t rows, int64_t channels, int64_t passes) {
-  constexpr int64_t kEntries = 24, kChannels = 8;
+  constexpr int64_t kEntries = 20, kChannels = 8;
   const int64_t all = kEntries * rows * channels * passes;
   const int64_t run = entries == 0 ? channels : std::clamp((all + entries - 1) / entries, std::min(kChannels, channels), channels);
   const int64_t runs = (channels + run - 1) / std::max<int64_t>(run, 1);

@@ -61,7 +61,7 @@ struct TileArgs {
   int64_t first, last;     // output channels
   float* out;              // the first position of channel `first`
   int64_t out_channel, out_row, out_column;
-  bool resume;            // the sums start from what is in `out`, and not from the bias
+  const float* resumed;   // where the sums start from, [channels][rows][columns][lanes]; null: from the bias
   const float* bias;      // [channels], or null
   const float* residual;  // null, or what is added; lies as `out`
   bool relu;

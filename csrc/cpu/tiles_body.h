@@ -54,9 +54,10 @@ S2AP_TARGET void tile(const TileArgs& given) {
     if (args.residual) ask_for_tile<rows, columns>(args.residual + later, args.out_row, args.out_column);
     if (args.gate) ask_for_tile<rows, columns>(args.gate + later, args.out_row, args.out_column);
     Floats sum[rows][columns];
-    if (args.resume) {
+    if (args.resumed) {
+      const float* const from = args.resumed + (o - args.first) * rows * columns * kFloats;
       S2AP_ALL for (int r = 0; r < rows; ++r) {
-        S2AP_ALL for (int c = 0; c < columns; ++c) load_floats(sum[r][c], out + r * args.out_row + c * args.out_column);
+        S2AP_ALL for (int c = 0; c < columns; ++c) load_floats(sum[r][c], from + (r * columns + c) * kFloats);
       }
     } else {
       const Floats start = args.bias ? broadcast(args.bias[o]) : Floats{};
