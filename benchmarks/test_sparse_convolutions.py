@@ -58,7 +58,7 @@ def test_layer(side_by_side, quick, shape, density):
     blocks_x, blocks_grad = (to_blocks(t, _C.lanes(), HALO) for t in (x, grad))
     blocks_y, blocks_grad_x = torch.zeros_like(blocks_grad), torch.zeros_like(blocks_x)
     innermost_x, innermost_grad = (empty_batch_innermost(tuple(t.shape), t).copy_(t) for t in (x, grad))
-    to_y, to_x, values = torch.empty_like(innermost_grad), torch.empty_like(innermost_x), torch.empty_like(entries.values)
+    to_y, to_x, to_weight = (torch.empty_like(t) for t in (innermost_grad, innermost_x, conv.weight))
 
     def dense(memory_format):
         a, w, g = (t.contiguous(memory_format=memory_format) for t in (x, conv.weight, grad))
@@ -81,7 +81,7 @@ def test_layer(side_by_side, quick, shape, density):
     }
 
     def weight_grad():
-        torch.ops.s2ap.sparse_conv_weight_grad(innermost_x, innermost_grad, *forward[:2], *geometry, values)
+        torch.ops.s2ap.sparse_conv_weight_grad(innermost_x, innermost_grad, *forward[:2], *geometry, to_weight)
 
     theirs = _sparseprop(conv, x, grad)
     what = f"{shape}, {density:.0%} kept, batch {batch}"

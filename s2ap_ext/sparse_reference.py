@@ -203,7 +203,8 @@ def sparse_conv_weight_grad(
     groups: int,
     out: Tensor,
 ) -> None:
-    """``out`` (float32 [entries]): the gradient with respect to the values, rows being output channels; images only."""
-    weight = torch.zeros(grad.shape[1], input.shape[1] // groups, *kernel, device=input.device)
-    _, weight = _gradients(grad, input.float(), weight, stride, padding, dilation, groups, (False, True))
-    out.copy_(weight.flatten(1)[rows_of(starts, len(weight)), columns.long()])
+    """``out`` (float32 [outputs, inputs / groups, *kernel]): the weight's gradient at the entries, whose rows are output channels, and 0
+    elsewhere; images only."""
+    _, weight = _gradients(grad, input.float(), torch.zeros_like(out), stride, padding, dilation, groups, (False, True))
+    kept = dense_weight(starts, columns, weight.new_ones(len(columns)), weight.shape) != 0
+    out.copy_(torch.where(kept, weight, 0))

@@ -104,9 +104,9 @@ def test_images(problem, layout):
     OPS.sparse_conv_input_grad(stored(p.grad), p.input_starts, p.input_columns, p.input_values, None, None, *p.convolution, 0, grad_x)
     dense_x, dense_w = p.dense_grads()
     close(grad_x, dense_x)
-    values = torch.empty_like(p.values)
-    OPS.sparse_conv_weight_grad(stored(p.x), stored(p.grad), p.starts, p.columns, *p.convolution, values)
-    close(values, p.of_entries(dense_w))
+    grad_weight = torch.empty_like(p.weight)
+    OPS.sparse_conv_weight_grad(stored(p.x), stored(p.grad), p.starts, p.columns, *p.convolution, grad_weight)
+    close(grad_weight, torch.where(p.weight != 0, dense_w, 0))
 
 
 @pytest.mark.parametrize("halo", [6])
@@ -162,7 +162,7 @@ def arguments(name):
             *(p.grad, p.input_starts, p.input_columns, p.input_values, None, None, *p.convolution, 0),
             torch.empty_like(p.x),
         ),
-        "sparse_conv_weight_grad": (p.x, p.grad, p.starts, p.columns, *p.convolution, torch.empty_like(p.values)),
+        "sparse_conv_weight_grad": (p.x, p.grad, p.starts, p.columns, *p.convolution, torch.empty_like(p.weight)),
     }[name]
 
 

@@ -178,17 +178,17 @@ void sparse_conv_weight_grad_cpu(const Tensor& input, const Tensor& grad, const 
   if (input.dim() != 4) fail("input", "4 dimensions", std::to_string(input.dim()));
   const ConvShape shape = conv_shape(input, "input", grad, "grad", 0, {kernel, stride, padding, dilation, groups});
   const Entries entries = entries_of(starts, columns, nullptr, shape.out_channels, shape.in_channels / groups, shape.taps(), 1);
-  check_tensor(out, "out", ScalarType::Float, columns.numel());
-  auto* const sums = static_cast<float*>(out.mutable_data_ptr());
+  check_tensor(out, "out", ScalarType::Float, shape.out_channels * (shape.in_channels / groups) * shape.taps());
+  auto* const to = static_cast<float*>(out.mutable_data_ptr());
   if (input.numel() == 0 || grad.numel() == 0) {
-    std::fill_n(sums, out.numel(), 0.0f);
+    std::fill_n(to, out.numel(), 0.0f);
     return;
   }
   by_layout(
       input, "input", grad, {}, {}, shape, 0,
       [&](auto element) {
         using T = decltype(element);
-        sparse_conv_weight_grad<T>(torch_machine(), shape, entries, images_of<const T>(input), images_of<const T>(grad), sums);
+        sparse_conv_weight_grad<T>(torch_machine(), shape, entries, images_of<const T>(input), images_of<const T>(grad), to);
       },
       [] {});
 }

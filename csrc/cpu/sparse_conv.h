@@ -202,10 +202,11 @@ void sparse_conv_input_grad(const Machine& machine, const ConvShape& shape, cons
   });
 }
 
-// The gradient with respect to the entries' values, `sums` [entries]. `entries` has a row for each output channel.
+// The gradient with respect to the kept weights: `out` is [output channels][input channels of a group][taps], 0 at the others. `entries` has a
+// row for each output channel.
 template <class T>
 void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Images<const T>& in,
-                             const Images<const T>& grad, float* sums) {
+                             const Images<const T>& grad, float* out) {
   const TileLoops& loops = tile_loops(machine.isa);
   const int64_t lanes = s2ap::lanes(machine.isa);
   const int64_t group_rows = shape.out_channels / shape.groups, group_channels = shape.in_channels / shape.groups;
@@ -263,11 +264,16 @@ void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, con
       });
     }
   });
-  for_each(machine, (count + kChunk - 1) / kChunk, count * parts, [&](int64_t c) {
-    for (int64_t j = c * kChunk; j < std::min(count, (c + 1) * kChunk); ++j) {
-      float sum = partial[j];
-      for (int64_t part = 1; part < parts; ++part) sum += partial[part * count + j];
-      sums[j] = sum;
+  const int64_t row_length = group_channels * shape.taps();
+  for_each(machine, entries.rows, entries.rows * row_length + count * parts, [&](int64_t row) {
+    float* const to = out + row * row_length;
+    std::fill_n(to, row_length, 0.0f);
+    for (const int32_t *start = entries.starts + row, *end = start + entries.runs * entries.rows; start < end; start += entries.rows) {
+      for (int32_t j = start[0]; j < start[1]; ++j) {
+        float sum = partial[j];
+        for (int64_t part = 1; part < parts; ++part) sum += partial[part * count + j];
+        to[entries.columns[j]] = sum;
+      }
     }
   });
 }

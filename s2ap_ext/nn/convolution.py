@@ -105,10 +105,8 @@ class _SparseConv2d(torch.autograd.Function):
                 grad.contiguous(), x.contiguous(), weight, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
             )
         elif ctx.needs_input_grad[1]:
-            values = torch.empty_like(entries.values)
-            torch.ops.s2ap.sparse_conv_weight_grad(x, grad, entries.starts, entries.columns, *convolution, values)
-            grad_weight = torch.zeros_like(weight)
-            grad_weight.view(-1)[entries.flat] = values
+            grad_weight = torch.empty_like(weight)
+            torch.ops.s2ap.sparse_conv_weight_grad(x, grad, entries.starts, entries.columns, *convolution, grad_weight)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.sum(dim=(0, 2, 3))
         return grad_x, grad_weight, grad_bias, None, None, None
