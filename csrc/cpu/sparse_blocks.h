@@ -80,9 +80,10 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
   const int64_t rows = out.channels / shape.groups, channels = in.channels / shape.groups;
   const int64_t tall = passes[0].y.outputs, wide = passes[0].x.outputs;  // the others have as many outputs or fewer
   const int64_t blocks = out.count * shape.groups;
-  const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, (tall + 1) / 2);
+  const int64_t pairs = (tall + 1) / 2;  // of rows
+  const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, pairs);
   const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, count);
-  const Tiling tiles(passes[0].x.outputs);
+  const Tiling tiles(tall, wide);
   const Window window(passes);
   // The passes' taps are different ones.
   std::vector<int64_t> tap_offset(shape.taps());
@@ -93,7 +94,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
 
   for_each(machine, blocks * pieces, work, [&](int64_t task) {
     const int64_t piece = task % pieces, group = task / pieces % shape.groups, block = task / pieces / shape.groups;
-    const int64_t top = tall * piece / pieces, bottom = tall * (piece + 1) / pieces;
+    const int64_t top = pairs * piece / pieces * 2, bottom = std::min(tall, pairs * (piece + 1) / pieces * 2);
     TileArgs args{};
     args.first = group * rows;
     args.last = (group + 1) * rows;

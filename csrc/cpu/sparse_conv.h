@@ -115,7 +115,7 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
     float* const packed = scratch(Scratch::kPacked, layout.packed());
     layout.pack(in, group * group_channels, p, packed);
 
-    layout.for_each_tile(p, Tiling(layout.width(p)), [&](int64_t tile_rows, int64_t tile_columns, int64_t ty, int64_t tx) {
+    layout.for_each_tile(p, Tiling(layout.height(p), layout.width(p)), [&](int64_t tile_rows, int64_t tile_columns, int64_t ty, int64_t tx) {
       const TileLoop tile = loops.tile(1, tile_rows, tile_columns);
       TileArgs args{};
       args.in = packed + ty * layout.row() + tx * lanes;

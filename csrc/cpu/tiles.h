@@ -30,10 +30,14 @@ S2AP_INLINE void ask_for(const void* p) {
 
 constexpr int kWidest = 14;  // sums that 16 registers have room for, beside a value and an operand
 
-// How outputs are cut into tiles: rows of a tile, tiles side by side.
+// How outputs are cut into tiles: rows of a tile, tiles side by side. Two short rows have fewer neighbours than a long one, so that more channels'
+// inputs fit the first-level cache; six columns are sums enough to keep the machine busy.
 struct Tiling {
   int64_t tall, across;
-  explicit Tiling(int64_t width) : tall(width <= kWidest / 2 ? 2 : 1), across((width + kWidest - 1) / kWidest) {}
+  Tiling(int64_t height, int64_t width) : tall(std::min<int64_t>(height, 2)) {
+    const int64_t columns = tall == 2 ? 6 : kWidest;
+    across = (width + columns - 1) / columns;
+  }
   int64_t rows(int64_t left) const { return std::min(tall, left); }
 };
 
