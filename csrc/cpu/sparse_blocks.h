@@ -35,45 +35,37 @@ inline bool reaches(const Axis& axis, int64_t halo) {
   return true;
 }
 
-// The outputs that `y` and `x` describe, and where the entries that reach them start.
-struct BlockPass {
-  Axis y, x;
-  const int32_t* starts;
-};
-
 // The inputs that tiles at the same place read, in all passes.
 class Window {
  public:
-  explicit Window(const std::vector<BlockPass>& passes) : y_(passes[0].y), x_(passes[0].x) {
-    for (const BlockPass& pass : passes) {
-      top_ = std::min(top_, pass.y.least());
-      bottom_ = std::max(bottom_, pass.y.most());
-      left_ = std::min(left_, pass.x.least());
-      right_ = std::max(right_, pass.x.most());
+  explicit Window(const std::vector<Pass>& passes) : y_(passes[0].y), x_(passes[0].x) {
+    for (const Pass& pass : passes) {
+      extend(y_, pass.y);
+      extend(x_, pass.x);
     }
   }
 
   // Asks for what a tile is about to read into the second-level cache: some channels' rows, but those that the tile above has read. (What a kept
   // weight reads is too short for the machine to foresee.)
   void prefetch(const Blocks<const float>& in, const float* first, Range channels, bool topmost, int64_t height, int64_t width) const {
-    const int64_t end = (height - 1) * y_.in_step + bottom_ + 1, start = topmost ? top_ : std::max(top_, end - height * y_.in_step);
-    const int64_t vectors = (width - 1) * x_.in_step + right_ - left_ + 1;
+    const int64_t end = (height - 1) * y_.in_step + y_.most() + 1;
+    const int64_t start = topmost ? y_.least() : std::max(y_.least(), end - height * y_.in_step);
+    const int64_t vectors = (width - 1) * x_.in_step + x_.most() - x_.least() + 1;
     for (int64_t c = channels.first; c < channels.last; ++c) {
       for (int64_t row = start; row < end; ++row) {
-        const float* const from = first + c * in.channel() + row * in.row() + left_ * in.lanes;
+        const float* const from = first + c * in.channel() + row * in.row() + x_.least() * in.lanes;
         for (int64_t i = 0; i < vectors * in.lanes; i += 16) ask_for(from + i);
       }
     }
   }
 
  private:
-  const Axis &y_, &x_;
-  int64_t top_ = 0, bottom_ = 0, left_ = 0, right_ = 0;
+  Axis y_, x_;
 };
 
 // The outputs of several passes, which are each other's neighbours and read the same inputs: tile by tile they take turns, while both are in
 // the cache.
-inline void block_passes(const Machine& machine, const ConvShape& shape, const std::vector<BlockPass>& passes, const Entries& entries,
+inline void block_passes(const Machine& machine, const ConvShape& shape, const std::vector<Pass>& passes, const Entries& entries,
                          int64_t count, const Blocks<const float>& in, const Epilogue<Blocks<const float>>& epilogue,
                          const Blocks<float>& out) {
   const TileLoops& loops = tile_loops(machine.isa);
@@ -85,12 +77,8 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
   const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, count);
   const Tiling tiles(tall, wide);
   const Window window(passes);
-  // The passes' taps are different ones.
-  std::vector<int64_t> tap_offset(shape.taps());
-  for (const auto& [y, x, starts] : passes) {
-    for_each_tap(shape, y, x, [&](int64_t tap, int64_t dy, int64_t dx) { tap_offset[tap] = dy * in.row() + dx * in.lanes; });
-  }
-  const int32_t* const offsets = place(machine, entries, 0, count, tap_offset, in.channel());
+  const int32_t* const offsets = place(machine, shape, passes, entries, count, in.channel(),
+                                       [&](int64_t dy, int64_t dx) { return dy * in.row() + dx * in.lanes; });
 
   for_each(machine, blocks * pieces, work, [&](int64_t task) {
     const int64_t piece = task % pieces, group = task / pieces % shape.groups, block = task / pieces / shape.groups;
@@ -104,7 +92,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
     args.runs = 1;
     args.offsets = offsets;
     args.values = entries.values;
-    const auto run_tile = [&](const BlockPass& pass, int64_t oy, int64_t ox, int64_t height, int64_t width) {
+    const auto run_tile = [&](const Pass& pass, int64_t oy, int64_t ox, int64_t height, int64_t width) {
       const auto& [y, x, starts] = pass;
       const auto place = [&](const auto& images) {
         return images.data ? images.at(block, args.first, y.out_first + oy * y.out_step, x.out_first + ox * x.out_step) : nullptr;
@@ -126,7 +114,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
       height = std::min(tiles.tall, bottom - oy);
       for (int64_t i = 0; i < tiles.across; ++i) {
         const int64_t ox = wide * i / tiles.across, width = wide * (i + 1) / tiles.across - ox;
-        for (const BlockPass& pass : passes) {
+        for (const Pass& pass : passes) {
           const int64_t tile_rows = std::min(height, pass.y.outputs - oy), tile_columns = std::min(width, pass.x.outputs - ox);
           if (tile_rows > 0 && tile_columns > 0) run_tile(pass, oy, ox, tile_rows, tile_columns);
         }
@@ -137,15 +125,12 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
 
 inline void sparse_conv(const Machine& machine, const ConvShape& shape, const Entries& entries, const Blocks<const float>& in,
                         const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
-  const std::vector<BlockPass> passes{{forward_axis(shape, 0), forward_axis(shape, 1), entries.pass(0)}};
-  block_passes(machine, shape, passes, entries, entries.count(1), in, epilogue, out);
+  block_passes(machine, shape, forward_passes(shape, entries), entries, entries.count(1), in, epilogue, out);
 }
 
 inline void sparse_conv_input_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Blocks<const float>& grad,
                                    const Epilogue<Blocks<const float>>& epilogue, const Blocks<float>& out) {
-  std::vector<BlockPass> passes;
-  for_each_residue(shape, [&](int64_t pass, const Axis& y, const Axis& x) { passes.push_back({y, x, entries.pass(pass)}); });
-  block_passes(machine, shape, passes, entries, entries.count(shape.passes()), grad, epilogue, out);
+  block_passes(machine, shape, backward_passes(shape, entries), entries, entries.count(shape.passes()), grad, epilogue, out);
 }
 
 }  // namespace s2ap

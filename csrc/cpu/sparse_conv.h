@@ -38,14 +38,6 @@
 
 namespace s2ap {
 
-// Where the inputs of a pass's entries lie in packed pieces; and the place of its rows, run after run.
-inline const int32_t* place_in(const Layout& layout, const Machine& machine, const Entries& entries, const int32_t* starts,
-                               const ConvShape& shape, const Axis& y, const Axis& x) {
-  std::vector<int64_t> offsets(shape.taps());
-  for_each_tap(shape, y, x, [&](int64_t tap, int64_t dy, int64_t dx) { offsets[tap] = layout.offset(dy, dx); });
-  return place(machine, entries, starts[0], starts[entries.runs * entries.rows], offsets, layout.channel());
-}
-
 // Where the results of a pass belong, and what follows the sums there.
 template <class T>
 struct Results {
@@ -94,88 +86,104 @@ struct Results {
   }
 };
 
-// One pass: writes the outputs that `y` and `x` describe, for all channels.
+// The outputs of several passes, for all channels. They read the same inputs, which are packed once.
 template <class T>
-void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, const Axis& x, int64_t channels, const Entries& entries,
-               const int32_t* starts, const Images<const T>& in, const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
+void conv_passes(const Machine& machine, const ConvShape& shape, const std::vector<Pass>& passes, int64_t channels, const Entries& entries,
+                 int64_t count, const Images<const T>& in, const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
   const TileLoops& loops = tile_loops(machine.isa);
   const int64_t lanes = s2ap::lanes(machine.isa), rows = entries.rows, group_rows = rows / shape.groups;
   const int64_t group_channels = channels / shape.groups;
-  const Layout layout(y, x, shape.batch, group_channels, lanes);
-  const Results<T> results{loops, y, x, epilogue, out};
-  // Where a vector of results lies in memory as in a register, tiles write it.
-  const bool vectors = std::is_same_v<T, float> && layout.by_images() && out.n == 1 && results.alike();
-  const int32_t* const offsets = place_in(layout, machine, entries, starts, shape, y, x);
+  Axis all_y = passes[0].y, all_x = passes[0].x;
+  for (const Pass& pass : passes) {
+    extend(all_y, pass.y);
+    extend(all_x, pass.x);
+  }
+  const Layout layout(all_y, all_x, shape.batch, group_channels, lanes);
+  const int32_t* const offsets = place(machine, shape, passes, entries, count, layout.channel(),
+                                       [&](int64_t dy, int64_t dx) { return layout.offset(dy, dx); });
   // Where there are fewer pieces than threads can share, rows are shared out too; a piece is then packed again for each share.
   const int64_t together = layout.together(), tasks = (layout.pieces() + together - 1) / together * shape.groups;
   const int64_t shares = std::clamp<int64_t>(machine.threads / tasks, 1, std::max<int64_t>(1, group_rows / 8));
-  const int64_t work = work_of(shape.batch * y.outputs * x.outputs, rows, channels, starts[entries.runs * rows] - starts[0]);
+  const int64_t work = work_of(shape.batch * all_y.outputs * all_x.outputs, rows, channels, count);
 
+  // One pass, at a tile of a packed piece.
+  const auto run_tile = [&](const Pass& pass, const Layout::Piece& p, TileArgs args, int64_t tile_rows, int64_t tile_columns, int64_t ty,
+                            int64_t tx) {
+    const auto& [y, x, starts] = pass;
+    if (layout.by_images()) {  // other passes may have more outputs
+      tile_rows = std::min(tile_rows, y.outputs - p.y0 - ty);
+      tile_columns = std::min(tile_columns, x.outputs - p.x0 - tx);
+      if (tile_rows <= 0 || tile_columns <= 0) return;
+    }
+    const TileLoop tile = loops.tile(1, tile_rows, tile_columns);
+    const Results<T> results{loops, y, x, epilogue, out};
+    args.starts = starts;
+    if constexpr (std::is_same_v<T, float>) {
+      // Where a vector of results lies in memory as in a register, tiles write it.
+      if (layout.by_images() && p.images == lanes && out.n == 1 && results.alike()) {
+        const auto place = [&](const auto& images) { return results.at(images, p.n0, args.first, p.y0 + ty, p.x0 + tx); };
+        args.out = place(out);
+        args.out_channel = out.c;
+        args.out_row = out.h * y.out_step;
+        args.out_column = out.w * x.out_step;
+        args.residual = place(epilogue.residual);
+        args.gate = place(epilogue.gate);
+        args.relu = epilogue.relu;
+        tile_in_runs(tile, tile_rows, tile_columns, lanes, args, entries, [](int64_t) {});
+        return;
+      }
+    }
+    constexpr int64_t kTogether = 16;  // rows whose sums wait to be written
+    const int64_t size = tile_rows * tile_columns * lanes, last = args.last;
+    float* const sums = scratch(Scratch::kResults, kTogether * kWidest * lanes);
+    struct Wanted {  // sums that are outputs, neighbours in one row
+      int64_t at, n, line, column, count;
+    };
+    Wanted* const wanted = scratch<Wanted>(Scratch::kWanted, kWidest * lanes);
+    int64_t count_wanted = 0;
+    if (!layout.by_images()) {
+      const int64_t from = p.f0 + tx * lanes;
+      layout.for_each_run(from, std::min(p.f1, from + size), [&](int64_t at, int64_t n, int64_t line, int64_t column, int64_t count) {
+        const int64_t inside = std::min(count, x.outputs - column);
+        if (line < y.outputs && inside > 0) wanted[count_wanted++] = {at, n, line, column, inside};
+      });
+    }
+    args.runs = entries.runs;
+    args.next_run = rows;
+    args.out = sums;
+    args.out_channel = size;
+    args.out_row = tile_columns * lanes;
+    args.out_column = lanes;
+    for (; args.first < last; args.first = args.last) {
+      args.last = std::min(last, args.first + kTogether);
+      tile(args);
+      for (int64_t row = args.first; row < args.last; ++row) {
+        const float* const sum = sums + (row - args.first) * size;
+        if (layout.by_images()) {
+          for (int64_t r = 0; r < tile_rows; ++r) {
+            const float* const line = sum + r * args.out_row;
+            for (int64_t n = 0; n < p.images; ++n) results.write(line + n, lanes, tile_columns, p.n0 + n, row, p.y0 + ty + r, p.x0 + tx);
+          }
+        } else {
+          for (const Wanted* w = wanted; w < wanted + count_wanted; ++w) results.write(sum + w->at, 1, w->count, w->n, row, w->line, w->column);
+        }
+      }
+    }
+  };
   const auto run = [&](const Layout::Piece& p, int64_t group, int64_t first, int64_t last) {
     float* const packed = scratch(Scratch::kPacked, layout.packed());
     layout.pack(in, group * group_channels, p, packed);
-
+    TileArgs args{};
+    args.in_row = layout.row();
+    args.runs = 1;
+    args.offsets = offsets;
+    args.values = entries.values;
+    args.first = first;
+    args.last = last;
+    args.bias = epilogue.bias;
     layout.for_each_tile(p, Tiling(layout.height(p), layout.width(p)), [&](int64_t tile_rows, int64_t tile_columns, int64_t ty, int64_t tx) {
-      const TileLoop tile = loops.tile(1, tile_rows, tile_columns);
-      TileArgs args{};
       args.in = packed + ty * layout.row() + tx * lanes;
-      args.in_row = layout.row();
-      args.starts = starts;
-      args.runs = 1;
-      args.offsets = offsets;
-      args.values = entries.values;
-      args.bias = epilogue.bias;
-      if constexpr (std::is_same_v<T, float>) {
-        if (vectors && p.images == lanes) {
-          const auto place = [&](const auto& images) { return results.at(images, p.n0, first, p.y0 + ty, p.x0 + tx); };
-          args.first = first;
-          args.last = last;
-          args.out = place(out);
-          args.out_channel = out.c;
-          args.out_row = out.h * y.out_step;
-          args.out_column = out.w * x.out_step;
-          args.residual = place(epilogue.residual);
-          args.gate = place(epilogue.gate);
-          args.relu = epilogue.relu;
-          tile_in_runs(tile, tile_rows, tile_columns, lanes, args, entries, [](int64_t) {});
-          return;
-        }
-      }
-      constexpr int64_t kTogether = 16;  // rows whose sums wait to be written
-      const int64_t size = tile_rows * tile_columns * lanes;
-      float* const sums = scratch(Scratch::kResults, kTogether * kWidest * lanes);
-      struct Wanted {  // sums that are outputs, neighbours in one row
-        int64_t at, n, line, column, count;
-      };
-      Wanted* const wanted = scratch<Wanted>(Scratch::kWanted, kWidest * lanes);
-      int64_t count_wanted = 0;
-      if (!layout.by_images()) {
-        const int64_t from = p.f0 + tx * lanes;
-        layout.for_each_run(from, std::min(p.f1, from + size), [&](int64_t at, int64_t n, int64_t line, int64_t column, int64_t count) {
-          if (line < y.outputs) wanted[count_wanted++] = {at, n, line, column, std::min(count, x.outputs - column)};
-        });
-      }
-      args.runs = entries.runs;
-      args.next_run = rows;
-      args.out = sums;
-      args.out_channel = size;
-      args.out_row = tile_columns * lanes;
-      args.out_column = lanes;
-      for (args.first = first; args.first < last; args.first = args.last) {
-        args.last = std::min(last, args.first + kTogether);
-        tile(args);
-        for (int64_t row = args.first; row < args.last; ++row) {
-          const float* const sum = sums + (row - args.first) * size;
-          if (layout.by_images()) {
-            for (int64_t r = 0; r < tile_rows; ++r) {
-              const float* const line = sum + r * args.out_row;
-              for (int64_t n = 0; n < p.images; ++n) results.write(line + n, lanes, tile_columns, p.n0 + n, row, p.y0 + ty + r, p.x0 + tx);
-            }
-          } else {
-            for (const Wanted* w = wanted; w < wanted + count_wanted; ++w) results.write(sum + w->at, 1, w->count, w->n, row, w->line, w->column);
-          }
-        }
-      }
+      for (const Pass& pass : passes) run_tile(pass, p, args, tile_rows, tile_columns, ty, tx);
     });
   };
   for_each(machine, tasks * shares, work, [&](int64_t task) {
@@ -189,17 +197,15 @@ void conv_pass(const Machine& machine, const ConvShape& shape, const Axis& y, co
 template <class T>
 void sparse_conv(const Machine& machine, const ConvShape& shape, const Entries& entries, const Images<const T>& in,
                  const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
-  const Axis y = forward_axis(shape, 0), x = forward_axis(shape, 1);
-  conv_pass<T>(machine, shape, y, x, shape.in_channels, entries, entries.pass(0), in, epilogue, out);
+  conv_passes<T>(machine, shape, forward_passes(shape, entries), shape.in_channels, entries, entries.count(1), in, epilogue, out);
 }
 
 // The gradient with respect to the input, and the epilogue. `entries` has a row for each input channel.
 template <class T>
 void sparse_conv_input_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Images<const T>& grad,
                             const Epilogue<Images<const T>>& epilogue, const Images<T>& out) {
-  for_each_residue(shape, [&](int64_t pass, const Axis& y, const Axis& x) {
-    conv_pass<T>(machine, shape, y, x, shape.out_channels, entries, entries.pass(pass), grad, epilogue, out);
-  });
+  const std::vector<Pass> passes = backward_passes(shape, entries);
+  conv_passes<T>(machine, shape, passes, shape.out_channels, entries, entries.count(shape.passes()), grad, epilogue, out);
 }
 
 // The gradient with respect to the kept weights: `out` is [output channels][input channels of a group][taps], 0 at the others. `entries` has a
@@ -212,8 +218,9 @@ void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, con
   const int64_t group_rows = shape.out_channels / shape.groups, group_channels = shape.in_channels / shape.groups;
   const Axis y = forward_axis(shape, 0), x = forward_axis(shape, 1);
   const Layout layout(y, x, shape.batch, group_channels, lanes);
-  const int32_t* const offsets = place_in(layout, machine, entries, entries.starts, shape, y, x);
   const int64_t count = entries.count(1);
+  const int32_t* const offsets = place(machine, shape, {{y, x, entries.starts}}, entries, count, layout.channel(),
+                                       [&](int64_t dy, int64_t dx) { return layout.offset(dy, dx); });
   // So many partial sums of each value, whatever the number of threads. Pieces go to them in turn, a contiguous range to each.
   const int64_t pieces = layout.pieces(), parts = std::min<int64_t>(pieces, 8);
   const int64_t shares = std::clamp<int64_t>(8 / (parts * shape.groups), 1, std::max<int64_t>(1, group_rows / 8));

@@ -35,16 +35,36 @@ T* scratch(Scratch which, int64_t size) {
   return reinterpret_cast<T*>(block.memory.get() + (kAlignment - address % kAlignment) % kAlignment);
 }
 
-// Where the inputs of each entry lie, [entries]: those in [first, last) are written, and hold until the next call on this thread.
-// tap_offset [taps]: offset of a tap's input, 0 where it reaches no output; channel: from one channel to the next.
-inline const int32_t* place(const Machine& machine, const Entries& entries, int64_t first, int64_t last,
-                            const std::vector<int64_t>& tap_offset, int64_t channel) {
-  const auto taps = static_cast<int64_t>(tap_offset.size());
-  const std::vector<int32_t> tap_offsets(tap_offset.begin(), tap_offset.end());
-  auto* const offsets = scratch<int32_t>(Scratch::kOffsets, last + 1);
-  for_each(machine, (last - first + kChunk - 1) / kChunk, last - first, [&](int64_t task) {
-    const int64_t begin = first + task * kChunk, count = std::min(last - begin, kChunk);
-    tile_loops(machine.isa).place({entries.columns + begin, count, taps, channel, tap_offsets.data(), offsets + begin});
+// The outputs that `y` and `x` describe, and where the entries that reach them start.
+struct Pass {
+  Axis y, x;
+  const int32_t* starts;
+};
+
+inline std::vector<Pass> forward_passes(const ConvShape& shape, const Entries& entries) {
+  return {{forward_axis(shape, 0), forward_axis(shape, 1), entries.pass(0)}};
+}
+
+// Those of the gradient with respect to the input.
+inline std::vector<Pass> backward_passes(const ConvShape& shape, const Entries& entries) {
+  std::vector<Pass> passes;
+  for_each_residue(shape, [&](int64_t pass, const Axis& y, const Axis& x) { passes.push_back({y, x, entries.pass(pass)}); });
+  return passes;
+}
+
+// Where the inputs of each entry lie, [entries]; it holds until the next call on this thread. offset(dy, dx): of what a tap with these shifts
+// reads; channel: from one channel to the next.
+template <class F>
+const int32_t* place(const Machine& machine, const ConvShape& shape, const std::vector<Pass>& passes, const Entries& entries, int64_t count,
+                     int64_t channel, const F& offset) {
+  std::vector<int32_t> tap_offsets(shape.taps());  // every tap is in one pass
+  for (const Pass& pass : passes) {
+    for_each_tap(shape, pass.y, pass.x, [&](int64_t tap, int64_t dy, int64_t dx) { tap_offsets[tap] = static_cast<int32_t>(offset(dy, dx)); });
+  }
+  auto* const offsets = scratch<int32_t>(Scratch::kOffsets, count + 1);
+  for_each(machine, (count + kChunk - 1) / kChunk, count, [&](int64_t task) {
+    const int64_t begin = task * kChunk, size = std::min(count - begin, kChunk);
+    tile_loops(machine.isa).place({entries.columns + begin, size, shape.taps(), channel, tap_offsets.data(), offsets + begin});
   });
   return offsets;
 }

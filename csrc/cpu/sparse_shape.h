@@ -94,6 +94,13 @@ inline Axis backward_axis(const ConvShape& s, int axis, int64_t residue) {
   return a;
 }
 
+// An axis for all that several read, as far as the inputs are concerned; with the outputs of the one that has most. They have one in_step.
+inline void extend(Axis& axis, const Axis& other) {
+  axis.outputs = std::max(axis.outputs, other.outputs);
+  axis.first = std::min(axis.first, other.first);
+  axis.last = std::max(axis.last, other.last);
+}
+
 // f(tap, shift along y, shift along x) for the taps that reach an output.
 template <class F>
 void for_each_tap(const ConvShape& shape, const Axis& y, const Axis& x, const F& f) {
