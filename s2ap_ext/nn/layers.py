@@ -140,14 +140,17 @@ class Pruned:
         """The scores the mask is taken at: ``s``, or ``s + z`` between ascend() and descend()."""
         return self.scores.detach() if self._move is None else self._move.position(self.scores.detach(), self.weight.detach())
 
+    def _selects(self) -> bool:
+        """Makes the selection of the present scores, if there is not one already; False if a selection cannot be remembered here."""
+        if torch.compiler.is_compiling() or not self._can_remember():
+            return False
+        select_stale([self])
+        return True
+
     def _masked_weight(self) -> Tensor:
         """The masked weight as the forward uses it. It shares memory with the next selection's: use it and let it go."""
         scores, weight = self.scores, self.weight
-        if torch.compiler.is_compiling() or not self._can_remember():
-            masked, mask = self._select_functionally()
-        else:
-            select_stale([self])
-            masked, mask = self._masked, None
+        masked, mask = (self._masked, None) if self._selects() else self._select_functionally()
         if not (torch.is_grad_enabled() and (scores.requires_grad or weight.requires_grad)):
             return masked
         if not weight.requires_grad:
@@ -216,13 +219,13 @@ class S2APConv2d(Pruned, nn.Conv2d):
         self._start_pruning(sparsity, pattern_for(granularity, self.weight.shape, sparsity))
 
     def forward(self, input: Tensor) -> Tensor:
-        masked = self._masked_weight()
         density = 1 - self._sparsity  # near enough; with learned counts too, since it only decides what is faster
-        if self._selection is not None and pays(self, input, density):
+        if self._selects() and pays(self, input, density):
             every_weight = self.scores.requires_grad
             # Gradients at the kept weights alone need no mask: they are the weight's own.
-            return sparse_conv2d(self, input, masked if every_weight else self.weight, self._entries(), every_weight=every_weight)
-        return self._conv_forward(input, masked, self.bias)
+            weight = self._masked_weight() if every_weight else self.weight
+            return sparse_conv2d(self, input, weight, self._entries(), every_weight=every_weight)
+        return self._conv_forward(input, self._masked_weight(), self.bias)
 
     def _entries(self) -> Entries:
         """Of the present selection, made once for each; only their values where only the weights have changed."""
