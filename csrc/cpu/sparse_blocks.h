@@ -89,7 +89,6 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
     args.out_channel = out.channel();
     args.bias = epilogue.bias;
     args.relu = epilogue.relu;
-    args.runs = 1;
     args.offsets = offsets;
     args.values = entries.values;
     const auto run_tile = [&](const Pass& pass, int64_t oy, int64_t ox, int64_t height, int64_t width) {

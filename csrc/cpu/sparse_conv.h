@@ -133,9 +133,8 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
         return;
       }
     }
-    constexpr int64_t kTogether = 16;  // rows whose sums wait to be written
-    const int64_t size = tile_rows * tile_columns * lanes, last = args.last;
-    float* const sums = scratch(Scratch::kResults, kTogether * kWidest * lanes);
+    const int64_t size = tile_rows * tile_columns * lanes;
+    float* const sums = scratch(Scratch::kSums, (args.last - args.first) * size);
     struct Wanted {  // sums that are outputs, neighbours in one row
       int64_t at, n, line, column, count;
     };
@@ -148,25 +147,20 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
         if (line < y.outputs && inside > 0) wanted[count_wanted++] = {at, n, line, column, inside};
       });
     }
-    args.runs = entries.runs;
-    args.next_run = rows;
     args.out = sums;
     args.out_channel = size;
     args.out_row = tile_columns * lanes;
     args.out_column = lanes;
-    for (; args.first < last; args.first = args.last) {
-      args.last = std::min(last, args.first + kTogether);
-      tile(args);
-      for (int64_t row = args.first; row < args.last; ++row) {
-        const float* const sum = sums + (row - args.first) * size;
-        if (layout.by_images()) {
-          for (int64_t r = 0; r < tile_rows; ++r) {
-            const float* const line = sum + r * args.out_row;
-            for (int64_t n = 0; n < p.images; ++n) results.write(line + n, lanes, tile_columns, p.n0 + n, row, p.y0 + ty + r, p.x0 + tx);
-          }
-        } else {
-          for (const Wanted* w = wanted; w < wanted + count_wanted; ++w) results.write(sum + w->at, 1, w->count, w->n, row, w->line, w->column);
+    tile_in_runs(tile, tile_rows, tile_columns, lanes, args, entries, [](int64_t) {});
+    for (int64_t row = args.first; row < args.last; ++row) {
+      const float* const sum = sums + (row - args.first) * size;
+      if (layout.by_images()) {
+        for (int64_t r = 0; r < tile_rows; ++r) {
+          const float* const line = sum + r * args.out_row;
+          for (int64_t n = 0; n < p.images; ++n) results.write(line + n, lanes, tile_columns, p.n0 + n, row, p.y0 + ty + r, p.x0 + tx);
         }
+      } else {
+        for (const Wanted* w = wanted; w < wanted + count_wanted; ++w) results.write(sum + w->at, 1, w->count, w->n, row, w->line, w->column);
       }
     }
   };
@@ -175,7 +169,6 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
     layout.pack(in, group * group_channels, p, packed);
     TileArgs args{};
     args.in_row = layout.row();
-    args.runs = 1;
     args.offsets = offsets;
     args.values = entries.values;
     args.first = first;

@@ -15,7 +15,7 @@
 namespace s2ap {
 
 // Memory of one thread that grows to what it was asked for and stays: fresh memory would cost a page fault for every 4 KB in every call.
-enum class Scratch { kPacked, kInside, kResults, kWanted, kGradient, kPartial, kOffsets, kKinds };
+enum class Scratch { kPacked, kInside, kSums, kWaiting, kWanted, kGradient, kPartial, kOffsets, kKinds };
 
 template <class T = float>
 T* scratch(Scratch which, int64_t size) {
@@ -88,7 +88,7 @@ void tile_in_runs(TileLoop tile, int64_t rows, int64_t columns, int64_t lanes, T
     args.out_column = lanes;
     args.out_row = columns * lanes;
     args.out_channel = rows * args.out_row;
-    args.out = scratch(Scratch::kResults, (args.last - args.first) * args.out_channel);
+    args.out = scratch(Scratch::kWaiting, (args.last - args.first) * args.out_channel);
     args.residual = args.gate = nullptr;
     args.relu = false;
   }

@@ -59,7 +59,6 @@ struct TileArgs {
   const float* in;         // the inputs of the tile's first position, for offset 0
   int64_t in_row;          // from one of its rows to the next
   const int32_t* starts;   // [channels + 1]: where each output channel's entries of a run begin
-  int64_t runs, next_run;  // how many runs are summed at once; from one's starts to the next one's
   const int32_t* offsets;  // [entries]: how far the inputs of an entry are from `in`
   const float* values;     // [entries]
   int64_t first, last;     // output channels

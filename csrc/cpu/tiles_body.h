@@ -65,18 +65,15 @@ S2AP_TARGET void tile(const TileArgs& given) {
         S2AP_ALL for (int c = 0; c < columns; ++c) sum[r][c] = start;
       }
     }
-    const int32_t* start = args.starts + o;
-    for (int64_t run = 0; run < args.runs; ++run, start += args.next_run) {
-      const int32_t *offset = args.offsets + start[0], *const end = args.offsets + start[1];
-      for (const float* value = args.values + start[0]; offset < end; ++offset, ++value) {
-        const Floats v = broadcast(*value);
-        const float* const x = args.in + *offset;
-        S2AP_ALL for (int r = 0; r < rows; ++r) {
-          S2AP_ALL for (int c = 0; c < columns; ++c) {
-            Floats at;
-            load_floats(at, x + r * args.in_row + c * step * kFloats);
-            add_product(sum[r][c], v, at);
-          }
+    const int32_t *offset = args.offsets + args.starts[o], *const end = args.offsets + args.starts[o + 1];
+    for (const float* value = args.values + args.starts[o]; offset < end; ++offset, ++value) {
+      const Floats v = broadcast(*value);
+      const float* const x = args.in + *offset;
+      S2AP_ALL for (int r = 0; r < rows; ++r) {
+        S2AP_ALL for (int c = 0; c < columns; ++c) {
+          Floats at;
+          load_floats(at, x + r * args.in_row + c * step * kFloats);
+          add_product(sum[r][c], v, at);
         }
       }
     }
