@@ -7,8 +7,8 @@
 // How. Nothing is skipped and nothing is looked up per position: every kept entry becomes an offset into a packed copy of the input and a value
 // (tiles.h), and each tile of output positions runs through the entries of one output channel after the other. The packed copy holds a piece of
 // the input that fits the second-level cache, with the padding around it as zeros, so that there are no borders. Input positions that a stride
-// skips between two outputs are apart in it ("phases"), so that neighbouring outputs read neighbouring vectors whatever the stride. Where tiles
-// write their results themselves, they take the entries in runs of input channels, so that a run's inputs stay in the first-level cache.
+// skips between two outputs are apart in it ("phases"), so that neighbouring outputs read neighbouring vectors whatever the stride. A tile takes
+// the entries in runs of input channels (sparse_pattern.h), so that a run's inputs stay near; between two runs its sums wait.
 //
 // Vectors are made in one of two ways:
 //   Images     a vector is the same position of as many images as it has lanes. Activations whose strides have the batch innermost
@@ -17,10 +17,10 @@
 //              Those positions that are padding are computed too, and dropped.
 //
 // The gradient with respect to the input is the same with rows and columns of the weight exchanged. With a stride, the input's positions
-// of each residue are an output of their own, that some of the kernel's entries reach ("passes").
+// of each residue are an output of their own, that some of the kernel's entries reach ("passes"); they share what is packed.
 //
-// The gradient of a kept weight is a dot product over all positions and images. Slices of these are added up in a fixed order, and every output
-// is one sum in a fixed order, so that the bits do not depend on the number of threads.
+// The gradient of a kept weight is a dot product over all positions and images, tile by tile. Slices of these are added up in a fixed order, and
+// every output is one sum in a fixed order, so that the bits do not depend on the number of threads.
 //
 // Bytes: input read, and packed again (1 + halo) times into the cache; output written; 8 bytes for an entry and tile.
 #pragma once

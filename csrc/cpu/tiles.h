@@ -2,7 +2,7 @@
 //
 // A tile is `rows` x `columns` output positions, each a vector register of sums, of one output channel after the other. For every kept weight
 // there is one broadcast of its value, one look-up of where its inputs lie, and a multiply-add with an operand from memory for each position.
-// That is what the machine can load, so positions per weight are what counts: as many as there are registers.
+// The loads are the limit: a machine does as many multiply-adds as it does loads from its first-level cache, and fewer from the second.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,8 @@
 
 namespace s2ap {
 
-// Asks for the line at p, wherever that is, into the second-level cache. (GCC deletes calls of functions that do nothing but ask, unless there is an asm in them.)
+// Asks for the line at p, wherever that is, into the second-level cache. (GCC deletes calls of functions that do nothing but ask, unless there
+// is an asm in them.)
 S2AP_INLINE void ask_for(const void* p) {
   __builtin_prefetch(p, 0, 2);
   asm volatile("");
