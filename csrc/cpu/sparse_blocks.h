@@ -103,7 +103,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
       args.out_row = y.out_step * out.row();
       args.out_column = x.out_step * out.lanes;
       const auto before = [&](int64_t run) {
-        if (&pass == &passes[0]) window.prefetch(in, args.in, channels_of_run(run, entries, channels), oy == top, height, width);
+        if (&pass == &passes[0]) window.prefetch(in, args.in, read_by_run(run, entries, channels), oy == top, height, width);
       };
       args.residual = place(epilogue.residual);
       args.gate = place(epilogue.gate);

@@ -74,7 +74,7 @@ struct Range {
 };
 
 // The channels that a run of entries reads.
-inline Range channels_of_run(int64_t run, const Entries& entries, int64_t channels) {
+inline Range read_by_run(int64_t run, const Entries& entries, int64_t channels) {
   const int64_t each = (channels + entries.runs - 1) / entries.runs;
   return {run * each, std::min(channels, (run + 1) * each)};
 }

@@ -7,8 +7,8 @@
 // (sparse_conv.h). Parts of the rows of outputs are runs of inputs. Parts of the rows of inputs are, for each pass of the gradient with
 // respect to the input, runs of outputs; a tap's entries belong to one pass.
 //
-// One pass over the weight counts, one writes the rows of outputs, of which the threads take one after the other; the rows of inputs then
-// come from these. Bytes per element: 8 (4 with a mask of one byte: 2), and 20 per kept entry.
+// One pass over the weight counts all entries, which decides on the runs, one those of each part, and one writes the rows of outputs, of which the
+// threads take one after the other; the rows of inputs then come from these. Bytes per element: 12 (with a mask 3), and 20 per kept entry.
 #pragma once
 
 #include <algorithm>
@@ -57,31 +57,31 @@ class PatternLists {
   }
 
   int64_t entries() const { return entries_; }
-  int64_t rows() const { return runs_of(shape_.inputs, each_) * shape_.outputs; }                                     // of all parts
-  int64_t input_rows() const { return shape_.passes * input_runs() * shape_.groups * shape_.inputs; }  // of all parts
+  int64_t rows() const { return runs_of(shape_.inputs, each_) * shape_.outputs; }  // of all parts
+  int64_t input_rows() const { return shape_.passes * input_runs() * shape_.groups * shape_.inputs; }
 
   // Writes starts [rows() + 1], columns [entries], and for the rows of inputs starts [input_rows() + 1], columns [entries] and `order`
   // [entries]: which entry of the rows of outputs each is.
   template <class Kept>
   void write(const Kept& kept, int32_t* starts, int32_t* columns, int32_t* input_starts, int32_t* input_columns, int32_t* order) const {
     const int64_t runs = rows() / std::max<int64_t>(shape_.outputs, 1), row = shape_.row(), each = each_ * shape_.taps;
-    const auto for_each_part = [&](const auto& f) {  // f(place in starts, first element, last element)
+    const auto for_each_part = [&](const auto& f) {  // f(place in starts, first element of the row, first column, last column)
       for_each(machine_, shape_.outputs, shape_.outputs * row, [&](int64_t o) {
-        for (int64_t run = 0; run < runs; ++run) f(run * shape_.outputs + o, o * row + run * each, o * row + std::min(row, (run + 1) * each));
+        for (int64_t run = 0; run < runs; ++run) f(run * shape_.outputs + o, o * row, run * each, std::min(row, (run + 1) * each));
       });
     };
     starts[0] = 0;
-    for_each_part([&](int64_t part, int64_t first, int64_t last) {
+    for_each_part([&](int64_t part, int64_t in_row, int64_t first, int64_t last) {
       int32_t count = 0;
-      for (int64_t i = first; i < last; ++i) count += kept(i);
+      for (int64_t column = first; column < last; ++column) count += kept(in_row + column);
       starts[part + 1] = count;
     });
     for (int64_t part = 0; part < rows(); ++part) starts[part + 1] += starts[part];
-    for_each_part([&](int64_t part, int64_t first, int64_t last) {
+    for_each_part([&](int64_t part, int64_t in_row, int64_t first, int64_t last) {
       int32_t to = starts[part];
-      for (int64_t i = first; i < last && to < starts[part + 1]; ++i) {
-        columns[to] = static_cast<int32_t>(i % row);
-        to += kept(i);
+      for (int64_t column = first; column < last && to < starts[part + 1]; ++column) {
+        columns[to] = static_cast<int32_t>(column);
+        to += kept(in_row + column);
       }
     });
     write_inputs(runs, starts, columns, input_starts, input_columns, order);
