@@ -31,12 +31,12 @@ S2AP_INLINE void ask_for(const void* p) {
 
 constexpr int kWidest = 14;  // sums that 16 registers have room for, beside a value and an operand
 
-// How outputs are cut into tiles: rows of a tile, tiles side by side. Two short rows have fewer neighbours than a long one, so that more channels'
-// inputs fit the first-level cache; six columns are sums enough to keep the machine busy.
+// How outputs are cut into tiles: rows of a tile, tiles side by side. Short rows, and two of them where they share inputs, have fewer neighbours than
+// a long one, so that more channels' inputs fit the first-level cache. `step`: from an output's inputs to the next one's.
 struct Tiling {
   int64_t tall, across;
-  Tiling(int64_t height, int64_t width) : tall(std::min<int64_t>(height, 2)) {
-    const int64_t columns = tall == 2 ? 6 : kWidest;
+  Tiling(int64_t height, int64_t width, int64_t step) : tall(step == 1 ? std::min<int64_t>(height, 2) : 1) {
+    const int64_t columns = height == 1 ? kWidest : 6;
     across = (width + columns - 1) / columns;
   }
   int64_t rows(int64_t left) const { return std::min(tall, left); }
