@@ -75,7 +75,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
   const int64_t pairs = (tall + 1) / 2;  // of rows
   const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, pairs);
   const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, count);
-  const Tiling tiles(tall, wide, passes[0].y.in_step);
+  const Tiling tiles(tall, wide, std::max(passes[0].y.in_step, passes[0].x.in_step));
   const Window window(passes);
   const int32_t* const offsets = place(machine, shape, passes, entries, count, in.channel(),
                                        [&](int64_t dy, int64_t dx) { return dy * in.row() + dx * in.lanes; });

@@ -174,7 +174,7 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
     args.first = first;
     args.last = last;
     args.bias = epilogue.bias;
-    const Tiling tiles(layout.height(p), layout.width(p), all_y.in_step);
+    const Tiling tiles(layout.height(p), layout.width(p), std::max(all_y.in_step, all_x.in_step));
     layout.for_each_tile(p, tiles, [&](int64_t tile_rows, int64_t tile_columns, int64_t ty, int64_t tx) {
       args.in = packed + ty * layout.row() + tx * lanes;
       for (const Pass& pass : passes) run_tile(pass, p, args, tile_rows, tile_columns, ty, tx);

@@ -262,7 +262,7 @@ class Layout {
     }
   }
 
-  static constexpr int64_t kChannelsAhead = 3;  // channels
+  static constexpr int64_t kChannelsAhead = 3;
 
   const Axis &y_, &x_;
   int64_t batch_, channels_, lanes_, phases_;

@@ -21,8 +21,8 @@ namespace s2ap {
 
 struct WeightShape {
   int64_t outputs, inputs, taps, groups;  // inputs: of one group
-  int64_t passes = 1;
-  std::vector<int64_t> pass_of_tap = {};  // empty: all 0
+  int64_t passes;
+  std::vector<int64_t> pass_of_tap;
 
   int64_t row() const { return inputs * taps; }
   int64_t group_outputs() const { return outputs / groups; }
@@ -94,7 +94,7 @@ class PatternLists {
                     int32_t* order) const {
     const int64_t outputs = shape_.group_outputs(), inputs = shape_.groups * shape_.inputs, taps = shape_.taps;
     std::vector<int64_t> part_of_tap(taps);
-    for (int64_t tap = 0; tap < taps && !shape_.pass_of_tap.empty(); ++tap) part_of_tap[tap] = shape_.pass_of_tap[tap] * input_runs() * inputs;
+    for (int64_t tap = 0; tap < taps; ++tap) part_of_tap[tap] = shape_.pass_of_tap[tap] * input_runs() * inputs;
     const auto for_each_entry = [&](const auto& f) {  // f(entry, output of the group, place in input_starts, tap)
       for (int64_t o = 0; o < shape_.outputs; ++o) {
         const int64_t group = o / std::max<int64_t>(outputs, 1), output = o % std::max<int64_t>(outputs, 1);

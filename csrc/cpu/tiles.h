@@ -30,13 +30,15 @@ S2AP_INLINE void ask_for(const void* p) {
 }
 
 constexpr int kWidest = 14;  // sums that 16 registers have room for, beside a value and an operand
+constexpr int kShort = 6;    // columns of a short row: sums enough to keep the machine busy
 
 // How outputs are cut into tiles: rows of a tile, tiles side by side. Short rows, and two of them where they share inputs, have fewer neighbours than
-// a long one, so that more channels' inputs fit the first-level cache. `step`: from an output's inputs to the next one's.
+// a long one, so that more channels' inputs fit the first-level cache. `step`: from an output's inputs to the next one's,
+// along either axis.
 struct Tiling {
   int64_t tall, across;
   Tiling(int64_t height, int64_t width, int64_t step) : tall(step == 1 ? std::min<int64_t>(height, 2) : 1) {
-    const int64_t columns = height == 1 ? kWidest : 6;
+    const int64_t columns = height == 1 ? kWidest : kShort;
     across = (width + columns - 1) / columns;
   }
   int64_t rows(int64_t left) const { return std::min(tall, left); }
@@ -106,7 +108,7 @@ struct PlaceArgs {
 struct TileLoops {
   // [step - 1][columns - 1]: columns whose inputs are `step` vectors apart
   std::array<std::array<TileLoop, kWidest>, 2> one_row;
-  std::array<std::array<TileLoop, kWidest / 2>, 2> two_rows;
+  std::array<TileLoop, kShort> two_rows;  // [columns - 1], of step 1
   std::array<ProductLoop, kMostProducts> one_row_products;  // [columns - 1]
   std::array<ProductLoop, kMostProducts / 2> two_rows_products;
   std::array<ProductLoop, kMostProducts / 4> four_rows_products;
@@ -114,7 +116,7 @@ struct TileLoops {
   void (*place)(const PlaceArgs&);
 
   TileLoop tile(int64_t step, int64_t rows, int64_t columns) const {
-    return rows == 2 ? two_rows[step - 1][columns - 1] : one_row[step - 1][columns - 1];
+    return rows == 2 ? two_rows[columns - 1] : one_row[step - 1][columns - 1];
   }
   ProductLoop products(int64_t rows, int64_t columns) const {
     return rows == 4 ? four_rows_products[columns - 1] : rows == 2 ? two_rows_products[columns - 1] : one_row_products[columns - 1];

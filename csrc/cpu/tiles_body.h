@@ -35,7 +35,7 @@ S2AP_TARGET S2AP_INLINE void add_product(Floats& sum, const Floats& a, const Flo
 
 // The vectors of a tile of results, or of a gradient: of a later channel, which the machine does not foresee, for they are few and channels
 // lie far apart.
-constexpr int64_t kChannelsAhead = 4;  // channels
+constexpr int64_t kChannelsAhead = 4;
 
 template <int rows, int columns>
 S2AP_TARGET S2AP_INLINE void ask_for_tile(const float* first, int64_t row, int64_t column) {
@@ -239,15 +239,15 @@ constexpr std::array<ProductLoop, sizeof...(columns)> products_of(std::integer_s
   return {products<rows, columns + 1>...};
 }
 
-template <int rows>
-using Columns = std::make_integer_sequence<int, kWidest / rows>;
+template <int most>
+using Columns = std::make_integer_sequence<int, most>;
 
 inline constexpr TileLoops kTileLoops = {
-    {tiles_of<1, 1>(Columns<1>()), tiles_of<2, 1>(Columns<1>())},
-    {tiles_of<1, 2>(Columns<2>()), tiles_of<2, 2>(Columns<2>())},
-    products_of<1>(std::make_integer_sequence<int, kMostProducts>()),
-    products_of<2>(std::make_integer_sequence<int, kMostProducts / 2>()),
-    products_of<4>(std::make_integer_sequence<int, kMostProducts / 4>()),
+    {tiles_of<1, 1>(Columns<kWidest>()), tiles_of<2, 1>(Columns<kWidest>())},
+    tiles_of<1, 2>(Columns<kShort>()),
+    products_of<1>(Columns<kMostProducts>()),
+    products_of<2>(Columns<kMostProducts / 2>()),
+    products_of<4>(Columns<kMostProducts / 4>()),
     finish,
     place,
 };
