@@ -220,7 +220,7 @@ class S2APConv2d(Pruned, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         density = 1 - self._sparsity  # near enough; with learned counts too, since it only decides what is faster
-        if self._selects() and pays(self, input, density):
+        if pays(self, input, density) and self._selects():
             every_weight = self.scores.requires_grad
             # Gradients at the kept weights alone need no mask: they are the weight's own.
             weight = self._masked_weight() if every_weight else self.weight
