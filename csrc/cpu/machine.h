@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <fstream>
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 #define S2AP_X86 1
@@ -33,11 +34,29 @@ inline Isa best_isa() {
 // float32 numbers in a vector register.
 inline int64_t lanes(Isa isa) { return isa == Isa::kAvx512 ? 16 : isa == Isa::kAvx2 ? 8 : 4; }
 
+// Bytes of the last-level cache that this machine's cores share; 0 where that is not known. (sysconf counts the caches of all cores on some.)
+inline int64_t last_cache() {
+  static const int64_t bytes = [] {
+    int64_t kilobytes = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;  // "32768K"
+    return kilobytes * 1024;
+  }();
+  return bytes;
+}
+
+// What was written past the caches is there for other threads before anything that is written later.
+inline void order_streams() {
+#ifdef S2AP_X86
+  __builtin_ia32_sfence();
+#endif
+}
+
 struct Machine {
   Isa isa;
   int threads;
   // Calls work(context) on up to `threads` threads at once, at least on one, and returns when all are done.
   void (*run)(int threads, void (*work)(void*), void* context);
+  int64_t last_cache = 0;  // bytes; 0: not known
 };
 
 // Fewer elements than this are not worth waking a thread for.

@@ -63,6 +63,15 @@ class Window {
   Axis y_, x_;
 };
 
+// Whether results are better written past the caches: where these are too small for what is read and what is written, results would take the
+// place of inputs that are still to be read, and every line of them would be read from memory first.
+template <class T>
+bool past_caches(const Machine& machine, const Blocks<const float>& in, const Blocks<T>& out) {
+  const int64_t floats = in.count * in.channels * in.channel() + out.count * out.channels * out.channel();
+  const bool whole_lines = machine.isa == Isa::kAvx512 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
+  return whole_lines && machine.last_cache > 0 && floats * static_cast<int64_t>(sizeof(float)) > machine.last_cache / 2;
+}
+
 // The outputs of several passes, which are each other's neighbours and read the same inputs: tile by tile they take turns, while both are in
 // the cache.
 inline void block_passes(const Machine& machine, const ConvShape& shape, const std::vector<Pass>& passes, const Entries& entries,
@@ -77,6 +86,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
   const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, count);
   const Tiling tiles(tall, wide, std::max(passes[0].y.in_step, passes[0].x.in_step));
   const Window window(passes);
+  const bool streams = past_caches(machine, in, out);
   const int32_t* const offsets = place(machine, shape, passes, entries, count, in.channel(),
                                        [&](int64_t dy, int64_t dx) { return dy * in.row() + dx * in.lanes; });
 
@@ -88,7 +98,9 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
     args.last = (group + 1) * rows;
     args.out_channel = out.channel();
     args.bias = epilogue.bias;
+    args.ends = true;
     args.relu = epilogue.relu;
+    args.streams = streams;
     args.offsets = offsets;
     args.values = entries.values;
     const auto run_tile = [&](const Pass& pass, int64_t oy, int64_t ox, int64_t height, int64_t width) {
@@ -107,7 +119,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
       };
       args.residual = place(epilogue.residual);
       args.gate = place(epilogue.gate);
-      tile_in_runs(loops.tile(x.in_step, height, width), height, width, out.lanes, args, entries, before);
+      tile_in_runs(loops.tile(x.in_step, height, width), height * width * out.lanes, args, entries, before);
     };
     for (int64_t oy = top, height; oy < bottom; oy += height) {
       height = std::min(tiles.tall, bottom - oy);
@@ -119,6 +131,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
         }
       }
     }
+    if (streams) order_streams();
   });
 }
 

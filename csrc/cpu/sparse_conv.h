@@ -116,6 +116,7 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
       if (tile_rows <= 0 || tile_columns <= 0) return;
     }
     const TileLoop tile = loops.tile(1, tile_rows, tile_columns);
+    const int64_t size = tile_rows * tile_columns * lanes;
     const Results<T> results{loops, y, x, epilogue, out};
     args.starts = starts;
     if constexpr (std::is_same_v<T, float>) {
@@ -129,11 +130,11 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
         args.residual = place(epilogue.residual);
         args.gate = place(epilogue.gate);
         args.relu = epilogue.relu;
-        tile_in_runs(tile, tile_rows, tile_columns, lanes, args, entries, [](int64_t) {});
+        args.ends = true;
+        tile_in_runs(tile, size, args, entries, [](int64_t) {});
         return;
       }
     }
-    const int64_t size = tile_rows * tile_columns * lanes;
     float* const sums = scratch(Scratch::kSums, (args.last - args.first) * size);
     struct Wanted {  // sums that are outputs, neighbours in one row
       int64_t at, n, line, column, count;
@@ -148,15 +149,12 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
       });
     }
     args.out = sums;
-    args.out_channel = size;
-    args.out_row = tile_columns * lanes;
-    args.out_column = lanes;
-    tile_in_runs(tile, tile_rows, tile_columns, lanes, args, entries, [](int64_t) {});
+    tile_in_runs(tile, size, args, entries, [](int64_t) {});
     for (int64_t row = args.first; row < args.last; ++row) {
       const float* const sum = sums + (row - args.first) * size;
       if (layout.by_images()) {
         for (int64_t r = 0; r < tile_rows; ++r) {
-          const float* const line = sum + r * args.out_row;
+          const float* const line = sum + r * tile_columns * lanes;
           for (int64_t n = 0; n < p.images; ++n) results.write(line + n, lanes, tile_columns, p.n0 + n, row, p.y0 + ty + r, p.x0 + tx);
         }
       } else {

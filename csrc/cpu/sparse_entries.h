@@ -79,18 +79,14 @@ inline Range read_by_run(int64_t run, const Entries& entries, int64_t channels) 
   return {run * each, std::min(channels, (run + 1) * each)};
 }
 
-// A tile of `rows` x `columns`, run by run, before(run) coming before each. `args` has the first run's starts. Sums wait for the next run in
-// memory of their own, where they lie close together; what follows the sums comes with the last run, which writes them to where they belong.
+// A tile of `size` floats for each channel, run by run, before(run) coming before each. `args` has the first run's starts. Sums wait for the next
+// run where they lie close together; what follows them comes with the last run, which writes them to where they belong.
 template <class F>
-void tile_in_runs(TileLoop tile, int64_t rows, int64_t columns, int64_t lanes, TileArgs args, const Entries& entries, const F& before) {
+void tile_in_runs(TileLoop tile, int64_t size, TileArgs args, const Entries& entries, const F& before) {
   const TileArgs last = args;
-  if (entries.runs > 1) {
-    args.out_column = lanes;
-    args.out_row = columns * lanes;
-    args.out_channel = rows * args.out_row;
-    args.out = scratch(Scratch::kWaiting, (args.last - args.first) * args.out_channel);
-    args.residual = args.gate = nullptr;
-    args.relu = false;
+  if (args.ends && entries.runs > 1) {
+    args.ends = false;
+    args.out = scratch(Scratch::kWaiting, (args.last - args.first) * size);
   }
   const float* const waiting = args.out;
   for (int64_t run = 0; run < entries.runs; ++run) {

@@ -65,13 +65,15 @@ struct TileArgs {
   const int32_t* offsets;  // [entries]: how far the inputs of an entry are from `in`
   const float* values;     // [entries]
   int64_t first, last;     // output channels
+  const float* resumed;    // where the sums start from, [channels][rows][columns][lanes]; null: from the bias
+  const float* bias;       // [channels], or null
+  bool ends;               // the sums are complete. If not, they go to `out` as they are, which is as `resumed`, and all below is left alone
   float* out;              // the first position of channel `first`
   int64_t out_channel, out_row, out_column;
-  const float* resumed;   // where the sums start from, [channels][rows][columns][lanes]; null: from the bias
-  const float* bias;      // [channels], or null
   const float* residual;  // null, or what is added; lies as `out`
   bool relu;
   const float* gate;  // null, or results are 0 where it is 0 or less; lies as `out`
+  bool streams;       // past the caches: only with vectors of 64 bytes, at multiples of these; order_streams() comes after the last
 };
 using TileLoop = void (*)(const TileArgs&);
 

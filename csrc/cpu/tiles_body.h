@@ -33,59 +33,98 @@ S2AP_TARGET S2AP_INLINE void add_product(Floats& sum, const Floats& a, const Flo
 #endif
 }
 
+// Past the caches, where `streams`: whole lines only, which nothing then reads from memory first.
+S2AP_TARGET S2AP_INLINE void store_result(float* p, const Floats& v, bool streams) {
+#if S2AP_WIDTH == 64
+  if (streams) return _mm512_stream_ps(p, (__m512)v);
+#endif
+  store_floats(p, v);
+}
+
+// Keeps the compiler from working out the addresses of all vectors of a tile beforehand: there are more of them than registers.
+template <class T>
+S2AP_INLINE void hide(T*& p) {
+  asm("" : "+r"(p));
+}
+
+// f(vector, its place) for the vectors of a tile that begins at p.
+template <int rows, int columns, class T, class F>
+S2AP_TARGET S2AP_INLINE void for_each_vector(Floats (&vectors)[rows][columns], T* p, int64_t row, int64_t column, const F& f) {
+  S2AP_ALL for (int r = 0; r < rows; ++r, p += row) {
+    T* at = p;
+    S2AP_ALL for (int c = 0; c < columns; ++c, at += column) {
+      hide(at);
+      f(vectors[r][c], at);
+    }
+  }
+}
+
 // The vectors of a tile of results, or of a gradient: of a later channel, which the machine does not foresee, for they are few and channels
 // lie far apart.
 constexpr int64_t kChannelsAhead = 4;
 
 template <int rows, int columns>
 S2AP_TARGET S2AP_INLINE void ask_for_tile(const float* first, int64_t row, int64_t column) {
-  S2AP_ALL for (int r = 0; r < rows; ++r) {
-    S2AP_ALL for (int c = 0; c < columns; c += 64 / S2AP_WIDTH) ask_for(first + r * row + c * column);
+  constexpr int64_t kVectors = 64 / S2AP_WIDTH;  // in a line
+  S2AP_ALL for (int r = 0; r < rows; ++r, first += row) {
+    const float* at = first;
+    S2AP_ALL for (int c = 0; c < columns; c += kVectors, at += kVectors * column) {
+      hide(at);
+      ask_for(at);
+    }
   }
 }
 
-template <int step, int rows, int columns>
-S2AP_TARGET void tile(const TileArgs& given) {
-  const TileArgs args = given;  // a copy that the stores below cannot change, in the eyes of the compiler
+// With `ends` and without, apart: most of what follows the sums would only take registers where they are not complete.
+template <int step, int rows, int columns, bool ends>
+S2AP_TARGET S2AP_INLINE void tile_of(const TileArgs& args) {
+  const int32_t *start = args.starts + args.first, *const last = args.starts + args.last;
+  const int32_t* offset = args.offsets + *start;  // entries of a run follow each other, whatever output channel they are of
+  const float* value = args.values + *start;
+  const float *bias = args.bias ? args.bias + args.first : nullptr, *resumed = args.resumed;
   float* out = args.out;
-  for (int64_t o = args.first; o < args.last; ++o, out += args.out_channel) {
-    const int64_t later = out - args.out + kChannelsAhead * args.out_channel;
-    ask_for_tile<rows, columns>(args.out + later, args.out_row, args.out_column);
-    if (args.residual) ask_for_tile<rows, columns>(args.residual + later, args.out_row, args.out_column);
-    if (args.gate) ask_for_tile<rows, columns>(args.gate + later, args.out_row, args.out_column);
+  while (start < last) {
+    if constexpr (ends) {
+      const int64_t later = out - args.out + kChannelsAhead * args.out_channel;
+      if (!args.streams) ask_for_tile<rows, columns>(args.out + later, args.out_row, args.out_column);
+      if (args.residual) ask_for_tile<rows, columns>(args.residual + later, args.out_row, args.out_column);
+      if (args.gate) ask_for_tile<rows, columns>(args.gate + later, args.out_row, args.out_column);
+    }
     Floats sum[rows][columns];
-    if (args.resumed) {
-      const float* const from = args.resumed + (o - args.first) * rows * columns * kFloats;
+    if (resumed) {
       S2AP_ALL for (int r = 0; r < rows; ++r) {
-        S2AP_ALL for (int c = 0; c < columns; ++c) load_floats(sum[r][c], from + (r * columns + c) * kFloats);
+        S2AP_ALL for (int c = 0; c < columns; ++c, resumed += kFloats) load_floats(sum[r][c], resumed);
       }
     } else {
-      const Floats start = args.bias ? broadcast(args.bias[o]) : Floats{};
+      const Floats first = bias ? broadcast(*bias++) : Floats{};
       S2AP_ALL for (int r = 0; r < rows; ++r) {
-        S2AP_ALL for (int c = 0; c < columns; ++c) sum[r][c] = start;
+        S2AP_ALL for (int c = 0; c < columns; ++c) sum[r][c] = first;
       }
     }
-    const int32_t *offset = args.offsets + args.starts[o], *const end = args.offsets + args.starts[o + 1];
-    for (const float* value = args.values + args.starts[o]; offset < end; ++offset, ++value) {
+    for (const int32_t* const end = args.offsets + *++start; offset < end; ++offset, ++value) {
       const Floats v = broadcast(*value);
-      const float* const x = args.in + *offset;
-      S2AP_ALL for (int r = 0; r < rows; ++r) {
+      const float* x = args.in + *offset;
+      S2AP_ALL for (int r = 0; r < rows; ++r, x += args.in_row) {
+        hide(x);
         S2AP_ALL for (int c = 0; c < columns; ++c) {
           Floats at;
-          load_floats(at, x + r * args.in_row + c * step * kFloats);
+          load_floats(at, x + c * step * kFloats);
           add_product(sum[r][c], v, at);
         }
       }
     }
-    if (args.residual) {
-      const float* const other = args.residual + (out - args.out);
+    if constexpr (!ends) {
       S2AP_ALL for (int r = 0; r < rows; ++r) {
-        S2AP_ALL for (int c = 0; c < columns; ++c) {
-          Floats at;
-          load_floats(at, other + r * args.out_row + c * args.out_column);
-          sum[r][c] = sum[r][c] + at;
-        }
+        S2AP_ALL for (int c = 0; c < columns; ++c, out += kFloats) store_floats(out, sum[r][c]);
       }
+      continue;
+    }
+    if (args.residual) {
+      for_each_vector(sum, args.residual + (out - args.out), args.out_row, args.out_column, [](Floats& v, const float* p) S2AP_TARGET S2AP_LAMBDA {
+        Floats at;
+        load_floats(at, p);
+        v = v + at;
+      });
     }
     if (args.relu) {
       S2AP_ALL for (int r = 0; r < rows; ++r) {
@@ -93,19 +132,22 @@ S2AP_TARGET void tile(const TileArgs& given) {
       }
     }
     if (args.gate) {
-      const float* const gate = args.gate + (out - args.out);
-      S2AP_ALL for (int r = 0; r < rows; ++r) {
-        S2AP_ALL for (int c = 0; c < columns; ++c) {
-          Floats at;
-          load_floats(at, gate + r * args.out_row + c * args.out_column);
-          sum[r][c] = at <= 0 ? Floats{} : sum[r][c];
-        }
-      }
+      for_each_vector(sum, args.gate + (out - args.out), args.out_row, args.out_column, [](Floats& v, const float* p) S2AP_TARGET S2AP_LAMBDA {
+        Floats at;
+        load_floats(at, p);
+        v = at <= 0 ? Floats{} : v;
+      });
     }
-    S2AP_ALL for (int r = 0; r < rows; ++r) {
-      S2AP_ALL for (int c = 0; c < columns; ++c) store_floats(out + r * args.out_row + c * args.out_column, sum[r][c]);
-    }
+    for_each_vector(sum, out, args.out_row, args.out_column,
+                    [&](Floats& v, float* p) S2AP_TARGET S2AP_LAMBDA { store_result(p, v, args.streams); });
+    out += args.out_channel;
   }
+}
+
+template <int step, int rows, int columns>
+S2AP_TARGET void tile(const TileArgs& given) {
+  const TileArgs args = given;  // a copy that the stores cannot change, in the eyes of the compiler
+  args.ends ? tile_of<step, rows, columns, true>(args) : tile_of<step, rows, columns, false>(args);
 }
 
 // The first `count` floats of a vector, 1 <= count <= kFloats; the others are 0, or stay. (AVX2's masked stores are slow on some machines.)
@@ -186,16 +228,15 @@ S2AP_TARGET void products(const ProductArgs& given) {
     if (offset == end) continue;
     ask_for_tile<rows, columns>(gradient + kChannelsAhead * args.channel, args.row, args.column);
     Floats g[rows][columns];
-    S2AP_ALL for (int r = 0; r < rows; ++r) {
-      S2AP_ALL for (int c = 0; c < columns; ++c) load_floats(g[r][c], gradient + r * args.row + c * args.column);
-    }
+    for_each_vector(g, gradient, args.row, args.column, [](Floats& v, const float* p) S2AP_TARGET S2AP_LAMBDA { load_floats(v, p); });
     for (; offset < end; ++offset) {
-      const float* const x = args.in + *offset;
+      const float* x = args.in + *offset;
       Floats sum[2] = {};  // two, so that products wait less for each other
-      S2AP_ALL for (int r = 0; r < rows; ++r) {
+      S2AP_ALL for (int r = 0; r < rows; ++r, x += args.in_row) {
+        hide(x);
         S2AP_ALL for (int c = 0; c < columns; ++c) {
           Floats at;
-          load_floats(at, x + r * args.in_row + c * kFloats);
+          load_floats(at, x + c * kFloats);
           add_product(sum[c % 2], g[r][c], at);
         }
       }

@@ -23,7 +23,8 @@ using torch::headeronly::ScalarType;
 inline Machine torch_machine() {
   return {best_isa(), static_cast<int>(torch::stable::get_num_threads()), [](int threads, void (*work)(void*), void* context) {
             torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(context); });
-          }};
+          },
+          last_cache()};
 }
 
 // Whether torch rounds a + alpha * b once. That depends on the machine and on ATEN_CPU_CAPABILITY, so it is asked.

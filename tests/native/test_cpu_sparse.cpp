@@ -86,15 +86,17 @@ struct Stored {
   }
 };
 
-// The same in blocks.
+// The same in blocks, so many floats after an address that lines of the caches begin at.
 struct Blocked {
   std::vector<float> memory;
   Blocks<float> blocks;
 
-  Blocked(const Tensor& t, int64_t halo, int64_t lanes) {
+  Blocked(const Tensor& t, int64_t halo, int64_t lanes, int64_t shift = 0) {
+    constexpr int64_t kLine = 64 / sizeof(float);
     blocks = {nullptr, (t.n + lanes - 1) / lanes, t.c, t.h, t.w, halo, lanes};
-    memory.resize(blocks.count * t.c * blocks.channel());
-    blocks.data = memory.data();
+    memory.resize(blocks.count * t.c * blocks.channel() + kLine + shift);
+    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float)) % kLine;
+    blocks.data = memory.data() + (kLine - past) % kLine + shift;
     each(t, [&](int64_t flat, float& place) { place = t.values[flat]; });
   }
   Blocks<const float> input() const {
@@ -265,26 +267,41 @@ void test_blocks(const Problem& p, Isa isa, bool with_epilogue, const std::vecto
   const Tensor gate = random(p.in.n, p.in.c, p.in.h, p.in.w, 6);
   const Blocked in(p.in, halo, width), grad(p.out, halo, width), residual(other, halo, width), in_residual(before, halo, width),
       in_gate(gate, halo, width);
-  for (int threads : kThreads) {
-    Blocked out(p.out, halo, width), grad_in(p.in, halo, width);
-    Epilogue<Blocks<const float>> after, after_grad;
-    if (with_epilogue) {
-      after = {p.bias.data(), residual.input(), true, {}};
-      after_grad = {nullptr, in_residual.input(), false, in_gate.input()};
-    }
-    sparse_conv(machine(isa, threads), p.shape, p.forward(), in.input(), after, out.blocks);
-    sparse_conv_input_grad(machine(isa, threads), p.shape, p.backward(), grad.input(), after_grad, grad_in.blocks);
-    std::vector<double> expected = forward, expected_in = backward;
-    if (with_epilogue) {
-      epilogue(expected, p.out, p.bias.data(), &other, true, nullptr);
-      epilogue(expected_in, p.in, nullptr, &before, false, &gate);
-    }
-    expect_close(out.read(p.out), expected, 1e-4, "blocks, forward");
-    expect_close(grad_in.read(p.in), expected_in, 1e-4, "blocks, gradient");
-    if (p.c.batch % width == 0) {  // all that is not inside is still 0
-      double inside = 0;
-      for (float v : out.read(p.out).values) inside += std::abs(v);
-      EXPECT(std::abs(inside - out.sum_of_magnitudes()) <= 1e-6 * (1 + inside), "something was written to the halo");
+  Tensor first_out, first_in;
+  struct Way {  // results past the caches, where they are at whole lines, or through them
+    int64_t last_cache, shift;
+  };
+  for (Way way : {Way{0, 0}, Way{1, 0}, Way{1, 1}}) {
+    for (int threads : kThreads) {
+      Blocked out(p.out, halo, width, way.shift), grad_in(p.in, halo, width, way.shift);
+      Epilogue<Blocks<const float>> after, after_grad;
+      if (with_epilogue) {
+        after = {p.bias.data(), residual.input(), true, {}};
+        after_grad = {nullptr, in_residual.input(), false, in_gate.input()};
+      }
+      Machine m = machine(isa, threads);
+      m.last_cache = way.last_cache;
+      EXPECT(past_caches(m, in.input(), out.blocks) == (isa == Isa::kAvx512 && way.last_cache == 1 && way.shift == 0), "not the way to test");
+      sparse_conv(m, p.shape, p.forward(), in.input(), after, out.blocks);
+      sparse_conv_input_grad(m, p.shape, p.backward(), grad.input(), after_grad, grad_in.blocks);
+      std::vector<double> expected = forward, expected_in = backward;
+      if (with_epilogue) {
+        epilogue(expected, p.out, p.bias.data(), &other, true, nullptr);
+        epilogue(expected_in, p.in, nullptr, &before, false, &gate);
+      }
+      const Tensor got = out.read(p.out), got_in = grad_in.read(p.in);
+      expect_close(got, expected, 1e-4, "blocks, forward");
+      expect_close(got_in, expected_in, 1e-4, "blocks, gradient");
+      if (first_out.values.empty()) {
+        first_out = got;
+        first_in = got_in;
+      }
+      EXPECT(got.values == first_out.values && got_in.values == first_in.values, "the bits depend on threads or caches");
+      if (p.c.batch % width == 0) {  // all that is not inside is still 0
+        double inside = 0;
+        for (float v : got.values) inside += std::abs(v);
+        EXPECT(std::abs(inside - out.sum_of_magnitudes()) <= 1e-6 * (1 + inside), "something was written to the halo");
+      }
     }
   }
 }
