@@ -131,7 +131,7 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
         args.gate = place(epilogue.gate);
         args.relu = epilogue.relu;
         args.ends = true;
-        tile_in_runs(tile, size, args, entries, [](int64_t) {});
+        tile_in_runs(tile, size, args, entries, [](int64_t) { return Ahead{}; });
         return;
       }
     }
@@ -149,7 +149,7 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
       });
     }
     args.out = sums;
-    tile_in_runs(tile, size, args, entries, [](int64_t) {});
+    tile_in_runs(tile, size, args, entries, [](int64_t) { return Ahead{}; });
     for (int64_t row = args.first; row < args.last; ++row) {
       const float* const sum = sums + (row - args.first) * size;
       if (layout.by_images()) {

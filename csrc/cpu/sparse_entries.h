@@ -79,10 +79,10 @@ inline Range read_by_run(int64_t run, const Entries& entries, int64_t channels) 
   return {run * each, std::min(channels, (run + 1) * each)};
 }
 
-// A tile of `size` floats for each channel, run by run, before(run) coming before each. `args` has the first run's starts. Sums wait for the next
-// run where they lie close together; what follows them comes with the last run, which writes them to where they belong.
+// A tile of `size` floats for each channel, run by run; ahead(run): what to ask for during a run. `args` has the first run's starts. Sums wait
+// for the next run where they lie close together; what follows them comes with the last run, which writes them to where they belong.
 template <class F>
-void tile_in_runs(TileLoop tile, int64_t size, TileArgs args, const Entries& entries, const F& before) {
+void tile_in_runs(TileLoop tile, int64_t size, TileArgs args, const Entries& entries, const F& ahead) {
   const TileArgs last = args;
   if (args.ends && entries.runs > 1) {
     args.ends = false;
@@ -90,8 +90,8 @@ void tile_in_runs(TileLoop tile, int64_t size, TileArgs args, const Entries& ent
   }
   const float* const waiting = args.out;
   for (int64_t run = 0; run < entries.runs; ++run) {
-    before(run);
     if (run + 1 == entries.runs) args = last;
+    args.ahead = ahead(run);
     args.starts = last.starts + run * entries.rows;
     args.resumed = run > 0 ? waiting : nullptr;
     tile(args);

@@ -29,6 +29,22 @@ S2AP_INLINE void ask_for(const void* p) {
   asm volatile("");
 }
 
+// Inputs that will be needed: the lines at `offsets` from `first` on, those as far from `first + step`, and so on.
+struct Ahead {
+  const float* first = nullptr;
+  int64_t times = 0, step = 0;
+  const int32_t* offsets = nullptr;
+  int64_t lines = 0;
+
+  const float* end() const { return first + times * step; }
+  S2AP_INLINE void ask_from(const float* from) const {
+    for (int64_t i = 0; i < lines; ++i) ask_for(from + offsets[i]);
+  }
+  void ask() const {
+    for (const float* from = first; from < end(); from += step) ask_from(from);
+  }
+};
+
 constexpr int kWidest = 14;  // sums that 16 registers have room for, beside a value and an operand
 constexpr int kShort = 6;    // columns of a short row: sums enough to keep the machine busy
 
@@ -65,6 +81,7 @@ struct TileArgs {
   const int32_t* offsets;  // [entries]: how far the inputs of an entry are from `in`
   const float* values;     // [entries]
   int64_t first, last;     // output channels
+  Ahead ahead;             // asked for meanwhile, once for each output channel
   const float* resumed;    // where the sums start from, [channels][rows][columns][lanes]; null: from the bias
   const float* bias;       // [channels], or null
   bool ends;               // the sums are complete. If not, they go to `out` as they are, which is as `resumed`, and all below is left alone

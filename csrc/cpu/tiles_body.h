@@ -83,7 +83,12 @@ S2AP_TARGET S2AP_INLINE void tile_of(const TileArgs& args) {
   const float* value = args.values + *start;
   const float *bias = args.bias ? args.bias + args.first : nullptr, *resumed = args.resumed;
   float* out = args.out;
+  const float *ahead = args.ahead.first, *const ahead_end = args.ahead.end();
   while (start < last) {
+    if (ahead < ahead_end) {
+      args.ahead.ask_from(ahead);
+      ahead += args.ahead.step;
+    }
     if constexpr (ends) {
       const int64_t later = out - args.out + kChannelsAhead * args.out_channel;
       if (!args.streams) ask_for_tile<rows, columns>(args.out + later, args.out_row, args.out_column);
