@@ -44,13 +44,6 @@ inline int64_t last_cache() {
   return bytes;
 }
 
-// What was written past the caches is there for other threads before anything that is written later.
-inline void order_streams() {
-#ifdef S2AP_X86
-  __builtin_ia32_sfence();
-#endif
-}
-
 struct Machine {
   Isa isa;
   int threads;
@@ -58,6 +51,21 @@ struct Machine {
   void (*run)(int threads, void (*work)(void*), void* context);
   int64_t last_cache = 0;  // bytes; 0: not known
 };
+
+// Whether results are better written past the caches, given the floats that are read and written: where these do not fit the last-level cache
+// twice, results take the place of inputs that are still to be read, and every line of them is read from memory before it is written. Only
+// vectors that are whole lines are worth it.
+inline bool past_caches(const Machine& machine, int64_t floats) {
+  return machine.isa == Isa::kAvx512 && machine.last_cache > 0 && 2 * static_cast<int64_t>(sizeof(float)) * floats > machine.last_cache;
+}
+inline bool is_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
+// What was written past the caches is there for other threads before anything that is written later.
+inline void order_streams() {
+#ifdef S2AP_X86
+  __builtin_ia32_sfence();
+#endif
+}
 
 // Fewer elements than this are not worth waking a thread for.
 constexpr int64_t kElementsPerThread = 32768;

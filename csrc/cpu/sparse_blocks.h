@@ -65,15 +65,6 @@ class Window {
   Axis y_, x_;
 };
 
-// Whether results are better written past the caches: where these are too small for what is read and what is written, results would take the
-// place of inputs that are still to be read, and every line of them would be read from memory first.
-template <class T>
-bool past_caches(const Machine& machine, const Blocks<const float>& in, const Blocks<T>& out) {
-  const int64_t floats = in.count * in.channels * in.channel() + out.count * out.channels * out.channel();
-  const bool whole_lines = machine.isa == Isa::kAvx512 && reinterpret_cast<uintptr_t>(out.data) % 64 == 0;
-  return whole_lines && machine.last_cache > 0 && floats * static_cast<int64_t>(sizeof(float)) > machine.last_cache / 2;
-}
-
 // The outputs of several passes, which are each other's neighbours and read the same inputs: tile by tile they take turns, while both are in
 // the cache. What a kept weight reads is too short for the machine to foresee, so a tile, or a run of it, asks for the next one's inputs: few at
 // a time, for more than the machine can wait for would hold up the arithmetic.
@@ -88,7 +79,8 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
   const int64_t pairs = (tall + 1) / 2;  // of rows
   const int64_t pieces = std::clamp<int64_t>(machine.threads > 1 ? (8 * machine.threads + blocks - 1) / blocks : 1, 1, pairs);
   const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, count);
-  const bool streams = past_caches(machine, in, out);
+  const int64_t floats = in.count * in.channels * in.channel() + out.count * out.channels * out.channel();
+  const bool streams = past_caches(machine, floats) && is_line(out.data);
   const int32_t* const offsets = place(machine, shape, passes, entries, count, in.channel(),
                                        [&](int64_t dy, int64_t dx) { return dy * in.row() + dx * in.lanes; });
   const Tiling tiles(tall, wide, std::max(step_y, step_x));

@@ -105,6 +105,8 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
   const int64_t together = layout.together(), tasks = (layout.pieces() + together - 1) / together * shape.groups;
   const int64_t shares = std::clamp<int64_t>(machine.threads / tasks, 1, std::max<int64_t>(1, group_rows / 8));
   const int64_t work = work_of(shape.batch * all_y.outputs * all_x.outputs, rows, channels, count);
+  const bool whole_lines = is_line(out.data) && out.c % lanes == 0 && out.h % lanes == 0 && out.w % lanes == 0;
+  const bool streams = whole_lines && past_caches(machine, shape.activations());
 
   // One pass, at a tile of a packed piece.
   const auto run_tile = [&](const Pass& pass, const Layout::Piece& p, TileArgs args, int64_t tile_rows, int64_t tile_columns, int64_t ty,
@@ -131,6 +133,7 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
         args.gate = place(epilogue.gate);
         args.relu = epilogue.relu;
         args.ends = true;
+        args.streams = streams;
         tile_in_runs(tile, size, args, entries, [](int64_t) { return Ahead{}; });
         return;
       }
@@ -182,6 +185,7 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
     const int64_t share = task % shares, group = task / shares % shape.groups, begin = task / shares / shape.groups * together;
     const int64_t first = group * group_rows + group_rows * share / shares, last = group * group_rows + group_rows * (share + 1) / shares;
     for (int64_t i = begin; i < std::min(layout.pieces(), begin + together); ++i) run(layout.piece(i), group, first, last);
+    if (streams) order_streams();
   });
 }
 

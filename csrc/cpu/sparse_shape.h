@@ -13,6 +13,9 @@ struct ConvShape {
   int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
 
   int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t activations() const {  // elements that are read and written
+    return batch * (in_channels * in_size[0] * in_size[1] + out_channels * out_size[0] * out_size[1]);
+  }
   int64_t passes() const { return stride[0] * stride[1]; }  // of the gradient with respect to the input, one for each residue
 };
 

@@ -5,6 +5,9 @@
 #include "cpu/sparse_pattern.h"
 #include "cpu_cases.h"
 
+#include <new>
+#include <vector>
+
 namespace {
 
 using namespace s2ap;
@@ -55,9 +58,21 @@ Tensor random(int64_t n, int64_t c, int64_t h, int64_t w, uint32_t seed) {
 
 enum Order { kImagesFirst, kChannelsLast, kBatchInnermost };
 
+// Memory that begins with a line of the caches.
+template <class T>
+struct InLines {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  bool operator==(const InLines&) const { return true; }
+};
+template <class T>
+using Lines = std::vector<T, InLines<T>>;
+
 template <class T>
 struct Stored {
-  std::vector<T> memory;
+  Lines<T> memory;
   Images<T> images;
 
   Stored(const Tensor& t, Order order) : memory(t.values.size()) {
@@ -86,17 +101,15 @@ struct Stored {
   }
 };
 
-// The same in blocks, so many floats after an address that lines of the caches begin at.
+// The same in blocks, `shift` floats after the begin of a line.
 struct Blocked {
-  std::vector<float> memory;
+  Lines<float> memory;
   Blocks<float> blocks;
 
   Blocked(const Tensor& t, int64_t halo, int64_t lanes, int64_t shift = 0) {
-    constexpr int64_t kLine = 64 / sizeof(float);
     blocks = {nullptr, (t.n + lanes - 1) / lanes, t.c, t.h, t.w, halo, lanes};
-    memory.resize(blocks.count * t.c * blocks.channel() + kLine + shift);
-    const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float)) % kLine;
-    blocks.data = memory.data() + (kLine - past) % kLine + shift;
+    memory.resize(blocks.count * t.c * blocks.channel() + shift);
+    blocks.data = memory.data() + shift;
     each(t, [&](int64_t flat, float& place) { place = t.values[flat]; });
   }
   Blocks<const float> input() const {
@@ -243,8 +256,11 @@ void test_images(const Problem& p, Isa isa, Order order, bool with_epilogue, con
       after = {p.bias.data(), residual.input(), true, {}};
       after_grad = {nullptr, in_residual.input(), false, in_gate.input()};
     }
-    sparse_conv<float>(machine(isa, threads), p.shape, p.forward(), in.input(), after, out.images);
-    sparse_conv_input_grad<float>(machine(isa, threads), p.shape, p.backward(), grad.input(), after_grad, grad_in.images);
+    Machine m = machine(isa, threads);
+    m.last_cache = threads > 1;  // and so past the caches, where results are whole lines
+    EXPECT(past_caches(m, p.shape.activations()) == (isa == Isa::kAvx512 && threads > 1) && is_line(out.images.data), "not the way to test");
+    sparse_conv<float>(m, p.shape, p.forward(), in.input(), after, out.images);
+    sparse_conv_input_grad<float>(m, p.shape, p.backward(), grad.input(), after_grad, grad_in.images);
     std::vector<double> expected = forward, expected_in = backward;
     if (with_epilogue) {
       epilogue(expected, p.out, p.bias.data(), &other, true, nullptr);
@@ -281,7 +297,8 @@ void test_blocks(const Problem& p, Isa isa, bool with_epilogue, const std::vecto
       }
       Machine m = machine(isa, threads);
       m.last_cache = way.last_cache;
-      EXPECT(past_caches(m, in.input(), out.blocks) == (isa == Isa::kAvx512 && way.last_cache == 1 && way.shift == 0), "not the way to test");
+      EXPECT(past_caches(m, p.shape.activations()) == (isa == Isa::kAvx512 && way.last_cache == 1), "not the way to test");
+      EXPECT(is_line(out.blocks.data) == (way.shift == 0), "not where to test");
       sparse_conv(m, p.shape, p.forward(), in.input(), after, out.blocks);
       sparse_conv_input_grad(m, p.shape, p.backward(), grad.input(), after_grad, grad_in.blocks);
       std::vector<double> expected = forward, expected_in = backward;
