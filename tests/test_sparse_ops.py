@@ -1,6 +1,8 @@
 """The sparse convolutions against torch's dense ones, on images in every layout and on blocks. The C++ kernels have tests of their own in
 tests/native; what is shown here is that the ops, their checks and the fallback agree."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,3 +211,13 @@ def test_blocks_with_too_little_around_them_are_refused():
     blocks = reference.to_blocks(p.x, lanes(), 0)
     with pytest.raises(RuntimeError, match="halo: expected zeros as far as the kernel reaches, got 0"):
         OPS.sparse_conv(blocks, p.starts, p.columns, p.values, None, None, *p.convolution, 0, False, reference.to_blocks(p.y, lanes(), 0))
+
+
+@pytest.mark.skipif(backend().cpu != "C++", reason="the checks of the kernels")
+def test_blocks_that_are_too_large_for_offsets_are_refused():
+    one = torch.zeros(1, 1, 1, 1, lanes())  # of which all are views
+    size = math.isqrt(2**31 // (2 * lanes())) + 1
+    starts, columns, *_ = OPS.sparse_pattern(torch.ones(1, 2, 1, 1), None, *ONE)
+    large, out = one.expand(1, 2, size, size, -1), one.expand(1, 1, size, size, -1)
+    with pytest.raises(RuntimeError, match=r"input: expected fewer than 2\*\*31 elements in a group's channels of a block, got 21\d{8}"):
+        OPS.sparse_conv(large, starts, columns, torch.ones(2), None, None, *ONE, 0, False, out)

@@ -85,7 +85,7 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
                                        [&](int64_t dy, int64_t dx) { return dy * in.row() + dx * in.lanes; });
   const Tiling tiles(tall, wide, std::max(step_y, step_x));
   const Window window(passes);
-  const int64_t narrow = wide / tiles.across;                           // a tile has so many columns, or one more
+  const int64_t narrow = wide / tiles.across;                     // a tile has so many columns, or one more
   const int64_t channels_at_once = (channels + rows - 1) / rows;  // of the inputs, asked for with each output channel
   const auto lines = [&](bool topmost, int64_t width) { return window.lines(in, channels_at_once, topmost, tiles.tall, width); };
   const std::vector<int32_t> lines_of[2][2] = {{lines(false, narrow), lines(false, narrow + 1)}, {lines(true, narrow), lines(true, narrow + 1)}};

@@ -108,6 +108,8 @@ void by_layout(const Tensor& in, const char* name, const Tensor& out, const Mayb
   if (in.scalar_type() != ScalarType::Float || in.size(4) != lanes || out.size(4) != lanes) {
     fail(name, "float32 blocks of " + std::to_string(lanes) + " images", "others");
   }
+  const int64_t reached = in.size(1) / shape.groups * in.size(2) * in.size(3) * lanes;  // by an entry's offset
+  if (reached >= INT64_C(1) << 31) fail(name, "fewer than 2**31 elements in a group's channels of a block", std::to_string(reached));
   const auto check = [](const Tensor& t, const char* what) {
     if (!t.is_contiguous()) fail(what, "contiguous blocks", "strided ones");
   };
