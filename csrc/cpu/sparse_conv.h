@@ -108,6 +108,8 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
   const bool whole_lines = is_line(out.data) && out.c % lanes == 0 && out.h % lanes == 0 && out.w % lanes == 0;
   const bool streams = whole_lines && past_caches(machine, shape.activations());
 
+  const auto nothing_ahead = [](int64_t) { return Ahead{}; };  // a packed piece is in the second-level cache as it is
+
   // One pass, at a tile of a packed piece.
   const auto run_tile = [&](const Pass& pass, const Layout::Piece& p, TileArgs args, int64_t tile_rows, int64_t tile_columns, int64_t ty,
                             int64_t tx) {
@@ -134,7 +136,7 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
         args.relu = epilogue.relu;
         args.ends = true;
         args.streams = streams;
-        tile_in_runs(tile, size, args, entries, [](int64_t) { return Ahead{}; });
+        tile_in_runs(tile, size, args, entries, nothing_ahead);
         return;
       }
     }
@@ -152,7 +154,7 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
       });
     }
     args.out = sums;
-    tile_in_runs(tile, size, args, entries, [](int64_t) { return Ahead{}; });
+    tile_in_runs(tile, size, args, entries, nothing_ahead);
     for (int64_t row = args.first; row < args.last; ++row) {
       const float* const sum = sums + (row - args.first) * size;
       if (layout.by_images()) {

@@ -152,7 +152,8 @@ struct Problem {
   std::vector<float> weight;  // dense
   std::vector<int32_t> starts, columns, input_starts, input_columns, order;
   std::vector<float> values, input_values, bias;
-  Tensor in, out;  // out: some gradient there
+  Tensor in, out;              // out: some gradient there
+  Tensor other, before, gate;  // of an epilogue: added to outputs, added to inputs' gradients, and their gate
 
   explicit Problem(const Case& given) : c(given) {
     shape = {c.batch, c.in_channels, c.out_channels, c.groups, {}, {}, {}, {}, {}, {}};
@@ -166,6 +167,9 @@ struct Problem {
     }
     in = random(c.batch, c.in_channels, c.size[0], c.size[1], 1);
     out = random(c.batch, c.out_channels, shape.out_size[0], shape.out_size[1], 2);
+    other = random(out.n, out.c, out.h, out.w, 4);
+    before = random(in.n, in.c, in.h, in.w, 5);
+    gate = random(in.n, in.c, in.h, in.w, 6);
     weight_shape = {c.out_channels, c.in_channels / c.groups, shape.taps(), c.groups, shape.passes(), passes_of_taps(shape)};
     std::mt19937 generator(3);
     std::normal_distribution<float> normal;
@@ -243,29 +247,22 @@ void epilogue(std::vector<double>& result, const Tensor& like, const float* bias
   }
 }
 
-void test_images(const Problem& p, Isa isa, Order order, bool with_epilogue, const std::vector<double>& forward,
-                 const std::vector<double>& backward) {
-  const Tensor other = random(p.out.n, p.out.c, p.out.h, p.out.w, 4), before = random(p.in.n, p.in.c, p.in.h, p.in.w, 5);
-  const Tensor gate = random(p.in.n, p.in.c, p.in.h, p.in.w, 6);
-  const Stored<float> in(p.in, order), grad(p.out, order), residual(other, order), in_residual(before, order), in_gate(gate, order);
+void test_images(const Problem& p, Isa isa, Order order, bool with_epilogue, const std::vector<double>& expected,
+                 const std::vector<double>& expected_in) {
+  const Stored<float> in(p.in, order), grad(p.out, order), residual(p.other, order), in_residual(p.before, order), in_gate(p.gate, order);
+  Epilogue<Images<const float>> after, after_grad;
+  if (with_epilogue) {
+    after = {p.bias.data(), residual.input(), true, {}};
+    after_grad = {nullptr, in_residual.input(), false, in_gate.input()};
+  }
   Tensor first_out, first_in;
   for (int threads : kThreads) {
     Stored<float> out(p.out, order), grad_in(p.in, order);
-    Epilogue<Images<const float>> after, after_grad;
-    if (with_epilogue) {
-      after = {p.bias.data(), residual.input(), true, {}};
-      after_grad = {nullptr, in_residual.input(), false, in_gate.input()};
-    }
     Machine m = machine(isa, threads);
     m.last_cache = threads > 1;  // and so past the caches, where results are whole lines
     EXPECT(past_caches(m, p.shape.activations()) == (isa == Isa::kAvx512 && threads > 1) && is_line(out.images.data), "not the way to test");
     sparse_conv<float>(m, p.shape, p.forward(), in.input(), after, out.images);
     sparse_conv_input_grad<float>(m, p.shape, p.backward(), grad.input(), after_grad, grad_in.images);
-    std::vector<double> expected = forward, expected_in = backward;
-    if (with_epilogue) {
-      epilogue(expected, p.out, p.bias.data(), &other, true, nullptr);
-      epilogue(expected_in, p.in, nullptr, &before, false, &gate);
-    }
     const Tensor got = out.read(p.out), got_in = grad_in.read(p.in);
     expect_close(got, expected, 1e-4, "images, forward");
     expect_close(got_in, expected_in, 1e-4, "images, gradient");
@@ -277,12 +274,16 @@ void test_images(const Problem& p, Isa isa, Order order, bool with_epilogue, con
   }
 }
 
-void test_blocks(const Problem& p, Isa isa, bool with_epilogue, const std::vector<double>& forward, const std::vector<double>& backward) {
+void test_blocks(const Problem& p, Isa isa, bool with_epilogue, const std::vector<double>& expected,
+                 const std::vector<double>& expected_in) {
   const int64_t halo = reach(p), width = lanes(isa);
-  const Tensor other = random(p.out.n, p.out.c, p.out.h, p.out.w, 4), before = random(p.in.n, p.in.c, p.in.h, p.in.w, 5);
-  const Tensor gate = random(p.in.n, p.in.c, p.in.h, p.in.w, 6);
-  const Blocked in(p.in, halo, width), grad(p.out, halo, width), residual(other, halo, width), in_residual(before, halo, width),
-      in_gate(gate, halo, width);
+  const Blocked in(p.in, halo, width), grad(p.out, halo, width), residual(p.other, halo, width), in_residual(p.before, halo, width),
+      in_gate(p.gate, halo, width);
+  Epilogue<Blocks<const float>> after, after_grad;
+  if (with_epilogue) {
+    after = {p.bias.data(), residual.input(), true, {}};
+    after_grad = {nullptr, in_residual.input(), false, in_gate.input()};
+  }
   Tensor first_out, first_in;
   struct Way {  // results past the caches, where they are at whole lines, or through them
     int64_t last_cache, shift;
@@ -290,22 +291,12 @@ void test_blocks(const Problem& p, Isa isa, bool with_epilogue, const std::vecto
   for (Way way : {Way{0, 0}, Way{1, 0}, Way{1, 1}}) {
     for (int threads : kThreads) {
       Blocked out(p.out, halo, width, way.shift), grad_in(p.in, halo, width, way.shift);
-      Epilogue<Blocks<const float>> after, after_grad;
-      if (with_epilogue) {
-        after = {p.bias.data(), residual.input(), true, {}};
-        after_grad = {nullptr, in_residual.input(), false, in_gate.input()};
-      }
       Machine m = machine(isa, threads);
       m.last_cache = way.last_cache;
       EXPECT(past_caches(m, p.shape.activations()) == (isa == Isa::kAvx512 && way.last_cache == 1), "not the way to test");
       EXPECT(is_line(out.blocks.data) == (way.shift == 0), "not where to test");
       sparse_conv(m, p.shape, p.forward(), in.input(), after, out.blocks);
       sparse_conv_input_grad(m, p.shape, p.backward(), grad.input(), after_grad, grad_in.blocks);
-      std::vector<double> expected = forward, expected_in = backward;
-      if (with_epilogue) {
-        epilogue(expected, p.out, p.bias.data(), &other, true, nullptr);
-        epilogue(expected_in, p.in, nullptr, &before, false, &gate);
-      }
       const Tensor got = out.read(p.out), got_in = grad_in.read(p.in);
       expect_close(got, expected, 1e-4, "blocks, forward");
       expect_close(got_in, expected_in, 1e-4, "blocks, gradient");
@@ -358,13 +349,18 @@ int main() {
       backward[i] += double{p.out.values[o]} * p.weight[w];
       weight_grad[w] += double{p.out.values[o]} * p.in.values[i];
     });
+    std::vector<double> finished = forward, finished_in = backward;
+    epilogue(finished, p.out, p.bias.data(), &p.other, true, nullptr);
+    epilogue(finished_in, p.in, nullptr, &p.before, false, &p.gate);
     for (Isa isa : cases::instruction_sets()) {
       for (Order order : {kImagesFirst, kChannelsLast, kBatchInnermost}) {
-        for (bool with_epilogue : {false, true}) test_images(p, isa, order, with_epilogue, forward, backward);
+        test_images(p, isa, order, false, forward, backward);
+        test_images(p, isa, order, true, finished, finished_in);
         test_weight_grad(p, isa, order, weight_grad);
       }
       if (c.stride[0] <= 2 && c.stride[1] <= 2) {
-        for (bool with_epilogue : {false, true}) test_blocks(p, isa, with_epilogue, forward, backward);
+        test_blocks(p, isa, false, forward, backward);
+        test_blocks(p, isa, true, finished, finished_in);
       }
       test_half(p, isa, forward);
     }
