@@ -1,0 +1,137 @@
+"""Parts that are chosen by name: methods, losses, models, data, attacks, allocations, ascents.
+
+A part is a class that derives from the base class of its kind and is registered under a name. What can be set about it is a frozen
+dataclass called ``Settings`` inside it, so a part owns its options, their defaults, ranges and meanings::
+
+    @register("trades")
+    class Trades(Loss):
+        @dataclass(frozen=True)
+        class Settings:
+            beta: float = key(6.0, "weight of the robust term", low=0)
+
+    make("loss", "trades", beta=3.0).settings.beta
+
+The parts of this package are found by their files: each kind has a package, and importing it imports all its modules. A part from
+elsewhere is registered when its module is imported: by the user's own program, by ``plugins = ["my_module"]`` in a recipe, or by an entry
+point of the group ``s2ap_ext.parts`` in an installed package.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from .settings import check, nearest, read
+
+P = TypeVar("P", bound="type[Part]")
+
+# Where the parts of this package are, by kind.
+PACKAGES = {
+    "allocation": "s2ap_ext.allocations",
+    "ascent": "s2ap_ext.optim.ascents",
+    "attack": "s2ap_ext.attacks",
+    "data": "s2ap_ext.data",
+    "loss": "s2ap_ext.losses",
+    "method": "s2ap_ext.methods",
+    "model": "s2ap_ext.models",
+}
+ENTRY_POINTS = "s2ap_ext.parts"
+
+_registered: dict[tuple[str, str], type[Part]] = {}
+
+
+class Part:
+    """What all parts share. The base class of a kind sets ``kind``; :func:`register` sets ``name``.
+
+    Args:
+        settings: an object of the part's ``Settings``; None makes one from ``options``.
+        options: the settings by name.
+
+    Raises:
+        ValueError: an unknown option, or a value outside its range.
+    """
+
+    kind: ClassVar[str]
+    name: ClassVar[str] = ""
+
+    @dataclass(frozen=True)
+    class Settings:
+        """Nothing can be set."""
+
+    def __init__(self, settings: Any = None, **options: Any) -> None:
+        where = f"{self.kind} {self.name or type(self).__name__}"
+        self.settings = check(read(type(self).Settings, options, where) if settings is None else settings, where)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.settings})"
+
+
+def register(name: str) -> Callable[[P], P]:
+    """A class decorator that makes a part known as ``name`` among the parts of its kind.
+
+    Raises:
+        TypeError: the class does not derive from the base class of a kind.
+        ValueError: another class of this kind is registered under that name.
+    """
+
+    def decorate(cls: P) -> P:
+        kind = getattr(cls, "kind", None)
+        if not issubclass(cls, Part) or kind is None:
+            raise TypeError(f"{cls.__name__}: expected a class that derives from the base class of a kind, such as s2ap_ext.methods.Method")
+        known = _registered.get((kind, name))
+        # The same class again, from a module that was imported anew, takes the place of the old one.
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{kind} {name}: {cls.__qualname__} cannot take a name that {known.__module__}.{known.__qualname__} has")
+        cls.name = name
+        _registered[kind, name] = cls
+        return cls
+
+    return decorate
+
+
+def find(kind: str, name: str) -> type[Part]:
+    """The class of the part called ``name``; raises ValueError with the known names, and the nearest one, if there is none."""
+    _load(kind)
+    try:
+        return _registered[kind, name]
+    except KeyError:
+        known = names(kind)
+        raise ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}") from None
+
+
+def make(kind: str, name: str, **options: Any) -> Part:
+    """The part called ``name`` with its options; errors as in :func:`find` and :class:`Part`."""
+    return find(kind, name)(**options)
+
+
+def names(kind: str) -> list[str]:
+    """The names of all parts of ``kind``, sorted."""
+    _load(kind)
+    return sorted(name for k, name in _registered if k == kind)
+
+
+def import_all(package: str, path: list[str]) -> None:
+    """Imports every module of a package, so that each part in it registers itself: what the ``__init__`` of a kind's package calls."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")
+
+
+@functools.cache
+def _load(kind: str) -> None:
+    """Imports what may hold parts of ``kind``: the package's own, and those of installed packages."""
+    importlib.import_module(PACKAGES[kind])
+    _load_entry_points()
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            entry.load()
+        except Exception as error:  # whatever a foreign module raises when it is imported
+            raise ImportError(f"{ENTRY_POINTS}: {entry.name} = {entry.value} cannot be loaded ({error})") from error

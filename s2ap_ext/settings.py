@@ -1,0 +1,121 @@
+"""Settings: frozen dataclasses whose fields say what they mean and which values they take.
+
+A field is declared with :func:`key`. :func:`check` validates the values of a finished object, :func:`read` fills a class from a table
+(parsed TOML or JSON), and :func:`read_text` reads one value from the command line. Every error names the key, what was expected and
+what came.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import typing
+from collections.abc import Iterable
+from dataclasses import field, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+
+
+def key(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, choices: Iterable[str] = ()) -> Any:
+    """One field of a settings class: its default, what it means, and the values it may take.
+
+    Args:
+        default: of the type that the field is annotated with: bool, int, float or str.
+        help: the meaning, in words that a help page shows.
+        low, high: the smallest and the largest number allowed.
+        choices: the texts allowed; none means any.
+    """
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": tuple(choices)})
+
+
+def types_of(cls: type) -> dict[str, type]:
+    """The types of the fields of ``cls`` by name."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def check(settings: T, where: str) -> T:
+    """Returns ``settings``, each value as its key's type; raises ValueError naming ``where`` and the first key whose value does not fit."""
+    for name in types_of(type(settings)):
+        object.__setattr__(settings, name, value_of(type(settings), name, getattr(settings, name), f"{where}: {name}"))
+    return settings
+
+
+def read(cls: type[T], table: dict[str, Any], where: str) -> T:
+    """The settings class ``cls`` filled from ``table``.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), or a value that does not fit; the message starts with ``where``.
+    """
+    known = types_of(cls)
+    for name in table:
+        if name not in known:
+            raise ValueError(f"{where}: unknown key {name}{nearest(name, known)}; it takes {', '.join(known) or 'none'}")
+    return cls(**{name: value_of(cls, name, value, f"{where}: {name}") for name, value in table.items()})
+
+
+def read_text(cls: type, name: str, text: str, where: str) -> Any:
+    """The value that ``text`` from the command line stands for, as the type of key ``name`` of ``cls``; errors as in :func:`value_of`."""
+    kind = types_of(cls)[name]
+    value: Any = text
+    if kind is bool:
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    elif kind is int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = text
+    return value_of(cls, name, value, where)
+
+
+def value_of(cls: type, name: str, value: Any, where: str) -> Any:
+    """``value`` as the type of key ``name`` of ``cls``; numbers may be fractions such as ``"8/255"``.
+
+    Raises:
+        ValueError: a value of another type or outside its range; the message starts with ``where``.
+    """
+    kind = types_of(cls)[name]
+    allowed = next(f for f in fields(cls) if f.name == name).metadata
+    got = value
+    if kind is float and isinstance(value, (str, int)) and not isinstance(value, bool):
+        value = _number(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{where}: expected {WORDS[kind]}, got {_shown(got)}")
+    if allowed["choices"] and value not in allowed["choices"]:
+        raise ValueError(f"{where}: expected one of {', '.join(allowed['choices'])}, got {_shown(got)}{nearest(value, allowed['choices'])}")
+    if kind in (int, float) and not allowed["low"] <= value <= allowed["high"]:
+        bound = f">= {allowed['low']:g}" if math.isinf(allowed["high"]) else f"in [{allowed['low']:g}, {allowed['high']:g}]"
+        raise ValueError(f"{where}: expected {WORDS[kind]} {bound}, got {_shown(got)}")
+    return value
+
+
+def explained(cls: type, name: str) -> str:
+    """The meaning of key ``name`` of ``cls`` with the values that it may take and its default, in one line."""
+    about = next(f for f in fields(cls) if f.name == name)
+    shown = f"{about.default:.4g}" if isinstance(about.default, float) else str(about.default).lower() or "empty"
+    choices = f": {', '.join(about.metadata['choices'])}" if about.metadata["choices"] else ""
+    return f"{about.metadata['help']}{choices} [{shown}]"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean a or b?"`` for the known names that look like ``name``, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _number(value: str | int) -> float | str:
+    """A float from an integer, a number in text, or a fraction such as ``"8/255"``; the text itself if it is none."""
+    numerator, slash, denominator = str(value).partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return str(value)
+
+
+def _shown(value: Any) -> str:
+    """``value`` for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
