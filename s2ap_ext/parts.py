@@ -22,6 +22,7 @@ import functools
 import importlib
 import importlib.metadata
 import pkgutil
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -58,6 +59,7 @@ class Part:
 
     kind: ClassVar[str]
     name: ClassVar[str] = ""
+    pattern: ClassVar[str] = ""
 
     @dataclass(frozen=True)
     class Settings:
@@ -71,8 +73,13 @@ class Part:
         return f"{type(self).__name__}({self.settings})"
 
 
-def register(name: str) -> Callable[[P], P]:
+def register(name: str, *, pattern: str = "") -> Callable[[P], P]:
     """A class decorator that makes a part known as ``name`` among the parts of its kind.
+
+    Args:
+        name: what recipes and :func:`find` call the part.
+        pattern: a regular expression for a whole family of names, such as those of the sets on a hub. A name that matches it and is not
+            registered itself finds this class too, as a subclass whose ``name`` is that name; ``name`` then only describes the family.
 
     Raises:
         TypeError: the class does not derive from the base class of a kind.
@@ -87,7 +94,7 @@ def register(name: str) -> Callable[[P], P]:
         # The same class again, from a module that was imported anew, takes the place of the old one.
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"{kind} {name}: {cls.__qualname__} cannot take a name that {known.__module__}.{known.__qualname__} has")
-        cls.name = name
+        cls.name, cls.pattern = name, pattern
         _registered[kind, name] = cls
         return cls
 
@@ -96,12 +103,14 @@ def register(name: str) -> Callable[[P], P]:
 
 def find(kind: str, name: str) -> type[Part]:
     """The class of the part called ``name``; raises ValueError with the known names, and the nearest one, if there is none."""
-    _load(kind)
-    try:
+    known = names(kind)
+    parts = [_registered[kind, k] for k in known]
+    if name in known and not _registered[kind, name].pattern:
         return _registered[kind, name]
-    except KeyError:
-        known = names(kind)
-        raise ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}") from None
+    for part in parts:
+        if part.pattern and re.fullmatch(part.pattern, name):
+            return _of_family(part, name)
+    raise ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
 
 
 def make(kind: str, name: str, **options: Any) -> Part:
@@ -119,6 +128,11 @@ def import_all(package: str, path: list[str]) -> None:
     """Imports every module of a package, so that each part in it registers itself: what the ``__init__`` of a kind's package calls."""
     for module in pkgutil.iter_modules(path):
         importlib.import_module(f"{package}.{module.name}")
+
+
+@functools.cache
+def _of_family(part: type[Part], name: str) -> type[Part]:
+    return type(part.__name__, (part,), {"name": name, "__module__": part.__module__, "__doc__": part.__doc__})
 
 
 @functools.cache
