@@ -42,7 +42,7 @@ def test_memory_of_a_step(side_by_side, quick, device, defer_grads):
     for _ in range(3):
         step()
     scores = sum(layer.scores.numel() * layer.scores.element_size() for layer in layers)
-    masked = sum(layer._masked.numel() * layer._masked.element_size() for layer in layers)
+    masked = sum(layer.mask_state.memory.numel() * layer.mask_state.memory.element_size() for layer in layers)
     extra = peak_extra_bytes(step, device)
     side_by_side({f"S2AP step, defer_grads={defer_grads}": step}, rounds=5, what=f"memory of an S2AP step, defer_grads={defer_grads}")
     ROWS[-1]["note"] = (

@@ -122,7 +122,7 @@ def _layer(conv, x, grad, quick):
         layer(a).backward(grad)
 
     both()
-    assert quick or layer._selection.entries is not None  # it runs on the kept weights
+    assert quick or layer.mask_state.selection.entries is not None  # it runs on the kept weights
     return both
 
 

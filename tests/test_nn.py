@@ -106,6 +106,47 @@ def test_plain_training_with_a_torch_optimizer(net):
         assert torch.equal(layer.mask, oracle_mask(layer.scores, int(layer.kept)))
 
 
+@pytest.mark.parametrize("train", [train_scores, train_weights])
+def test_listeners_get_the_gradient_of_the_masked_weight(net, train):
+    train(net)
+    seen = []
+    first = net[3].mask_state.listen(lambda scores, grad: seen.append(("first", scores, grad)))
+    net[3].mask_state.listen(lambda scores, grad: seen.append(("second", scores, grad)))
+    y = torch.tensor([0, 1, 2, 3])
+    F.cross_entropy(net(images()), y).backward()
+    masked = net[3].masked_weight.detach().requires_grad_()
+    twin = densify(copy.deepcopy(net))
+    twin[1].running_mean.zero_()
+    hidden = F.relu(twin[1](twin[0](images())))
+    F.cross_entropy(twin[4:](F.conv2d(hidden, masked, twin[3].bias, groups=2)), y).backward()
+    assert [name for name, *_ in seen] == ["first", "second"]
+    for _, scores, grad in seen:
+        assert scores is net[3].scores
+        torch.testing.assert_close(grad, masked.grad)
+    assert (net[3].scores.grad is None) is (train is train_weights)
+    first.remove()
+    F.cross_entropy(net(images()), y).backward()
+    assert [name for name, *_ in seen[2:]] == ["second"]
+    copied = copy.deepcopy(net)
+    F.cross_entropy(copied(images()), y).backward()
+    assert len(seen) == 3  # listeners belong to the layer that they were given to
+
+
+def test_gradients_are_deferred_to_one_collector_only():
+    layer, collected = train_scores(S2APLinear(5, 4, sparsity=0.5)), []
+    with layer.mask_state.defer(lambda scores, grad: collected.append((scores, grad))):
+        with pytest.raises(RuntimeError, match="S2APLinear: the gradients are deferred already"):
+            layer.mask_state.defer(lambda scores, grad: None)
+        layer(torch.ones(3, 5)).sum().backward()
+    assert layer.scores.grad is None
+    ((scores, grad),) = collected
+    assert scores is layer.scores
+    assert torch.equal(grad, torch.full((4, 5), 3.0))
+    layer(torch.ones(3, 5)).sum().backward()
+    assert len(collected) == 1
+    assert torch.equal(layer.scores.grad, grad * layer.weight * layer.scores.sign())
+
+
 def test_sparsity_zero_and_one():
     torch.manual_seed(0)
     layer = S2APLinear(5, 4, sparsity=0.0)

@@ -56,8 +56,8 @@ def test_gradients_are_those_of_the_dense_layers(what):
     got = gradients(sparse)
     with dense_kernels():
         expected = gradients(dense)
-    assert sparse[0]._selection.entries is not None
-    assert dense[0]._selection.entries is None
+    assert sparse[0].mask_state.selection.entries is not None
+    assert dense[0].mask_state.selection.entries is None
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -104,6 +104,21 @@ def test_a_kept_weight_of_zero_trains():
     layer(torch.rand(16, 4, 6, 6)).square().sum().backward()
     assert layer.weight.grad[tuple(kept)] != 0
     assert not layer.weight.grad[~layer.mask].any()
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_sparse")
+@pytest.mark.parametrize("train", [train_scores, train_weights])
+def test_listeners_get_the_gradient_at_every_weight(train):
+    layer, seen, x = train(S2APConv2d(4, 4, 3, padding=1, sparsity=0.5)), [], torch.rand(16, 4, 6, 6)
+    layer.mask_state.listen(lambda scores, grad: seen.append(grad))
+    layer(x).square().sum().backward()
+    assert layer.mask_state.selection.entries is not None
+    masked = layer.masked_weight.detach().requires_grad_()
+    F.conv2d(x, masked, layer.bias, padding=1).square().sum().backward()
+    torch.testing.assert_close(seen, [masked.grad], rtol=1e-4, atol=1e-4)
+    if train is train_weights:
+        torch.testing.assert_close(layer.weight.grad, masked.grad * layer.mask, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels

@@ -14,8 +14,6 @@ from .._library import backend
 from ..nn import sparse_layers
 from .network import SparseNetwork, compile_model
 
-SELECTION = ("_selection", "_masked", "_move", "_collect")  # of pruned layers: what :meth:`SparseNetwork.is_current` looks at
-
 _enabled = contextvars.ContextVar("s2ap_ext.engine", default=True)
 
 # For each model what it looked like, with the size of the images, and the network compiled for it; None where there is none to use.
@@ -62,7 +60,7 @@ def _looks(model: nn.Module) -> list[tuple]:
 
 
 def _is_setting(name: str, value: object) -> bool:
-    return isinstance(value, (bool, int, float, str, tuple, type(None))) and name not in ("training", "_sparsity", *SELECTION)
+    return isinstance(value, (bool, int, float, str, tuple, type(None))) and name not in ("training", "_sparsity")
 
 
 def _applies(model: nn.Module, x: Tensor) -> bool:

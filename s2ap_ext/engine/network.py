@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as pruned_nn
-from ..nn.selection import Snapshot
+from ..nn.mask_state import Snapshot
 from .arena import Arenas
 from .choice import Layer, cheapest, in_blocks, lanes
 from .lowering import DensePart, Lowered, lower
@@ -273,8 +273,8 @@ def _described(t: Tensor) -> str:
 def _versions(model: nn.Module) -> list:
     """What tells whether a model has changed: its tensors' versions, and what the masks of its pruned layers were made from."""
     tensors = [t for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    layers = pruned_nn.sparse_layers(model).values()
-    return [*(None if t.is_inference() else Snapshot(t) for t in tensors), *((layer._selection, layer._move) for layer in layers)]
+    states = [layer.mask_state for layer in pruned_nn.sparse_layers(model).values()]
+    return [*(None if t.is_inference() else Snapshot(t) for t in tensors), *((state.selection, state.perturbation) for state in states)]
 
 
 def _same(before: Snapshot | tuple | None, now: Snapshot | tuple | None) -> bool:

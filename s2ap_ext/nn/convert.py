@@ -77,7 +77,7 @@ def sparsify(
             if same:
                 layer.scores, layer.kept = first.scores, first.kept
             parametrize.register_parametrization(module, name, layer)
-        layer._label = label
+        layer.mask_state.label = label
         if isinstance(weight, nn.Parameter):
             shared.setdefault(id(weight), layer)
     keep_layout(model)
