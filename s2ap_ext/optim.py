@@ -14,6 +14,7 @@ Learning-rate schedulers act on the base optimizer.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container
@@ -24,7 +25,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops
 from .nn.layers import Pruned, sparse_layers
-from .nn.selection import Move, ascend, check_scores, descend, select_stale, step
+from .nn.mask_state import Perturbation
+from .nn.selection import ascend, check_scores, descend, select_stale, step
 from .reference import FLIPS, score_grad
 
 __all__ = ["AWP", "S2AP"]
@@ -234,14 +236,13 @@ class S2AP(_Ascent):
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         self._seen = []
         layers = sparse_layers(self.model).values() if self.defer_grads else ()
-        for layer in layers:
-            layer._collect = self._defer
-        try:
-            return super().step(closure)
-        finally:
+        with contextlib.ExitStack() as deferring:
             for layer in layers:
-                layer._collect = None
-            self._deferred = {}
+                deferring.enter_context(layer.mask_state.defer(self._defer))
+            try:
+                return super().step(closure)
+            finally:
+                self._deferred = {}
 
     step.__doc__ = _Ascent.step.__doc__
 
@@ -264,7 +265,7 @@ class S2AP(_Ascent):
         for layer in sparse_layers(self.model).values():
             scores = layer.scores
             if scores in self._deferred and scores not in keep:
-                grad = score_grad(self._deferred.pop(scores), layer.weight, layer._position())
+                grad = score_grad(self._deferred.pop(scores), layer.weight, layer.mask_state.position(scores, layer.weight))
                 scores.grad = grad if scores.grad is None else scores.grad + grad
 
     def _move(self) -> None:
@@ -320,7 +321,7 @@ class S2AP(_Ascent):
                     calls.setdefault(kind, (group, deferred, []))[2].append(p)
         return list(calls.values())
 
-    def _fused_sgd(self, group: dict, deferred: bool, scores: list[nn.Parameter], moves: dict[Pruned, Move]) -> Tensor:
+    def _fused_sgd(self, group: dict, deferred: bool, scores: list[nn.Parameter], moves: dict[Pruned, Perturbation]) -> Tensor:
         """The step of torch's SGD on ``scores``, to the bit, and the selection there, in one call. Returns the number of mask flips."""
         # One layer for each parameter: the masks of layers that are tied to it are made when they are next used.
         first = {layer.scores: layer for layer in reversed(sparse_layers(self.model).values())}
@@ -337,7 +338,7 @@ class S2AP(_Ascent):
             **{name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov")},
         )
 
-    def _move_for_good(self, moves: dict[Pruned, Move]) -> dict[nn.Parameter, Tensor]:
+    def _move_for_good(self, moves: dict[Pruned, Perturbation]) -> dict[nn.Parameter, Tensor]:
         """Writes ``s + z`` into the scores; returns what that added."""
         added = {}
         for layer, move in moves.items():
