@@ -1,6 +1,7 @@
 """Layers that train on their kept weights alone: the same gradients as dense ones, in their own memory layout."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -138,6 +139,30 @@ def test_places_are_listed_once_for_a_mask_and_values_follow_the_weights(monkeyp
     torch.testing.assert_close(layer(x).detach(), layer(x).detach())
     with torch.no_grad():
         torch.testing.assert_close(layer(x.requires_grad_()), F.conv2d(x, layer.masked_weight, layer.bias))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_sparse")
+def test_threads_that_train_on_the_same_layer():
+    layer, x, barrier, found = train_weights(S2APConv2d(4, 4, 3, sparsity=0.5)), torch.rand(16, 4, 6, 6), threading.Barrier(4), []
+    weights = [torch.randn_like(layer.weight) for _ in range(50)]
+
+    def work():
+        for weight in weights:
+            if barrier.wait() == 0:
+                with torch.no_grad():
+                    layer.weight.copy_(weight)
+            barrier.wait()
+            found.append((weight, layer(x).detach()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 200
+    for weight, y in found:
+        torch.testing.assert_close(y, F.conv2d(x, weight * layer.mask, layer.bias), rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels

@@ -13,6 +13,7 @@ from ..reference import Pattern
 from ..sparsity import check_sparsity, pattern_for
 from .layers import DENSE_TO_PRUNED, Pruned, PrunedWeight, S2APConv2d, S2APLinear, bake, refresh, sparse_layers
 from .layout import forget_layout, keep_layout
+from .mask_state import MaskGroup
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -63,6 +64,7 @@ def sparsify(
         raise ValueError("model: expected a layer to prune (a convolution, linear or attention layer), found none")
     patterns = [_pattern(label, module, getattr(module, name), granularity, sparsity) for label, module, name in targets]
 
+    group = MaskGroup()
     shared: dict[int, Pruned] = {}  # the first layer of each weight
     for (label, module, name), pattern in zip(targets, patterns, strict=True):
         weight = getattr(module, name)
@@ -71,9 +73,9 @@ def sparsify(
         if type(module) in DENSE_TO_PRUNED:
             layer = module
             layer.__class__ = DENSE_TO_PRUNED[type(module)]
-            layer._start_pruning(sparsity, pattern, **same)
+            layer._start_pruning(sparsity, pattern, group=group, **same)
         else:
-            layer = PrunedWeight(weight, sparsity=sparsity, pattern=pattern)
+            layer = PrunedWeight(weight, sparsity=sparsity, pattern=pattern, group=group)
             if same:
                 layer.scores, layer.kept = first.scores, first.kept
             parametrize.register_parametrization(module, name, layer)

@@ -6,8 +6,9 @@ straight through the mask: ``dL/dscores = dL/d(w*m) * w * sign(scores)`` for eve
 
 **One selection per change.** A layer remembers its masked weight and selects anew only when ``scores``, ``weight`` or ``kept`` has
 changed, which it sees by autograd's version counters and the address of the data. The ten forwards of a PGD attack select
-nothing. Writes that bypass the counters (in place through ``.data`` or ``.numpy()``) cannot be seen: call
-``layer.invalidate()`` after them. Assigning a new tensor to ``.data`` is seen.
+nothing, and the first forward after a step selects for all layers of the model in one call. Writes that bypass the counters (in
+place through ``.data`` or ``.numpy()``) cannot be seen: call ``layer.invalidate()`` after them. Assigning a new tensor to ``.data``
+is seen. Any number of threads may call a model at once while nobody changes it.
 
 Under ``torch.compile`` the selection is part of the compiled graph and runs in every forward.
 """
@@ -25,8 +26,8 @@ from .. import ops
 from ..reference import CUT_COLUMNS, PLAIN, WEIGHT, Pattern, score_grad
 from ..sparsity import check_sparsity, kept_in_pattern, pattern_for, score_init
 from .convolution import Entries, convolution_of, pays, sparse_conv2d
-from .mask_state import MaskState, can_remember
-from .selection import mask_of, select_stale
+from .mask_state import MaskGroup, MaskState, Selection, can_remember
+from .selection import mask_of, select_stale, selection_of
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -62,14 +63,23 @@ class Pruned:
     mask_state: MaskState
 
     def _start_pruning(
-        self, sparsity: float, pattern: Pattern = PLAIN, scores: nn.Parameter | None = None, kept: Tensor | None = None
+        self,
+        sparsity: float,
+        pattern: Pattern = PLAIN,
+        scores: nn.Parameter | None = None,
+        kept: Tensor | None = None,
+        group: MaskGroup | None = None,
     ) -> None:
         self._sparsity = check_sparsity(sparsity)
-        self.mask_state = MaskState(type(self).__name__, pattern)  # sparsify labels it with the layer's name within the model
+        self._begin_mask(MaskState(type(self).__name__, pattern, group))  # sparsify labels it with the layer's name within the model
         self.scores = nn.Parameter(score_init(self.weight)) if scores is None else scores
         if kept is None:
             kept = torch.tensor(kept_in_pattern(pattern, self.weight.numel(), sparsity), device=self.weight.device)
         self.register_buffer("kept", kept)
+
+    def _begin_mask(self, state: MaskState) -> None:
+        self.mask_state = state
+        state.group.add(self)
 
     @property
     def sparsity(self) -> float:
@@ -86,8 +96,7 @@ class Pruned:
         """The mask in force, bool, of weight's shape. A fresh tensor is made for each selection."""
         if not can_remember(self):
             return self._select_functionally()[1]
-        select_stale([self])
-        return mask_of(self)
+        return mask_of(self, selection_of(self))
 
     @property
     def masked_weight(self) -> Tensor:
@@ -108,23 +117,21 @@ class Pruned:
         """Forgets the selection, after a change that autograd cannot see (in place through ``.data`` or ``.numpy()``)."""
         self.mask_state.selection = None
 
-    def _selects(self) -> bool:
-        """Makes the selection of the present scores, if there is not one already; False if a selection cannot be remembered here."""
-        if torch.compiler.is_compiling() or not can_remember(self):
-            return False
-        select_stale([self])
-        return True
-
     def _masked_weight(self) -> Tensor:
         """The masked weight as the forward uses it. It shares memory with the next selection's: use it and let it go."""
         scores, weight = self.scores, self.weight
-        masked, mask = (self.mask_state.selection.masked, None) if self._selects() else self._select_functionally()
+        made, mask = None, None
+        if torch.compiler.is_compiling() or not can_remember(self):
+            masked, mask = self._select_functionally()
+        else:
+            made = selection_of(self)
+            masked = made.masked
         if not (torch.is_grad_enabled() and (scores.requires_grad or weight.requires_grad)):
             return masked
         if not weight.requires_grad:
             mask = None  # not needed then
         elif mask is None:
-            mask = mask_of(self)
+            mask = mask_of(self, made)
         state = None if torch.compiler.is_compiling() else self.mask_state
         return _StraightThrough.apply(scores, weight, masked, mask, self.mask_state.perturbation, state)
 
@@ -148,11 +155,11 @@ class Pruned:
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.mask_state = self.mask_state.fresh()
+        self._begin_mask(self.mask_state.fresh(self.mask_state.group))
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
-        replica.mask_state = self.mask_state.fresh()
+        replica._begin_mask(self.mask_state.fresh())
         return replica
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
@@ -190,23 +197,22 @@ class S2APConv2d(Pruned, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         density = 1 - self._sparsity  # near enough; with learned counts too, since it only decides what is faster
-        if pays(self, input, density) and self._selects():
+        if pays(self, input, density) and can_remember(self):
             every_weight = self.scores.requires_grad or self.mask_state.has_listeners
             # Gradients at the kept weights alone need no mask: they are the weight's own.
             weight = self._masked_weight() if every_weight else self.weight
-            return sparse_conv2d(self, input, weight, self._entries(), every_weight=every_weight)
+            return sparse_conv2d(self, input, weight, self._entries(selection_of(self)), every_weight=every_weight)
         return self._conv_forward(input, self._masked_weight(), self.bias)
 
-    def _entries(self) -> Entries:
-        """Of the present selection, made once for each; only their values where only the weights have changed."""
-        made = self.mask_state.selection
+    def _entries(self, made: Selection) -> Entries:
+        """Of the layer's selection, made once for each; only their values where only the weights have changed."""
         if made.entries is None:
             earlier = made.same_mask  # read once: another thread may be here too
             with torch.no_grad():
                 if earlier is not None and earlier.entries is not None:
                     made.entries = earlier.entries.refreshed(made.masked)
                 else:  # where weights train, a kept one that happens to be 0 needs its gradient too
-                    made.entries = Entries.of(made.masked, mask_of(self) if self.weight.requires_grad else None, convolution_of(self))
+                    made.entries = Entries.of(made.masked, mask_of(self, made) if self.weight.requires_grad else None, convolution_of(self))
             made.same_mask = None
         return made.entries
 
@@ -253,10 +259,10 @@ class PrunedWeight(Pruned, nn.Module):
     :func:`sparsify` uses it where a subclass of a convolution or linear layer, or ``nn.MultiheadAttention``, reads its weight by name.
     """
 
-    def __init__(self, weight: Tensor, *, sparsity: float = 0.9, pattern: Pattern = PLAIN) -> None:
+    def __init__(self, weight: Tensor, *, sparsity: float = 0.9, pattern: Pattern = PLAIN, group: MaskGroup | None = None) -> None:
         super().__init__()
         self.__dict__["weight"] = weight  # the owner registers it; here it is only looked at
-        self._start_pruning(sparsity, pattern)
+        self._start_pruning(sparsity, pattern, group=group)
 
     def forward(self, weight: Tensor) -> Tensor:
         self.__dict__["weight"] = weight if weight.is_leaf else weight.detach()
@@ -274,7 +280,7 @@ def sparse_layers(model: nn.Module) -> dict[str, Pruned]:
 def refresh(layers: nn.Module | Iterable[Pruned]) -> None:
     """Brings the masked weights of all given layers up to date, in one fused call for those whose scores changed.
 
-    Layers do this by themselves, one by one, in their forward. At the start of a training step ``refresh(model)`` does it for all at once.
+    Layers do this by themselves in their forward, those that one :func:`sparsify` has made all at once.
 
     Args:
         layers: a model, or pruned layers.
@@ -296,6 +302,7 @@ def bake(layer, baked: dict | None = None):
         with torch.no_grad():
             baked[key] = nn.Parameter(layer.masked_weight, requires_grad=layer.weight.requires_grad)
     layer.weight = baked[key]
+    layer.mask_state.group.discard(layer)
     del layer.scores, layer.kept, layer.mask_state, layer._sparsity
     layer.__class__ = next(dense for dense, pruned in DENSE_TO_PRUNED.items() if isinstance(layer, pruned))
     return layer

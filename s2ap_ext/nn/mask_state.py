@@ -6,6 +6,7 @@ with it. Nothing here is part of a ``state_dict``, and a copy of a layer starts 
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -45,28 +46,39 @@ class Snapshot:
         return tensor._version == self.version and tensor.data_ptr() == self.alias.data_ptr()
 
 
+class Origin(NamedTuple):
+    """What a masked weight was made from."""
+
+    scores: Snapshot
+    weight: Snapshot
+    kept: Snapshot
+
+    @classmethod
+    def of(cls, layer: PrunedLayer) -> Origin:
+        return cls(Snapshot(layer.scores), Snapshot(layer.weight), Snapshot(layer.kept))
+
+    def matches(self, layer: PrunedLayer) -> bool:
+        """Whether the layer's tensors are still what they were."""
+        return self.mask_matches(layer) and self.weight.matches(layer.weight)
+
+    def mask_matches(self, layer: PrunedLayer) -> bool:
+        """Whether those that the mask depends on are."""
+        return self.scores.matches(layer.scores) and self.kept.matches(layer.kept)
+
+
 class Selection:
-    """A finished selection: the masked weight, and what it was made from."""
+    """A finished selection. It is made whole before any other thread can see it."""
 
-    __slots__ = ("cut", "entries", "kept", "mask", "masked", "same_mask", "scores", "square", "weight")
+    __slots__ = ("cut", "entries", "mask", "masked", "origin", "same_mask", "square")
 
-    def __init__(
-        self, layer: PrunedLayer, masked: Tensor, cut: Tensor, *, mask: Tensor | None = None, square: Tensor | None = None
-    ) -> None:
-        self.scores, self.weight, self.kept = Snapshot(layer.scores), Snapshot(layer.weight), Snapshot(layer.kept)
-        self.masked = masked
+    def __init__(self, origin: Origin, masked: Tensor, cut: Tensor, *, mask: Tensor | None = None, square: Tensor | None = None) -> None:
+        self.origin = origin
+        self.masked = masked  # the masked weight
         self.cut = cut  # int64 [5], see reference.py
         self.mask = mask  # bool, made from the cut when it is first asked for
         self.square = square  # float64, the scores' sum of squares where update_select has returned it
         self.entries: Entries | None = None  # the kept weights as a list, made by convolutions that compute with it
         self.same_mask: Selection | None = None  # an earlier selection that may have entries with this mask
-
-    def matches(self, layer: PrunedLayer) -> bool:
-        """Whether it is the selection of what the layer's tensors hold now."""
-        return self.mask_matches(layer) and self.weight.matches(layer.weight)
-
-    def mask_matches(self, layer: PrunedLayer) -> bool:
-        return self.scores.matches(layer.scores) and self.kept.matches(layer.kept)
 
 
 class Perturbation(NamedTuple):
@@ -82,32 +94,57 @@ class Perturbation(NamedTuple):
         return perturbed(scores, score_grad(self.grad, weight, scores) if self.straight_through else self.grad, self.scale)
 
 
+class MaskGroup:
+    """The pruned layers of one model. When the first of them is found out of date, all of them are brought up to date in one call.
+
+    It knows its layers weakly, and a copy of it is empty: the copies of the layers enter it by themselves.
+    """
+
+    def __init__(self) -> None:
+        self._layers: weakref.WeakKeyDictionary[PrunedLayer, None] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple:
+        return MaskGroup, ()
+
+    def add(self, layer: PrunedLayer) -> None:
+        self._layers[layer] = None
+
+    def discard(self, layer: PrunedLayer) -> None:
+        self._layers.pop(layer, None)
+
+    def layers(self) -> list[PrunedLayer]:
+        """In the order that they came in."""
+        return [layer for reference in self._layers.keyrefs() if (layer := reference()) is not None]
+
+
 class MaskState:
     """The mask of one layer.
 
     Attributes:
         label: what errors call the layer.
         pattern: what the layer's ``kept`` counts.
+        group: the layers that are selected together with it; by default it is alone.
         memory: where selections write the masked weight, again and again; None before the first.
         selection: the last one; None where it is out of date for certain.
         perturbation: while the layer stands at ``s + z``, how it came there.
     """
 
-    def __init__(self, label: str, pattern: Pattern) -> None:
+    def __init__(self, label: str, pattern: Pattern, group: MaskGroup | None = None) -> None:
         self.label = label
         self.pattern = pattern
+        self.group = MaskGroup() if group is None else group
         self.memory: Tensor | None = None
         self.selection: Selection | None = None
         self.perturbation: Perturbation | None = None
         self._listeners: OrderedDict[int, Listener] = OrderedDict()
         self._collectors: OrderedDict[int, Listener] = OrderedDict()  # one at most
 
-    def fresh(self) -> MaskState:
-        """The state of a copy of the layer, which stands at its scores and has neither selected nor anybody who listens."""
-        return MaskState(self.label, self.pattern)
-
     def __reduce__(self) -> tuple:
-        return MaskState, (self.label, self.pattern)
+        return MaskState, (self.label, self.pattern, self.group)
+
+    def fresh(self, group: MaskGroup | None = None) -> MaskState:
+        """The state of a copy of the layer, which stands at its scores and has neither selected nor anybody who listens."""
+        return MaskState(self.label, self.pattern, group)
 
     def forget(self) -> None:
         """Lets go of the selection and of the memory for the next."""

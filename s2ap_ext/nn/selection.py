@@ -3,10 +3,16 @@
 A layer's :class:`~s2ap_ext.nn.mask_state.MaskState` tells when its selection is out of date, and where the layer stands: at its scores
 ``s``, or after :func:`ascend` at ``s + z``, which is never written. All functions here work on lists of layers and make one fused call
 for all of one device and dtype.
+
+**Threads.** Any number of threads may run the forwards of a model at once. Whoever finds a layer out of date selects under a lock, and
+who comes later finds it done. A selection appears in the layer when its memory is complete; that memory is written again only after
+scores, weight or ``kept`` have changed, and changing them during a forward is as wrong as it is for any other module.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -14,51 +20,39 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..reference import FLIPS, NANS, Pattern
-from .mask_state import Perturbation, PrunedLayer, Selection, can_remember
+from .mask_state import Origin, Perturbation, PrunedLayer, Selection, can_remember
+
+# Held while masked weights are written. There is one for all models, since they rarely select and never wait for each other while they do.
+_writing = threading.RLock()
 
 
-def select_stale(layers: Iterable[PrunedLayer]) -> None:
-    """Brings the masked weights of all layers up to date; those whose scores changed are selected anew.
-
-    Raises:
-        ValueError: NaN in the scores of a layer that is on the CPU.
-    """
-    stale = [layer for layer in layers if can_remember(layer) and is_stale(layer)]
-    if not stale:
-        return
-    # What is remembered outlives this call, so it must not be born as inference tensors.
-    with torch.inference_mode(False), torch.no_grad():
-        anew = []
-        for layer in stale:
-            made = layer.mask_state.selection
-            if made is not None and made.mask_matches(layer):
-                _reweight(layer, made)
-            else:
-                anew.append(layer)
-        for group in _groups(anew):
-            masked, cuts = ops.select(*_operands(group), patterns=_patterns(group), out=_memory(group))
-            if cuts.device.type == "cpu":
-                ops.check_finite(cuts, _labels(group))
-            for layer, out, cut in zip(group, masked, cuts, strict=True):
-                layer.mask_state.selection = Selection(layer, out, cut)
+def _renew_lock() -> None:
+    """In a forked process the thread that held the lock is gone, and what it was writing never appeared."""
+    global _writing
+    _writing = threading.RLock()
 
 
-def is_stale(layer: PrunedLayer) -> bool:
-    """Whether the layer's masked weight is out of date.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def selection_of(layer: PrunedLayer) -> Selection:
+    """The selection at the layer's present scores. If there is none, all layers of its group are brought up to date.
 
     Raises:
-        RuntimeError: it is, while the layer stands at perturbed scores.
+        ValueError: NaN in the scores of the layer, if it is on the CPU.
+        RuntimeError: the layer has changed between :func:`ascend` and :func:`descend`.
     """
-    state = layer.mask_state
-    stale = state.selection is None or not state.selection.matches(layer)
-    if stale and state.perturbation is not None:
-        raise RuntimeError(f"{state.label}: scores, weight or kept changed between ascend() and descend()")
-    return stale
-
-
-def mask_of(layer: PrunedLayer) -> Tensor:
-    """The mask of the layer's selection, bool, made when it is first asked for."""
     made = layer.mask_state.selection
+    if made is None or not made.origin.matches(layer):
+        with _writing:
+            select_stale([layer])
+            made = layer.mask_state.selection
+    return made
+
+
+def mask_of(layer: PrunedLayer, made: Selection) -> Tensor:
+    """The mask of the layer's selection ``made``, bool; it is kept there."""
     if made.mask is None:
         with torch.inference_mode(False), torch.no_grad():
             at = layer.mask_state.position(layer.scores, layer.weight)
@@ -66,12 +60,73 @@ def mask_of(layer: PrunedLayer) -> Tensor:
     return made.mask
 
 
+def select_stale(layers: Iterable[PrunedLayer]) -> None:
+    """Brings the masked weights of all layers up to date; those whose scores changed are selected anew.
+
+    So are the other layers in the groups of those that are out of date, as far as they fit into the same calls.
+
+    Raises:
+        ValueError: NaN in the scores of one of ``layers`` that is on the CPU. All others are up to date then.
+        RuntimeError: one of ``layers`` has changed between :func:`ascend` and :func:`descend`.
+    """
+    layers = [layer for layer in layers if can_remember(layer)]
+    if not any(_is_stale(layer) for layer in layers):
+        return
+    # What is remembered outlives this call, so it must not be born as inference tensors.
+    with _writing, torch.inference_mode(False), torch.no_grad():
+        stale = [layer for layer in layers if _is_stale(layer)]  # asked again: another thread may have been here first
+        kinds = {_kind(layer) for layer in stale}
+        groups = dict.fromkeys(layer.mask_state.group for layer in stale)
+        others = [layer for group in groups for layer in group.layers() if _can_join(layer) and _kind(layer) in kinds]
+        anew = []
+        for layer in dict.fromkeys(stale + others):
+            made = layer.mask_state.selection
+            if made is not None and made.origin.mask_matches(layer):
+                _reweight(layer, made)
+            else:
+                anew.append(layer)
+        with_nans: dict[PrunedLayer, Tensor] = {}
+        for together in _in_calls(anew):
+            with_nans |= _select(together)
+    asked = [layer for layer in stale if layer in with_nans]
+    if asked:
+        ops.check_finite(torch.stack([with_nans[layer] for layer in asked]), _labels(asked))
+
+
+def _is_stale(layer: PrunedLayer) -> bool:
+    state = layer.mask_state
+    stale = state.selection is None or not state.selection.origin.matches(layer)
+    if stale and state.perturbation is not None:
+        raise RuntimeError(f"{state.label}: scores, weight or kept changed between ascend() and descend()")
+    return stale
+
+
+def _can_join(layer: PrunedLayer) -> bool:
+    """Whether a layer that nobody has asked for is out of date and can be selected."""
+    return layer.mask_state.perturbation is None and can_remember(layer) and _is_stale(layer)
+
+
 def _reweight(layer: PrunedLayer, made: Selection) -> None:
     """Only the weights have changed since the selection was made: its mask stands."""
-    state, mask = layer.mask_state, mask_of(layer)
+    state, mask, origin = layer.mask_state, mask_of(layer, made), Origin.of(layer)
     state.memory = torch.where(mask, layer.weight, 0)
-    state.selection = Selection(layer, state.memory, made.cut, mask=mask, square=made.square)
-    state.selection.same_mask = made if made.entries is not None else made.same_mask
+    now = Selection(origin, state.memory, made.cut, mask=mask, square=made.square)
+    now.same_mask = made if made.entries is not None else made.same_mask
+    state.selection = now
+
+
+def _select(layers: Sequence[PrunedLayer]) -> dict[PrunedLayer, Tensor]:
+    """Selects in one call. Returns the cuts of layers with NaN on the CPU, which stay out of date."""
+    origins = [Origin.of(layer) for layer in layers]
+    masked, cuts = ops.select(*_operands(layers), patterns=_patterns(layers), out=_memory(layers))
+    nans = cuts[:, NANS].tolist() if cuts.device.type == "cpu" else [0] * len(layers)
+    found = {}
+    for layer, origin, out, cut, count in zip(layers, origins, masked, cuts, nans, strict=True):
+        if count:
+            found[layer] = cut
+        else:
+            layer.mask_state.selection = Selection(origin, out, cut)
+    return found
 
 
 @torch.no_grad()
@@ -92,33 +147,37 @@ def ascend(
     layers = list(layers)
     select_stale(layers)
     seen = []
-    for group in _groups(layers):
-        along = [grads[layer.scores] for layer in group]
-        scores, weights, kept = _operands(group)
-        squares = [layer.mask_state.selection.square for layer in group]
-        masked, cuts, scales = ops.perturb(
-            scores,
-            along,
-            weights,
-            kept,
-            torch.stack([layer.mask_state.selection.cut for layer in group]),
-            gamma=gamma,
-            eps=eps,
-            patterns=_patterns(group),
-            straight_through=straight_through,
-            squares=None if any(square is None for square in squares) else torch.stack(squares),
-            out=_memory(group),
-        )
-        for layer, out, cut, grad, scale in zip(group, masked, cuts, along, scales, strict=True):
-            state = layer.mask_state
-            state.perturbation = Perturbation(grad, scale, straight_through, state.selection.cut)
-            state.selection = Selection(layer, out, cut)
-        seen.append((_labels(group), cuts))
+    with _writing:
+        for together in _in_calls(layers):
+            seen.append((_labels(together), _ascend(together, grads, gamma=gamma, eps=eps, straight_through=straight_through)))
     for names, cuts in seen:
         if cuts.device.type == "cpu" and cuts[:, NANS].any():
             descend(layers)
             ops.check_finite(cuts, names)
     return seen
+
+
+def _ascend(layers: Sequence[PrunedLayer], grads: Mapping[nn.Parameter, Tensor], *, straight_through: bool, **sizes: float) -> Tensor:
+    """:func:`ascend` for layers of one device and dtype, in one call; the cuts at ``s + z``."""
+    along, origins = [grads[layer.scores] for layer in layers], [Origin.of(layer) for layer in layers]
+    cuts_now, squares = _cuts(layers), [layer.mask_state.selection.square for layer in layers]
+    scores, weights, kept = _operands(layers)
+    masked, cuts, scales = ops.perturb(
+        scores,
+        along,
+        weights,
+        kept,
+        cuts_now,
+        patterns=_patterns(layers),
+        straight_through=straight_through,
+        squares=None if any(square is None for square in squares) else torch.stack(squares),
+        out=_memory(layers),
+        **sizes,
+    )
+    for layer, origin, out, cut, grad, scale, now in zip(layers, origins, masked, cuts, along, scales, cuts_now, strict=True):
+        layer.mask_state.perturbation = Perturbation(grad, scale, straight_through, now)
+        layer.mask_state.selection = Selection(origin, out, cut)
+    return cuts
 
 
 def descend(layers: Iterable[PrunedLayer]) -> dict[PrunedLayer, Perturbation]:
@@ -143,39 +202,35 @@ def step(
         int64 scalar tensor: how many mask entries the step has flipped.
     """
     scores, weights, kept = _operands(layers)
-    at_scores = [layer.mask_state.selection for layer in layers] if moves is None else moves
+    cuts_now = _cuts(layers) if moves is None else torch.stack([move.cut for move in moves])
     ascent = None
     if moves is not None and how["straight_through"]:
         ascent = ([move.grad for move in moves], torch.stack([move.scale for move in moves]))
-    masked, cuts, squares = ops.update_select(
-        scores,
-        grads,
-        momentum_buffers,
-        weights,
-        kept,
-        torch.stack([selection.cut for selection in at_scores]),
-        patterns=_patterns(layers),
-        ascent=ascent,
-        out=_memory(layers),
-        **how,
-    )
-    for layer, out, cut, square in zip(layers, masked, cuts, squares, strict=True):
-        layer.mask_state.selection = Selection(layer, out, cut, square=square)
+    with _writing:
+        masked, cuts, squares = ops.update_select(
+            scores, grads, momentum_buffers, weights, kept, cuts_now, patterns=_patterns(layers), ascent=ascent, out=_memory(layers), **how
+        )
+        for layer, out, cut, square in zip(layers, masked, cuts, squares, strict=True):
+            layer.mask_state.selection = Selection(Origin.of(layer), out, cut, square=square)
     return cuts[:, FLIPS].sum()
 
 
 def check_scores(layers: Iterable[PrunedLayer]) -> None:
     """Raises ValueError naming the layers whose last selection met NaN. Waits for a CUDA device."""
-    for group in _groups(layer for layer in layers if layer.mask_state.selection is not None):
-        ops.check_finite(torch.stack([layer.mask_state.selection.cut for layer in group]), _labels(group))
+    for together in _in_calls(layer for layer in layers if layer.mask_state.selection is not None):
+        ops.check_finite(_cuts(together), _labels(together))
 
 
-def _groups(layers: Iterable[PrunedLayer]) -> list[list[PrunedLayer]]:
+def _kind(layer: PrunedLayer) -> tuple[torch.device, torch.dtype]:
+    return layer.scores.device, layer.scores.dtype
+
+
+def _in_calls(layers: Iterable[PrunedLayer]) -> list[list[PrunedLayer]]:
     """The layers by device and dtype: what one call of an op can take."""
-    groups: dict[tuple, list[PrunedLayer]] = {}
+    calls: dict[tuple, list[PrunedLayer]] = {}
     for layer in layers:
-        groups.setdefault((layer.scores.device, layer.scores.dtype), []).append(layer)
-    return list(groups.values())
+        calls.setdefault(_kind(layer), []).append(layer)
+    return list(calls.values())
 
 
 def _operands(layers: Sequence[PrunedLayer]) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -190,11 +245,16 @@ def _labels(layers: Sequence[PrunedLayer]) -> list[str]:
     return [layer.mask_state.label for layer in layers]
 
 
+def _cuts(layers: Sequence[PrunedLayer]) -> Tensor:
+    """Those of the layers' selections, int64 [L, 5]."""
+    return torch.stack([layer.mask_state.selection.cut for layer in layers])
+
+
 def _memory(layers: Sequence[PrunedLayer]) -> list[Tensor]:
-    """The memory for the layers' masked weights, in the layout of their weights."""
+    """The memory for the layers' masked weights, in the layout of their weights. What was selected there before ends here."""
     for layer in layers:
         state, weight = layer.mask_state, layer.weight
-        memory = state.memory
+        state.selection, memory = None, state.memory
         like = memory is not None and (memory.shape, memory.dtype, memory.device) == (weight.shape, weight.dtype, weight.device)
         if not like or memory.stride() != weight.stride():
             state.memory = torch.empty_like(weight, requires_grad=False)
