@@ -131,6 +131,23 @@ def test_subclasses_and_parametrized_layers():
     check(network, model, images(11, (3, 9, 9)))
 
 
+def test_a_pruned_weight_in_a_forward_of_its_own():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+    torch.manual_seed(0)
+    model, x = sparsify(nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 0.5), images(11, (3, 9, 9))
+    network = compile_sparse(model.eval(), x[:1], choose=all_sparse)
+    assert [part.name for part in network.dense_parts] == ["conv2d"]
+    check(network, model, x)
+    with torch.no_grad():
+        nn.init.normal_(model[0].pruned_weight.scores)
+    assert not network.is_current()
+    network.refresh()
+    check(network, model, x)
+
+
 def test_bits_do_not_depend_on_the_number_of_threads():
     model, size = pruned("resnet18")
     network, x, threads = compile_sparse(model, images(1, size), choose=all_sparse), images(24, size), torch.get_num_threads()

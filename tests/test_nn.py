@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import Selections, images, oracle_mask, small_net
 from torch import nn
 
-from s2ap_ext import S2APConv2d, S2APLinear, densify, sparsify
+from s2ap_ext import S2AP, S2APConv2d, S2APLinear, densify, sparsify
 from s2ap_ext.nn import PrunedWeight, refresh, sparse_layers, train_scores, train_weights
 from s2ap_ext.sparsity import kept_count
 
@@ -448,13 +448,126 @@ def test_subclasses_keep_their_forward():
 
     net = sparsify(nn.Sequential(Doubled(6, 6), nn.Conv1d(1, 2, 3)), 0.5)
     x = torch.randn(2, 6)
-    mask = oracle_mask(net[0].parametrizations.weight.original, 18)
-    weight = net[0].parametrizations.weight.original * mask
+    mask = oracle_mask(net[0].pruned_weight.weight, 18)
+    weight = net[0].pruned_weight.weight * mask
     assert torch.equal(net[0](x), 2 * F.linear(x, weight, net[0].bias))
     assert int((net[1].weight != 0).sum()) == 3
     densify(net)
     assert type(net[0]) is Doubled
     assert type(net[1]) is nn.Conv1d
+
+
+class Standardised(nn.Conv2d):
+    """Has a forward of its own, that reads its weight."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+def attention(**sizes):
+    return nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+
+
+READ_BY_NAME = [
+    (lambda: nn.Conv1d(4, 6, 3), ["weight"], [torch.rand(2, 4, 9)]),
+    (lambda: nn.ConvTranspose2d(4, 6, 3), ["weight"], [torch.rand(2, 4, 5, 5)]),
+    (lambda: nn.Bilinear(4, 5, 6), ["weight"], [torch.rand(2, 4), torch.rand(2, 5)]),
+    (lambda: Standardised(4, 6, 3), ["weight"], [torch.rand(2, 4, 9, 9)]),
+    (attention, ["in_proj_weight"], [torch.rand(2, 3, 8)] * 3),
+    (
+        lambda: attention(kdim=6, vdim=5),
+        ["q_proj_weight", "k_proj_weight", "v_proj_weight"],
+        [torch.rand(2, 3, 8), torch.rand(2, 4, 6), torch.rand(2, 4, 5)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "names", "inputs"), READ_BY_NAME)
+def test_weights_that_are_read_by_name(make, names, inputs):
+    def out_of(module):
+        out = module(*inputs)
+        return out[0] if isinstance(out, tuple) else out
+
+    torch.manual_seed(0)
+    module = make()
+    given, keys = copy.deepcopy(module), list(module.state_dict())
+    for name in names:
+        with torch.no_grad():
+            getattr(given, name).mul_(oracle_mask(getattr(given, name), kept_count(getattr(given, name).numel(), 0.5)))
+    sparsify(module, 0.5, exclude=["out_proj"] if names != ["weight"] else [])
+    assert list(sparse_layers(module)) == [f"pruned_{name}" for name in names]
+    out = out_of(module)
+    assert torch.equal(out, out_of(given))
+    out.sum().backward()
+    for layer in sparse_layers(module).values():
+        assert layer.scores.grad.abs().sum() > 0
+        assert torch.equal(layer.weight.grad != 0, layer.mask)
+
+    copied, pickled = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    assert type(copied) is type(pickled) is type(module)
+    assert list(copied.state_dict()) == list(module.state_dict())
+    with torch.no_grad():
+        for layer in sparse_layers(copied).values():
+            layer.scores.neg_().add_(1)
+    assert not torch.equal(out_of(copied), out)
+    densify(copied)
+    assert type(copied) is type(given)
+    assert list(copied.state_dict()) == keys
+    assert torch.equal(out_of(module), out)  # what happened to the copy is not seen here
+    assert torch.equal(out_of(pickled), out)
+    for other in (module, pickled):
+        assert vars(densify(other)).keys() == vars(given).keys()
+        assert torch.equal(out_of(other), out)
+        assert all(type(p) is nn.Parameter for p in other.parameters())
+
+
+def test_a_masked_weight_cannot_be_assigned():
+    layer = sparsify(nn.Conv1d(4, 6, 3), 0.5)
+    with pytest.raises(KeyError, match="attribute 'weight' already exists"):
+        layer.weight = nn.Parameter(torch.rand(6, 4, 3))
+
+
+def test_tied_weights_that_are_read_by_name_stay_tied():
+    net = nn.ModuleList([nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1), nn.Conv2d(4, 4, 1)])
+    net[1].weight = net[0].weight
+    sparsify(net, 0.5)
+    assert net[0].pruned_weight.scores is net[1].pruned_weight.scores
+    assert len(list(net.parameters())) == 7
+    densify(net)
+    assert net[0].weight is net[1].weight
+
+
+def test_computed_weights_are_refused():
+    net = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match="layer 1: expected its weight to be a parameter, but it is computed"):
+        sparsify(net, 0.5)
+    assert type(net[0]) is nn.Linear
+    sparsify(net, 0.5, exclude=["1"])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own, of autograd functions
+def test_torch_compile_of_weights_that_are_read_by_name():
+    net = train_scores(sparsify(nn.Sequential(nn.Conv1d(3, 6, 3), nn.ReLU(), nn.Conv1d(6, 4, 3)), 0.5))
+    compiled, x = torch.compile(net, backend="aot_eager", fullgraph=True), torch.rand(2, 3, 9)
+    for seed in (1, 2):
+        net(x).square().sum().backward()
+        expected = net[0].pruned_weight.scores.grad.clone()
+        net.zero_grad()
+        compiled(x).square().sum().backward()
+        torch.testing.assert_close(net[0].pruned_weight.scores.grad, expected, rtol=1e-4, atol=1e-6)
+        net.zero_grad()
+        with torch.no_grad():
+            net[0].pruned_weight.scores.copy_(torch.randn(6, 3, 3, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_densify_between_ascend_and_descend_changes_nothing(net):
+    optimizer = S2AP(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    F.cross_entropy(net(images()), torch.arange(4)).backward()
+    net[0].scores.grad = net[3].scores.grad = None
+    optimizer.ascend()
+    with pytest.raises(RuntimeError, match="5: the layer stands at perturbed scores"):
+        densify(net)
+    assert len(sparse_layers(net)) == 3
 
 
 def test_shared_layers_and_tied_weights():

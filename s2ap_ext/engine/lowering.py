@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from ..nn import S2APConv2d, S2APLinear
-from ..nn.layout import PLAIN
+from ..nn.pruned_weight import class_before
 from .choice import Layer
 from .steps import Add, Affine, DenseConv, Flatten, Linear, Part, Pool, Relu, SparseConv, Step
 from .trace import BATCH, Graph, changed_by
@@ -326,9 +325,8 @@ class _Lowering:
 
 
 def computes_as(module: nn.Module, cls: type) -> bool:
-    """Whether ``module`` is a ``cls``, perhaps parametrized or of a subclass, with the very forward of ``cls``."""
-    own = parametrize.type_before_parametrizations(module)
-    own = PLAIN.get(own, own)  # the same, but for the memory layout
+    """Whether ``module`` is a ``cls``, perhaps with pruned or parametrized weights or of a subclass, with the very forward of ``cls``."""
+    own = class_before(module)
     inherits = issubclass(own, cls) and own.forward is cls.forward
     return inherits and getattr(own, "_conv_forward", None) is getattr(cls, "_conv_forward", None)
 

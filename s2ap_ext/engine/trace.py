@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from ..nn import Pruned
-from ..nn.layout import PLAIN
+from ..nn.pruned_weight import class_before
 
 BATCH = 3  # images of the run that finds the shapes
 
@@ -73,9 +72,8 @@ class _Tracer(fx.Tracer):
     failed = ""  # the innermost module whose forward raised
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        own = parametrize.type_before_parametrizations(module)
-        of_torch = own.forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-        return of_torch or own in PLAIN or isinstance(module, Pruned)
+        of_torch = class_before(module).forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+        return of_torch or isinstance(module, Pruned)
 
     def call_module(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         try:

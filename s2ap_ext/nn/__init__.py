@@ -2,7 +2,8 @@
 
 from .convert import densify, sparsify, train_scores, train_weights
 from .convolution import dense_kernels
-from .layers import Pruned, PrunedWeight, S2APConv2d, S2APLinear, refresh, sparse_layers
+from .layers import Pruned, S2APConv2d, S2APLinear, refresh, sparse_layers
+from .pruned_weight import PrunedWeight
 
 __all__ = [
     "Pruned",

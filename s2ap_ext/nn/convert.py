@@ -7,13 +7,13 @@ import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..reference import Pattern
 from ..sparsity import check_sparsity, pattern_for
-from .layers import DENSE_TO_PRUNED, Pruned, PrunedWeight, S2APConv2d, S2APLinear, bake, refresh, sparse_layers
+from .layers import DENSE_TO_PRUNED, Pruned, S2APConv2d, S2APLinear, baked_weight, refresh, sparse_layers, to_dense_class
 from .layout import forget_layout, keep_layout
 from .mask_state import MaskGroup
+from .pruned_weight import PrunedWeight, pruned_weights, put_in, take_out
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -30,9 +30,9 @@ def sparsify(
     """Turns the convolutions and linear layers of ``model`` into pruned layers, in place.
 
     ``nn.Conv2d`` and ``nn.Linear`` become :class:`S2APConv2d` and :class:`S2APLinear`: the same objects, with the same
-    weights, of another class. Their subclasses, other convolutions and the projections of ``nn.MultiheadAttention`` keep their class and
-    get a :class:`PrunedWeight`. Layers that share a weight share its scores. Scores start from the weights, so call this after
-    the weights are loaded.
+    weights, of another class. Their subclasses, other convolutions and ``nn.MultiheadAttention`` keep their forward, and each weight moves
+    into a child, a :class:`PrunedWeight`: ``conv.weight`` is masked then, and ``conv.pruned_weight.weight`` is the parameter. Layers that
+    share a weight share its scores. Scores start from the weights, so call this after the weights are loaded.
 
     Args:
         model: any module; it may itself be a layer.
@@ -49,8 +49,8 @@ def sparsify(
 
     Raises:
         ValueError: ``sparsity`` outside [0, 1]; an unknown ``allocation`` or ``granularity``, or one that does not fit ``sparsity`` or
-            a layer; an ``exclude`` that matches no module; a model without a layer to prune, or with a layer that is pruned already. The
-            model is unchanged then.
+            a layer; a weight that is no parameter (one with a torch parametrization, say); an ``exclude`` that matches no module; a model
+            without a layer to prune, or with a layer that is pruned already. The model is unchanged then.
     """
     check_sparsity(sparsity)
     if allocation != "uniform":
@@ -75,13 +75,10 @@ def sparsify(
             layer.__class__ = DENSE_TO_PRUNED[type(module)]
             layer._start_pruning(sparsity, pattern, group=group, **same)
         else:
-            layer = PrunedWeight(weight, sparsity=sparsity, pattern=pattern, group=group)
-            if same:
-                layer.scores, layer.kept = first.scores, first.kept
-            parametrize.register_parametrization(module, name, layer)
+            layer = PrunedWeight(weight, sparsity=sparsity, pattern=pattern, group=group, **same)
+            put_in(module, name, layer)
         layer.mask_state.label = label
-        if isinstance(weight, nn.Parameter):
-            shared.setdefault(id(weight), layer)
+        shared.setdefault(id(weight), layer)
     keep_layout(model)
     return model
 
@@ -116,7 +113,12 @@ def _targets(model: nn.Module, exclude: Sequence[str]) -> list[tuple[str, nn.Mod
             if isinstance(getattr(module, weight), nn.parameter.UninitializedParameter):
                 raise ValueError(f"model: layer {name} is lazy and has no weights yet; run one batch through the model first")
             label = name if weight == "weight" else ".".join(filter(None, (name, weight)))
-            targets.append((label or type(module).__name__, module, weight))
+            label = label or type(module).__name__
+            if weight not in module._parameters:
+                raise ValueError(
+                    f"layer {label}: expected its {weight} to be a parameter, but it is computed; remove what does, or exclude it"
+                )
+            targets.append((label, module, weight))
     return targets
 
 
@@ -134,13 +136,13 @@ def densify(model: nn.Module) -> nn.Module:
     """
     refresh(model)
     baked: dict[tuple[int, int], nn.Parameter] = {}
+    for layer in sparse_layers(model).values():
+        baked_weight(layer, baked)  # all of them before the first layer changes
     for module in list(model.modules()):
         if isinstance(module, (S2APConv2d, S2APLinear)):
-            bake(module, baked)
-        elif parametrize.is_parametrized(module):
-            for name, plist in list(module.parametrizations.items()):
-                if any(isinstance(p, PrunedWeight) for p in plist):
-                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            to_dense_class(module, baked)
+        elif pruned := pruned_weights(module):
+            take_out(module, {name: baked_weight(child, baked) for name, child in pruned})
     forget_layout(model)
     return model
 

@@ -223,7 +223,7 @@ class S2APConv2d(Pruned, nn.Conv2d):
 
     def to_dense(self) -> nn.Conv2d:
         """A plain ``nn.Conv2d`` with the zeros baked in; it shares nothing with this layer."""
-        return bake(copy.deepcopy(self))
+        return to_dense_class(copy.deepcopy(self))
 
 
 class S2APLinear(Pruned, nn.Linear):
@@ -250,23 +250,7 @@ class S2APLinear(Pruned, nn.Linear):
 
     def to_dense(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the zeros baked in; it shares nothing with this layer."""
-        return bake(copy.deepcopy(self))
-
-
-class PrunedWeight(Pruned, nn.Module):
-    """The same for any other module's weight, as a ``torch.nn.utils.parametrize`` parametrization.
-
-    :func:`sparsify` uses it where a subclass of a convolution or linear layer, or ``nn.MultiheadAttention``, reads its weight by name.
-    """
-
-    def __init__(self, weight: Tensor, *, sparsity: float = 0.9, pattern: Pattern = PLAIN, group: MaskGroup | None = None) -> None:
-        super().__init__()
-        self.__dict__["weight"] = weight  # the owner registers it; here it is only looked at
-        self._start_pruning(sparsity, pattern, group=group)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        self.__dict__["weight"] = weight if weight.is_leaf else weight.detach()
-        return self._masked_weight()
+        return to_dense_class(copy.deepcopy(self))
 
 
 DENSE_TO_PRUNED: dict[type, type] = {nn.Conv2d: S2APConv2d, nn.Linear: S2APLinear}
@@ -292,16 +276,24 @@ def refresh(layers: nn.Module | Iterable[Pruned]) -> None:
     select_stale(sparse_layers(layers).values() if isinstance(layers, nn.Module) else layers)
 
 
-def bake(layer, baked: dict | None = None):
-    """Changes ``layer`` into its dense class; ``baked`` keeps shared weights shared."""
+def baked_weight(layer: Pruned, baked: dict[tuple[int, int], nn.Parameter]) -> nn.Parameter:
+    """The masked weight as a parameter; layers that share weight and scores share it too, by way of ``baked``.
+
+    Raises:
+        RuntimeError: the layer stands at perturbed scores.
+    """
     if layer.mask_state.perturbation is not None:
         raise RuntimeError(f"{layer.mask_state.label}: the layer stands at perturbed scores; call descend() first")
-    baked = {} if baked is None else baked
     key = (id(layer.weight), id(layer.scores))
     if key not in baked:
         with torch.no_grad():
             baked[key] = nn.Parameter(layer.masked_weight, requires_grad=layer.weight.requires_grad)
-    layer.weight = baked[key]
+    return baked[key]
+
+
+def to_dense_class(layer, baked: dict[tuple[int, int], nn.Parameter] | None = None):
+    """Changes ``layer`` into its dense class, with the zeros baked into its weight (:func:`baked_weight`)."""
+    layer.weight = baked_weight(layer, {} if baked is None else baked)
     layer.mask_state.group.discard(layer)
     del layer.scores, layer.kept, layer.mask_state, layer._sparsity
     layer.__class__ = next(dense for dense, pruned in DENSE_TO_PRUNED.items() if isinstance(layer, pruned))
