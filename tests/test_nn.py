@@ -521,6 +521,18 @@ def test_weights_that_are_read_by_name(make, names, inputs):
         assert all(type(p) is nn.Parameter for p in other.parameters())
 
 
+def test_transformer_layers_compute_with_masked_weights_in_every_mode():
+    torch.manual_seed(0)
+    net, x = sparsify(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 0.8).eval(), torch.rand(2, 5, 16)
+    dense = densify(copy.deepcopy(net))
+    assert type(dense.linear1) is nn.Linear
+    with torch.no_grad():  # torch's own fast path, that calls no linear layer
+        torch.testing.assert_close(net(x), dense(x))
+    torch.testing.assert_close(net(x), dense(x))
+    net(x).sum().backward()
+    assert net.linear1.pruned_weight.scores.grad.abs().sum() > 0
+
+
 def test_a_masked_weight_cannot_be_assigned():
     layer = sparsify(nn.Conv1d(4, 6, 3), 0.5)
     with pytest.raises(KeyError, match="attribute 'weight' already exists"):

@@ -31,8 +31,9 @@ def sparsify(
 
     ``nn.Conv2d`` and ``nn.Linear`` become :class:`S2APConv2d` and :class:`S2APLinear`: the same objects, with the same
     weights, of another class. Their subclasses, other convolutions and ``nn.MultiheadAttention`` keep their forward, and each weight moves
-    into a child, a :class:`PrunedWeight`: ``conv.weight`` is masked then, and ``conv.pruned_weight.weight`` is the parameter. Layers that
-    share a weight share its scores. Scores start from the weights, so call this after the weights are loaded.
+    into a child, a :class:`PrunedWeight`: ``conv.weight`` is masked then, and ``conv.pruned_weight.weight`` is the parameter. So it is in
+    the linear layers of ``nn.TransformerEncoderLayer``, which reads their weights itself. Layers that share a weight share its scores.
+    Scores start from the weights, so call this after the weights are loaded.
 
     Args:
         model: any module; it may itself be a layer.
@@ -64,13 +65,14 @@ def sparsify(
         raise ValueError("model: expected a layer to prune (a convolution, linear or attention layer), found none")
     patterns = [_pattern(label, module, getattr(module, name), granularity, sparsity) for label, module, name in targets]
 
+    read_by_name = {part for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer) for part in module.children()}
     group = MaskGroup()
     shared: dict[int, Pruned] = {}  # the first layer of each weight
     for (label, module, name), pattern in zip(targets, patterns, strict=True):
         weight = getattr(module, name)
         first = shared.get(id(weight))
         same = {} if first is None else {"scores": first.scores, "kept": first.kept}
-        if type(module) in DENSE_TO_PRUNED:
+        if type(module) in DENSE_TO_PRUNED and module not in read_by_name:
             layer = module
             layer.__class__ = DENSE_TO_PRUNED[type(module)]
             layer._start_pruning(sparsity, pattern, group=group, **same)
