@@ -63,6 +63,74 @@ def test_gradients_are_those_of_the_dense_layers(what):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+class Fire(nn.Module):
+    """As in SqueezeNet: two convolutions side by side, all activations in place."""
+
+    def __init__(self, inputs, squeezed, expanded):
+        super().__init__()
+        self.squeeze, self.squeeze_activation = nn.Conv2d(inputs, squeezed, 1), nn.ReLU(inplace=True)
+        self.expand1x1, self.expand1x1_activation = nn.Conv2d(squeezed, expanded, 1), nn.ReLU(inplace=True)
+        self.expand3x3, self.expand3x3_activation = nn.Conv2d(squeezed, expanded, 3, padding=1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.squeeze_activation(self.squeeze(x))
+        return torch.cat([self.expand1x1_activation(self.expand1x1(x)), self.expand3x3_activation(self.expand3x3(x))], 1)
+
+
+class InPlaceSum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = F.relu_(self.a(x))
+        y = self.b(x)
+        y += x
+        return y.mul_(0.5).clamp_(max=1).mean((2, 3))
+
+
+IN_PLACE = {
+    "vgg": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(inplace=True)),
+        *(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(108, 16), nn.ReLU(inplace=True), nn.Linear(16, 4)),
+    ),
+    "vgg_bn": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Hardtanh(inplace=True)),
+        *(nn.Conv2d(8, 12, 3), nn.LeakyReLU(inplace=True), nn.AvgPool2d(2), nn.SiLU(inplace=True), nn.Flatten(), nn.Linear(48, 4)),
+    ),
+    "squeezenet": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, ceil_mode=True), Fire(8, 4, 6), Fire(12, 4, 8)),
+        *(nn.Conv2d(16, 4, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ),
+    "sum": lambda: nn.Sequential(InPlaceSum(), nn.Linear(8, 4)),
+}
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_sparse")
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("what", [train_scores, train_weights, lambda m: m.requires_grad_(True)], ids=["scores", "weights", "both"])
+def test_networks_that_work_in_place(name, what):
+    torch.manual_seed(0)
+    sparse = what(sparsify(IN_PLACE[name](), 0.5))
+    dense = copy.deepcopy(sparse)
+    got = gradients(sparse)
+    with dense_kernels():
+        expected = gradients(dense)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_sparse")
+def test_an_output_may_be_changed_in_place():
+    model = sparsify(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(inplace=True)), 0.95)
+    y = model(torch.rand(64, 64, 16, 16))
+    assert is_batch_innermost(y)
+    y.sum().backward()
+    assert model[0].scores.grad.isfinite().all()
+
+
 @needs_kernels
 @pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize(
