@@ -61,7 +61,7 @@ def test_inference(side_by_side, quick, batch, tmp_path):
         model = pruned(quick, 1 - density)
         fast = engine.compile_sparse(model, x[:1])
         functions[f"ours, {density:.1%} kept"] = lambda fast=fast: fast(x)
-        layers = fast.layers if batch >= 8 else fast.few_layers
+        layers = fast.layers if batch >= 8 else fast.small_batch_layers
         if {kind for name, kind in layers.items() if name != "linear"} == {"sparse"}:
             on_kept[density] = f"ours, {density:.1%} kept"
         else:  # the default runs some layers dense, or all
@@ -182,7 +182,7 @@ class Step:
 
 def dense_everywhere(step):
     def run():
-        with dense_kernels(), engine.disabled():
+        with dense_kernels():
             step()
 
     return run

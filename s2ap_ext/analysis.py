@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from .nn import sparse_layers
+from .nn import pruned_layers
 
 __all__ = ["flip_rate", "landscape", "layer_masks", "mask_distance", "score_sharpness"]
 
@@ -16,7 +16,7 @@ Masks = Mapping[str, Tensor]
 
 def layer_masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks of the pruned layers of ``model`` by name: bool, of the weights' shapes. They do not follow the model."""
-    return {name: layer.mask for name, layer in sparse_layers(model).items()}
+    return {name: layer.mask for name, layer in pruned_layers(model).items()}
 
 
 def mask_distance(a: nn.Module | Masks, b: nn.Module | Masks) -> float:
@@ -156,7 +156,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
         self.model, self.loss = model, loss
-        self.scores = list(dict.fromkeys(layer.scores for layer in sparse_layers(model).values()))
+        self.scores = list(dict.fromkeys(layer.scores for layer in pruned_layers(model).values()))
         if not self.scores:
             raise ValueError("model: expected pruned layers, found none; call s2ap_ext.sparsify(model, sparsity) first")
         self.start = [s.detach().clone() for s in self.scores]

@@ -57,7 +57,7 @@ class Pattern(NamedTuple):
     block: int = 1
 
 
-PLAIN = Pattern()
+SINGLE_WEIGHTS = Pattern()
 LARGEST_WINDOW = 32
 
 
@@ -76,7 +76,7 @@ def group_sums(scores: Tensor, pattern: Pattern) -> Tensor:
     return torch.where(sums.isnan(), torch.nan, sums)
 
 
-def mask_from_cut(scores: Tensor, cut: Tensor, pattern: Pattern = PLAIN) -> Tensor:
+def mask_from_cut(scores: Tensor, cut: Tensor, pattern: Pattern = SINGLE_WEIGHTS) -> Tensor:
     """Rebuilds the boolean mask of ``scores`` from its ``cut`` (int64 [5]); same shape as ``scores``."""
     if pattern.kind == WINDOW:
         key = keys(scores).view(-1, pattern.size, pattern.block)
@@ -90,7 +90,7 @@ def mask_from_cut(scores: Tensor, cut: Tensor, pattern: Pattern = PLAIN) -> Tens
     return mask.view(scores.shape)
 
 
-def cut(scores: Tensor, kept: int, pattern: Pattern = PLAIN) -> Tensor:
+def cut(scores: Tensor, kept: int, pattern: Pattern = SINGLE_WEIGHTS) -> Tensor:
     """The cut (int64 [5]) that keeps the ``kept`` largest of ``scores``; flips and sign changes are 0.
 
     KEY and INDEX are those of the lowest ranked element, or group, that stays. Windows have no cut in common: INDEX is ``kept``, KEY 0.
@@ -110,7 +110,7 @@ def cut(scores: Tensor, kept: int, pattern: Pattern = PLAIN) -> Tensor:
     return row
 
 
-def select(scores: Tensor, weight: Tensor, kept: int, pattern: Pattern = PLAIN) -> tuple[Tensor, Tensor]:
+def select(scores: Tensor, weight: Tensor, kept: int, pattern: Pattern = SINGLE_WEIGHTS) -> tuple[Tensor, Tensor]:
     """Keeps the ``kept`` entries (or groups, or entries of each window) of ``weight`` with the largest ``|scores|``; the others become +0.
 
     Returns:
@@ -188,7 +188,7 @@ def perturb(
     cut_now: Tensor,
     gamma: float,
     eps: float,
-    pattern: Pattern = PLAIN,
+    pattern: Pattern = SINGLE_WEIGHTS,
     straight_through: bool = False,
     square: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,7 +250,7 @@ def update_select(
     dampening: float,
     weight_decay: float,
     nesterov: bool,
-    pattern: Pattern = PLAIN,
+    pattern: Pattern = SINGLE_WEIGHTS,
     straight_through: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`update`, then :func:`select` at the new scores.

@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .reference import GROUP, LARGEST_WINDOW, PLAIN, WEIGHT, WINDOW, Pattern
+from .reference import GROUP, LARGEST_WINDOW, SINGLE_WEIGHTS, WEIGHT, WINDOW, Pattern
 
 __all__ = ["check_sparsity", "kept_count", "kept_in_pattern", "pattern_for", "score_init"]
 
@@ -55,7 +55,7 @@ def pattern_for(granularity: str, shape: Sequence[int], sparsity: float, *, head
     Pattern(kind=2, size=4, block=9)
     """
     if granularity == "weight":
-        return PLAIN
+        return SINGLE_WEIGHTS
     if 0 in shape:
         raise ValueError(f"granularity: expected 'weight' for a weight without elements, got {granularity!r}")
     if granularity == "channel":

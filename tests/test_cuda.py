@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from s2ap_ext import backend, ops, reference
-from s2ap_ext.reference import CUT_COLUMNS, GROUP, PLAIN, WINDOW, Pattern
+from s2ap_ext.reference import CUT_COLUMNS, GROUP, SINGLE_WEIGHTS, WINDOW, Pattern
 
 pytestmark = [
     pytest.mark.cuda,
@@ -114,7 +114,7 @@ PATTERNS = (
     (Pattern(GROUP, 64, 27), 64 * 27),
     (Pattern(GROUP, 12, 64 * 768), 3 * 12 * 64 * 768),
     (Pattern(GROUP, 300, 1), 300 * 70),
-    (PLAIN, 20_000),
+    (SINGLE_WEIGHTS, 20_000),
 )
 
 
@@ -123,7 +123,7 @@ PATTERNS = (
 def test_patterns_are_the_cpus(kind, dtype):
     patterns = [pattern for pattern, _ in PATTERNS]
     scores, grads, weights, kept = layers_of(kind, dtype, sizes=[n for _, n in PATTERNS])
-    kept = [k if p == PLAIN else (p.size + 1) // 2 for k, p in zip(kept, patterns, strict=True)]
+    kept = [k if p == SINGLE_WEIGHTS else (p.size + 1) // 2 for k, p in zip(kept, patterns, strict=True)]
     expected, now = ops.select(scores, weights, kept, patterns=patterns)
     masked, cuts = ops.select(cuda(scores), cuda(weights), kept, patterns=patterns)
     assert torch.equal(cuts.cpu(), now)
@@ -217,9 +217,9 @@ def test_update_is_torchs_sgd(settings, dtype):
 @pytest.mark.parametrize("ascent", [False, True], ids=["as given", "formed at s + z"])
 @pytest.mark.parametrize("patterned", [False, True], ids=["plain", "patterns"])
 def test_update_select_is_the_reference_on_the_gpu(patterned, ascent, dtype):
-    patterns = [pattern for pattern, _ in PATTERNS] if patterned else [PLAIN] * len(SIZES)
+    patterns = [pattern for pattern, _ in PATTERNS] if patterned else [SINGLE_WEIGHTS] * len(SIZES)
     scores, grads, weights, kept = layers_of("normal", dtype, sizes=[n for _, n in PATTERNS] if patterned else SIZES)
-    kept = [k if p == PLAIN else (p.size + 1) // 2 for k, p in zip(kept, patterns, strict=True)]
+    kept = [k if p == SINGLE_WEIGHTS else (p.size + 1) // 2 for k, p in zip(kept, patterns, strict=True)]
     scores, grads, weights = cuda(scores), cuda(grads), cuda(weights)
     _, now = ops.select(scores, weights, kept, patterns=patterns)
     buffers = [g.flip(0) for g in grads]

@@ -311,7 +311,7 @@ def test_no_layers_at_all():
 def op_arguments(dtype=torch.float32):
     scores, grads, weights, buffers = ([randn(n, seed=seed, dtype=dtype) for n in (5, 300)] for seed in range(4))
     kept = torch.tensor([2, 1])
-    patterns, sgd = [*reference.PLAIN, *reference.Pattern(reference.WINDOW, 4)], (0.1, 0.9, 0.0, 5e-4, False)
+    patterns, sgd = [*reference.SINGLE_WEIGHTS, *reference.Pattern(reference.WINDOW, 4)], (0.1, 0.9, 0.0, 5e-4, False)
     masked, cuts = ops.select(scores, weights, kept)
     new_cuts, scales = torch.zeros_like(cuts), torch.zeros(2, dtype=torch.float64)
     return {

@@ -15,7 +15,7 @@ from helpers import Selections, images, oracle_mask, small_net
 from torch import nn
 
 from s2ap_ext import S2APLinear, densify, sparsify
-from s2ap_ext.nn import refresh, sparse_layers, train_scores
+from s2ap_ext.nn import pruned_layers, refresh, train_scores
 from s2ap_ext.nn import selection as selection_module
 
 
@@ -43,7 +43,7 @@ def in_threads(count, work):
 def new_scores(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in sparse_layers(model).values():
+        for layer in pruned_layers(model).values():
             layer.scores.copy_(torch.randn(layer.scores.shape, generator=generator))
 
 
@@ -135,7 +135,7 @@ def test_the_first_forward_selects_for_the_whole_model():
         net(images())
     assert seen.layers == {"select": 3}
     assert seen.calls == {"select": 1}
-    for layer in sparse_layers(net).values():
+    for layer in pruned_layers(net).values():
         assert torch.equal(layer.mask, oracle_mask(layer.scores, int(layer.kept)))
 
 
@@ -188,7 +188,7 @@ def test_a_copy_of_a_model_has_a_group_of_its_own(copied):
     net = sparsify(small_net(), 0.9)
     net(images())
     twin = copied(net)
-    assert len({id(layer.mask_state.group) for layer in sparse_layers(twin).values()}) == 1
+    assert len({id(layer.mask_state.group) for layer in pruned_layers(twin).values()}) == 1
     assert twin[0].mask_state.group is not net[0].mask_state.group
     new_scores(net, 0)
     with Selections() as seen:

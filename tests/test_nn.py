@@ -11,7 +11,7 @@ from helpers import Selections, images, oracle_mask, small_net
 from torch import nn
 
 from s2ap_ext import S2AP, S2APConv2d, S2APLinear, densify, sparsify
-from s2ap_ext.nn import PrunedWeight, refresh, sparse_layers, train_scores, train_weights
+from s2ap_ext.nn import PrunedWeight, pruned_layers, refresh, train_scores, train_weights
 from s2ap_ext.sparsity import kept_count
 
 
@@ -37,7 +37,7 @@ def test_conv_forward_is_the_masked_convolution():
 
 
 def test_first_mask_is_the_magnitude_mask(net):
-    for layer in sparse_layers(net).values():
+    for layer in pruned_layers(net).values():
         assert torch.equal(layer.mask, oracle_mask(layer.weight, kept_count(layer.weight.numel(), 0.9)))
 
 
@@ -71,13 +71,13 @@ def test_worked_toy_gradients():
 def test_frozen_weight_gets_no_gradient(net):
     train_scores(net)
     net(images()).sum().backward()
-    for layer in sparse_layers(net).values():
+    for layer in pruned_layers(net).values():
         assert layer.weight.grad is None
         assert layer.scores.grad is not None
     train_weights(net)
     net.zero_grad()
     net(images()).sum().backward()
-    for layer in sparse_layers(net).values():
+    for layer in pruned_layers(net).values():
         assert layer.scores.grad is None
         assert not layer.weight.grad[~layer.mask].any()
 
@@ -102,7 +102,7 @@ def test_plain_training_with_a_torch_optimizer(net):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-    for layer in sparse_layers(net).values():
+    for layer in pruned_layers(net).values():
         assert torch.equal(layer.mask, oracle_mask(layer.scores, int(layer.kept)))
 
 
@@ -279,22 +279,22 @@ def test_dtypes(net, dtype):
     net = net.to(dtype).eval()
     out = net(images().to(dtype))
     assert out.dtype == dtype
-    for layer in sparse_layers(net).values():
+    for layer in pruned_layers(net).values():
         assert layer.masked_weight.dtype == dtype
         assert torch.equal(layer.mask, oracle_mask(layer.scores, int(layer.kept)))
 
 
 def test_channels_last_gives_the_same_masks(net):
     net.eval()  # a wholly pruned channel has no variance, and training statistics would blow its rounding up
-    masks = [layer.mask for layer in sparse_layers(net).values()]
+    masks = [layer.mask for layer in pruned_layers(net).values()]
     y = torch.tensor([0, 1, 2, 3])
     F.cross_entropy(net(images()), y).backward()
-    grads = [layer.scores.grad.clone() for layer in sparse_layers(net).values()]
+    grads = [layer.scores.grad.clone() for layer in pruned_layers(net).values()]
     other = copy.deepcopy(net).to(memory_format=torch.channels_last)
     other.zero_grad()
     F.cross_entropy(other(images().contiguous(memory_format=torch.channels_last)), y).backward()
     assert other[3].scores.is_contiguous(memory_format=torch.channels_last)
-    for layer, mask, grad in zip(sparse_layers(other).values(), masks, grads, strict=True):
+    for layer, mask, grad in zip(pruned_layers(other).values(), masks, grads, strict=True):
         assert torch.equal(layer.mask, mask)
         torch.testing.assert_close(layer.scores.grad, grad, rtol=1e-3, atol=1e-5)
 
@@ -423,16 +423,16 @@ def test_multihead_attention_packed_projection():
     names = sorted(attention.state_dict())
     x = torch.randn(2, 5, 16)
     sparsify(attention, 0.8)
-    assert all(isinstance(layer, PrunedWeight) for layer in sparse_layers(attention).values())
+    assert all(isinstance(layer, PrunedWeight) for layer in pruned_layers(attention).values())
     assert int((attention.in_proj_weight != 0).sum()) == kept_count(16 * 48, 0.8)
     assert int((attention.out_proj.weight != 0).sum()) == kept_count(16 * 16, 0.8)
     out = attention(x, x, x)[0]
     out.sum().backward()
-    for layer in sparse_layers(attention).values():
+    for layer in pruned_layers(attention).values():
         assert layer.scores.grad.abs().sum() > 0
     copied = copy.deepcopy(attention)
     with torch.no_grad():
-        for layer in sparse_layers(attention).values():
+        for layer in pruned_layers(attention).values():
             layer.scores.mul_(torch.randn_like(layer.scores))
     assert torch.equal(copied(x, x, x)[0], out)
     densify(copied)
@@ -495,11 +495,11 @@ def test_weights_that_are_read_by_name(make, names, inputs):
         with torch.no_grad():
             getattr(given, name).mul_(oracle_mask(getattr(given, name), kept_count(getattr(given, name).numel(), 0.5)))
     sparsify(module, 0.5, exclude=["out_proj"] if names != ["weight"] else [])
-    assert list(sparse_layers(module)) == [f"pruned_{name}" for name in names]
+    assert list(pruned_layers(module)) == [f"pruned_{name}" for name in names]
     out = out_of(module)
     assert torch.equal(out, out_of(given))
     out.sum().backward()
-    for layer in sparse_layers(module).values():
+    for layer in pruned_layers(module).values():
         assert layer.scores.grad.abs().sum() > 0
         assert torch.equal(layer.weight.grad != 0, layer.mask)
 
@@ -507,7 +507,7 @@ def test_weights_that_are_read_by_name(make, names, inputs):
     assert type(copied) is type(pickled) is type(module)
     assert list(copied.state_dict()) == list(module.state_dict())
     with torch.no_grad():
-        for layer in sparse_layers(copied).values():
+        for layer in pruned_layers(copied).values():
             layer.scores.neg_().add_(1)
     assert not torch.equal(out_of(copied), out)
     densify(copied)
@@ -579,7 +579,7 @@ def test_densify_between_ascend_and_descend_changes_nothing(net):
     optimizer.ascend()
     with pytest.raises(RuntimeError, match="5: the layer stands at perturbed scores"):
         densify(net)
-    assert len(sparse_layers(net)) == 3
+    assert len(pruned_layers(net)) == 3
 
 
 def test_shared_layers_and_tied_weights():
@@ -612,7 +612,7 @@ def test_exclude():
     assert isinstance(net[3], S2APConv2d)
     assert type(net[5]) is nn.Linear
     nested = sparsify(nn.Sequential(small_net(), nn.Linear(10, 10)), 0.9, exclude=("0",))
-    assert list(sparse_layers(nested)) == ["1"]
+    assert list(pruned_layers(nested)) == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -634,7 +634,7 @@ def test_bad_arguments_leave_the_model_alone(arguments, message):
     net = small_net()
     with pytest.raises(ValueError, match=message):
         sparsify(net, **arguments)
-    assert not sparse_layers(net)
+    assert not pruned_layers(net)
 
 
 def test_nothing_to_prune_and_pruned_twice(net):

@@ -10,7 +10,7 @@ from helpers import Selections, images, oracle_mask, small_net
 from torch import nn
 
 from s2ap_ext import AWP, S2AP, S2APConv2d, S2APLinear, sparsify
-from s2ap_ext.nn import sparse_layers, train_scores, train_weights
+from s2ap_ext.nn import pruned_layers, train_scores, train_weights
 from s2ap_ext.sparsity import kept_count
 
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -288,7 +288,7 @@ def test_deferred_gradients_leave_none_on_the_scores():
         optimizer.zero_grad()
         loss = F.cross_entropy(net(images()), LABELS)
         loss.backward()
-        seen.append([layer.scores.grad for layer in sparse_layers(net).values()])
+        seen.append([layer.scores.grad for layer in pruned_layers(net).values()])
         return loss
 
     optimizer.step(closure)
@@ -319,9 +319,9 @@ def test_step_flips_counts_what_the_step_itself_flips():
     net = train_scores(sparsify(small_net(), 0.9))
     optimizer = S2AP(net, torch.optim.SGD(net.parameters(), lr=0.3), gamma=0.01)
     for seed in range(3):
-        before = [layer.mask for layer in sparse_layers(net).values()]
+        before = [layer.mask for layer in pruned_layers(net).values()]
         optimizer.step(closure_for(net, optimizer, images(seed=seed)))
-        after = [layer.mask for layer in sparse_layers(net).values()]
+        after = [layer.mask for layer in pruned_layers(net).values()]
         flips = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
         assert optimizer.step_flips == flips > 0
     optimizer.gamma = 0
@@ -331,12 +331,12 @@ def test_step_flips_counts_what_the_step_itself_flips():
 
 def test_scores_are_restored_to_the_bit():
     net = train_scores(sparsify(small_net(), 0.9))
-    optimizer = S2AP(net, torch.optim.SGD([layer.scores for layer in sparse_layers(net).values()], lr=0.0), gamma=0.5)
-    before = {name: layer.scores.detach().clone() for name, layer in sparse_layers(net).items()}
-    masks = {name: layer.mask for name, layer in sparse_layers(net).items()}
+    optimizer = S2AP(net, torch.optim.SGD([layer.scores for layer in pruned_layers(net).values()], lr=0.0), gamma=0.5)
+    before = {name: layer.scores.detach().clone() for name, layer in pruned_layers(net).items()}
+    masks = {name: layer.mask for name, layer in pruned_layers(net).items()}
     optimizer.step(closure_for(net, optimizer))
     assert optimizer.flips > 0
-    for name, layer in sparse_layers(net).items():
+    for name, layer in pruned_layers(net).items():
         assert torch.equal(layer.scores, before[name])
         assert torch.equal(layer.mask, masks[name])
 
@@ -483,13 +483,13 @@ def test_awp_perturbs_the_kept_weights_and_restores_them():
 
 def test_awp_finetuning_keeps_pruned_weights_at_zero():
     net = train_weights(sparsify(small_net(), 0.9))
-    masks = {name: layer.mask for name, layer in sparse_layers(net).items()}
+    masks = {name: layer.mask for name, layer in pruned_layers(net).items()}
     optimizer = AWP(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4), gamma=0.01)
     with Selections() as seen:
         for _ in range(3):
             optimizer.step(closure_for(net, optimizer))
     assert not seen.calls  # the masks were made above and stand
-    for name, layer in sparse_layers(net).items():
+    for name, layer in pruned_layers(net).items():
         assert torch.equal(layer.mask, masks[name])
         assert not layer.masked_weight[~masks[name]].any()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from s2ap_ext import backend
-from s2ap_ext.nn import sparse_layers
+from s2ap_ext.nn import pruned_layers
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, checkpoint, evaluate, load_model, load_recipe, new_model, open_data, run
 from s2ap_ext.sparsity import kept_count
 
@@ -84,7 +84,7 @@ def test_a_run_leaves_a_complete_folder(finished):
 
 def test_rows_tell_the_sparsity_and_the_time(finished):
     folder, (dense, pruned, finetuned) = finished
-    numels = [layer.weight.numel() for layer in sparse_layers(load_model(folder / "pruned.safetensors")[0]).values()]
+    numels = [layer.weight.numel() for layer in pruned_layers(load_model(folder / "pruned.safetensors")[0]).values()]
     assert dense["weights"] == dense["kept"] == sum(numels)
     assert dense["sparsity"] == 0
     for row in (pruned, finetuned):
@@ -108,7 +108,7 @@ def test_hydra_trains_scores_and_batchnorm_only(finished):
 
 def test_finetuning_keeps_the_mask_and_the_scores(finished):
     folder, _ = finished
-    pruned, finetuned = (sparse_layers(load_model(folder / f"{name}.safetensors")[0]) for name in ("pruned", "finetuned"))
+    pruned, finetuned = (pruned_layers(load_model(folder / f"{name}.safetensors")[0]) for name in ("pruned", "finetuned"))
     for name in pruned:
         assert torch.equal(pruned[name].mask, finetuned[name].mask)
         assert torch.equal(pruned[name].scores, finetuned[name].scores)
@@ -177,7 +177,7 @@ def test_gamma_0_is_the_plain_search_to_the_bit(method, tmp_path):
 def test_magnitude_keeps_the_largest_weights_and_trains_them(s2ap, tmp_path):
     start(tmp_path / "run", "prune.method=magnitude", f"prune.s2ap={s2ap}", "pretrain.epochs=1")
     dense, pruned = (load_model(tmp_path / "run" / f"{name}.safetensors")[0] for name in ("dense", "pruned"))
-    for name, layer in sparse_layers(pruned).items():
+    for name, layer in pruned_layers(pruned).items():
         assert torch.equal(layer.scores, layer.weight)
         largest = torch.sort(layer.weight.abs().flatten(), stable=True).indices[-int(layer.kept) :]
         assert torch.equal(layer.mask.flatten().nonzero().flatten(), largest.sort().values)
@@ -194,7 +194,7 @@ def test_s2ap_changes_what_magnitude_finds(tmp_path):
 def test_magnitude_without_epochs_is_least_weight_magnitude(tmp_path):
     start(tmp_path / "run", "prune.method=magnitude", "prune.epochs=0", "pretrain.epochs=1", "finetune.epochs=0")
     dense, pruned = (load_model(tmp_path / "run" / f"{name}.safetensors")[0] for name in ("dense", "pruned"))
-    for name, layer in sparse_layers(pruned).items():
+    for name, layer in pruned_layers(pruned).items():
         weight = dense.get_submodule(name).weight
         order = torch.sort(weight.abs().flatten(), stable=True).indices
         expected = weight.detach().flatten().index_fill(0, order[: -int(layer.kept)], 0).view_as(weight)
@@ -212,8 +212,8 @@ def test_two_of_four(tmp_path):
     rows = start(tmp_path / "run", "pretrain.epochs=1", "prune.epochs=2", "finetune.epochs=1", *how)
     assert 0 < rows[-1]["sparsity"] < 0.5
     model, _, _ = load_model(tmp_path / "run/finetuned.safetensors")
-    assert list(sparse_layers(model)) == ["conv2", "conv3"]
-    for layer in sparse_layers(model).values():
+    assert list(pruned_layers(model)) == ["conv2", "conv3"]
+    for layer in pruned_layers(model).values():
         assert (layer.mask.unflatten(1, (-1, 4)).sum(dim=2) == 2).all()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from s2ap_ext import AWP, S2AP, S2APConv2d, backend, densify, sparsify
 from s2ap_ext.engine import compile_sparse, for_attack
-from s2ap_ext.nn import cost, dense_kernels, sparse_layers, train_scores, train_weights
+from s2ap_ext.nn import cost, dense_kernels, pruned_layers, train_scores, train_weights
 from s2ap_ext.nn.layout import KEEPING, empty_batch_innermost, is_batch_innermost
 
 needs_kernels = pytest.mark.skipif(backend().cpu != "C++", reason="without the kernels layers are dense")
@@ -18,7 +18,7 @@ needs_kernels = pytest.mark.skipif(backend().cpu != "C++", reason="without the k
 
 @pytest.fixture
 def always_sparse(monkeypatch):
-    monkeypatch.setattr(cost, "prefers_sparse", lambda shape, density: True)
+    monkeypatch.setattr(cost, "is_faster_sparse", lambda shape, density: True)
 
 
 def net():
@@ -57,8 +57,8 @@ def test_gradients_are_those_of_the_dense_layers(what):
     got = gradients(sparse)
     with dense_kernels():
         expected = gradients(dense)
-    assert sparse[0].mask_state.selection.entries is not None
-    assert dense[0].mask_state.selection.entries is None
+    assert sparse[0].mask_state.selection.kept_weights is not None
+    assert dense[0].mask_state.selection.kept_weights is None
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -157,7 +157,7 @@ def test_steps_follow_those_of_the_dense_layers(make):
             steps[1]()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    for layer in sparse_layers(models[0]).values():
+    for layer in pruned_layers(models[0]).values():
         if isinstance(layer, S2APConv2d):
             assert not layer.masked_weight[~layer.mask].any()
 
@@ -182,7 +182,7 @@ def test_listeners_get_the_gradient_at_every_weight(train):
     layer, seen, x = train(S2APConv2d(4, 4, 3, padding=1, sparsity=0.5)), [], torch.rand(16, 4, 6, 6)
     layer.mask_state.listen(lambda scores, grad: seen.append(grad))
     layer(x).square().sum().backward()
-    assert layer.mask_state.selection.entries is not None
+    assert layer.mask_state.selection.kept_weights is not None
     masked = layer.masked_weight.detach().requires_grad_()
     F.conv2d(x, masked, layer.bias, padding=1).square().sum().backward()
     torch.testing.assert_close(seen, [masked.grad], rtol=1e-4, atol=1e-4)
@@ -277,7 +277,7 @@ def test_densify_takes_the_classes_back():
 )
 def test_cost_model(weight, x, density, expected, monkeypatch):
     monkeypatch.setattr(cost, "load", cost.Rates)
-    assert cost.prefers_sparse(cost.Shape.from_sizes(weight, x, (1, 1)), density) is expected
+    assert cost.is_faster_sparse(cost.Shape.from_sizes(weight, x, (1, 1)), density) is expected
 
 
 def test_a_calibration_is_kept_and_read(tmp_path, monkeypatch):

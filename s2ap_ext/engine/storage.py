@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import _files
+from ..nn.kept_weights import KeptWeights
 from .network import SparseNetwork
 from .steps import STEPS, Step
-from .weights import Dense, Scale, Source, Sparse
+from .weights import Dense, Scale, Source
 
 KIND = "sparse network"
-VERSION = 3
-WEIGHTS = {cls.__name__: cls for cls in (Sparse, Dense, Scale)}
+VERSION = 4
+WEIGHTS = {cls.__name__: cls for cls in (KeptWeights, Dense, Scale)}
 
 
 def save(network: SparseNetwork, path: str | Path) -> None:
@@ -34,13 +35,13 @@ def save(network: SparseNetwork, path: str | Path) -> None:
         "kind": KIND,
         "version": VERSION,
         "steps": _described(network._steps),
-        "few_steps": _described(network._few_steps),
+        "small_batch_steps": _described(network._small_batch_steps),
         "shapes": network._shapes,
         "output": network._output,
         "weights": weights,
         "sources": [dataclasses.asdict(source) for source in network._sources],
         "layers": network.layers,
-        "few_layers": network.few_layers,
+        "small_batch_layers": network.small_batch_layers,
         "chunk": network.chunk,
     }
     _files.save(path, tensors, about)
@@ -53,12 +54,12 @@ def load(path: str | Path) -> SparseNetwork:
     if about["version"] != VERSION:
         raise ValueError(f"network {path}: of version {about['version']}, this program reads version {VERSION}")
     try:
-        steps, few_steps = (
-            [STEPS[described.pop("step")](**_tuples(described)) for described in about[which]] for which in ("steps", "few_steps")
+        steps, small_batch_steps = (
+            [STEPS[described.pop("step")](**_tuples(described)) for described in about[which]] for which in ("steps", "small_batch_steps")
         )
         shapes, sources = _tuples(about["shapes"]), [Source(**_tuples(source)) for source in about["sources"]]
-        layers = {"layers": about["layers"], "few_layers": about["few_layers"]}
-        network = SparseNetwork(steps, few_steps, shapes, about["output"], sources, chunk=about["chunk"], **layers)
+        layers = {"layers": about["layers"], "small_batch_layers": about["small_batch_layers"]}
+        network = SparseNetwork(steps, small_batch_steps, shapes, about["output"], sources, chunk=about["chunk"], **layers)
         network._weights = tuple(_weights(WEIGHTS[kind], i, tensors) for i, kind in enumerate(about["weights"]))
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"network {path}: damaged ({type(error).__name__}: {error})") from None
@@ -69,11 +70,11 @@ def _described(steps: Sequence[Step]) -> list[dict[str, Any]]:
     return [{"step": type(step).__name__, **dataclasses.asdict(step)} for step in steps]
 
 
-def _weights(cls: type, index: int, tensors: dict[str, Tensor]) -> Sparse | Dense | Scale:
+def _weights(cls: type, index: int, tensors: dict[str, Tensor]) -> KeptWeights | Dense | Scale:
     weights = cls(**{field.name: tensors.get(f"{index}.{field.name}") for field in dataclasses.fields(cls)})
     if isinstance(weights, Dense) and weights.weight.dim() == 4:  # files hold tensors without their memory format
         return dataclasses.replace(weights, weight=weights.weight.contiguous(memory_format=torch.channels_last))
-    if isinstance(weights, Sparse):
+    if isinstance(weights, KeptWeights):
         # The kernels look at the first and the last column of a row and rely on those between.
         for starts, columns in ((weights.starts, weights.columns), (weights.input_starts, weights.input_columns)):
             ascends = columns.diff() > 0

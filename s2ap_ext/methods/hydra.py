@@ -9,14 +9,14 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn import sparse_layers
+from ..nn import pruned_layers
 from .base import Method
 
 
 class Hydra(Method):
     def prepare(self, model: nn.Module, *, s2ap: bool) -> list[nn.Parameter]:
         model.requires_grad_(False)
-        trained = [layer.scores for layer in sparse_layers(model).values()]
+        trained = [layer.scores for layer in pruned_layers(model).values()]
         trained += [p for module in model.modules() if isinstance(module, _BatchNorm) for p in module.parameters()]
         for p in trained:
             p.requires_grad_(True)

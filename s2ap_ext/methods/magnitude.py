@@ -11,19 +11,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..nn import sparse_layers
+from ..nn import pruned_layers
 from .base import Method
 
 
 class Magnitude(Method):
     def prepare(self, model: nn.Module, *, s2ap: bool) -> list[nn.Parameter]:
         model.requires_grad_(True)
-        scores = {layer.scores for layer in sparse_layers(model).values()}
+        scores = {layer.scores for layer in pruned_layers(model).values()}
         for s in scores:
             s.requires_grad_(s2ap)  # wanted for the perturbation only; the optimizer does not hold them
         return [p for p in model.parameters() if p not in scores]
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
-        for layer in sparse_layers(model).values():
+        for layer in pruned_layers(model).values():
             layer.scores.copy_(layer.weight)

@@ -1,8 +1,8 @@
 """Pruned layers, and the conversion of whole models."""
 
 from .convert import densify, sparsify, train_scores, train_weights
-from .convolution import dense_kernels
-from .layers import Pruned, S2APConv2d, S2APLinear, refresh, sparse_layers
+from .execution import dense_kernels
+from .layers import Pruned, S2APConv2d, S2APLinear, pruned_layers, refresh
 from .pruned_weight import PrunedWeight
 
 __all__ = [
@@ -12,8 +12,8 @@ __all__ = [
     "S2APLinear",
     "dense_kernels",
     "densify",
+    "pruned_layers",
     "refresh",
-    "sparse_layers",
     "sparsify",
     "train_scores",
     "train_weights",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..reference import Pattern
 from ..sparsity import check_sparsity, pattern_for
-from .layers import DENSE_TO_PRUNED, Pruned, S2APConv2d, S2APLinear, baked_weight, refresh, sparse_layers, to_dense_class
+from .layers import DENSE_TO_PRUNED, Pruned, S2APConv2d, S2APLinear, baked_weight, pruned_layers, refresh, to_dense_class
 from .layout import forget_layout, keep_layout
 from .mask_state import MaskGroup
 from .pruned_weight import PrunedWeight, pruned_weights, put_in, take_out
@@ -56,7 +56,7 @@ def sparsify(
     check_sparsity(sparsity)
     if allocation != "uniform":
         raise ValueError(f"allocation: expected 'uniform', got {allocation!r}")
-    if already := list(sparse_layers(model)):
+    if already := list(pruned_layers(model)):
         raise ValueError(f"model: layer {already[0] or '(the model itself)'} is pruned already; densify(model) first")
     targets = _targets(model, [exclude] if isinstance(exclude, str) else exclude)
     if granularity == "head":
@@ -138,7 +138,7 @@ def densify(model: nn.Module) -> nn.Module:
     """
     refresh(model)
     baked: dict[tuple[int, int], nn.Parameter] = {}
-    for layer in sparse_layers(model).values():
+    for layer in pruned_layers(model).values():
         baked_weight(layer, baked)  # all of them before the first layer changes
     for module in list(model.modules()):
         if isinstance(module, (S2APConv2d, S2APLinear)):
@@ -160,7 +160,7 @@ def train_weights(model: nn.Module) -> nn.Module:
 
 
 def _train(model: nn.Module, *, scores: bool) -> nn.Module:
-    for layer in sparse_layers(model).values():
+    for layer in pruned_layers(model).values():
         layer.scores.requires_grad_(scores)
         layer.weight.requires_grad_(not scores)
     return model

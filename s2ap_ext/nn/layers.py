@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..reference import CUT_COLUMNS, PLAIN, WEIGHT, Pattern, score_grad
+from ..reference import CUT_COLUMNS, SINGLE_WEIGHTS, WEIGHT, Pattern, score_grad
 from ..sparsity import check_sparsity, kept_in_pattern, pattern_for, score_init
-from .convolution import Entries, convolution_of, pays, sparse_conv2d
+from .convolution import prefers_sparse, sparse_conv2d
+from .kept_weights import KeptWeights, convolution_of
 from .mask_state import MaskGroup, MaskState, Selection, can_remember
 from .selection import mask_of, select_stale, selection_of
 
@@ -65,7 +66,7 @@ class Pruned:
     def _start_pruning(
         self,
         sparsity: float,
-        pattern: Pattern = PLAIN,
+        pattern: Pattern = SINGLE_WEIGHTS,
         scores: nn.Parameter | None = None,
         kept: Tensor | None = None,
         group: MaskGroup | None = None,
@@ -196,25 +197,26 @@ class S2APConv2d(Pruned, nn.Conv2d):
         self._start_pruning(sparsity, pattern_for(granularity, self.weight.shape, sparsity))
 
     def forward(self, input: Tensor) -> Tensor:
-        density = 1 - self._sparsity  # near enough; with learned counts too, since it only decides what is faster
-        if pays(self, input, density) and can_remember(self):
+        if not torch.compiler.is_compiling() and can_remember(self) and prefers_sparse(self, input, lambda: 1 - self.sparsity):
             every_weight = self.scores.requires_grad or self.mask_state.has_listeners
             # Gradients at the kept weights alone need no mask: they are the weight's own.
             weight = self._masked_weight() if every_weight else self.weight
-            return sparse_conv2d(self, input, weight, self._entries(selection_of(self)), every_weight=every_weight)
+            return sparse_conv2d(self, input, weight, self._kept_weights(selection_of(self)), every_weight=every_weight)
         return self._conv_forward(input, self._masked_weight(), self.bias)
 
-    def _entries(self, made: Selection) -> Entries:
+    def _kept_weights(self, made: Selection) -> KeptWeights:
         """Of the layer's selection, made once for each; only their values where only the weights have changed."""
-        if made.entries is None:
+        if made.kept_weights is None:
             earlier = made.same_mask  # read once: another thread may be here too
             with torch.no_grad():
-                if earlier is not None and earlier.entries is not None:
-                    made.entries = earlier.entries.refreshed(made.masked)
+                if earlier is not None and earlier.kept_weights is not None:
+                    made.kept_weights = earlier.kept_weights.with_values_of(made.masked)
                 else:  # where weights train, a kept one that happens to be 0 needs its gradient too
-                    made.entries = Entries.of(made.masked, mask_of(self, made) if self.weight.requires_grad else None, convolution_of(self))
+                    made.kept_weights = KeptWeights.of(
+                        made.masked, mask_of(self, made) if self.weight.requires_grad else None, convolution_of(self)
+                    )
             made.same_mask = None
-        return made.entries
+        return made.kept_weights
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d, *, sparsity: float = 0.9, granularity: str = "weight") -> S2APConv2d:
@@ -256,7 +258,7 @@ class S2APLinear(Pruned, nn.Linear):
 DENSE_TO_PRUNED: dict[type, type] = {nn.Conv2d: S2APConv2d, nn.Linear: S2APLinear}
 
 
-def sparse_layers(model: nn.Module) -> dict[str, Pruned]:
+def pruned_layers(model: nn.Module) -> dict[str, Pruned]:
     """The pruned layers of ``model`` by name, in module order, each once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Pruned)}
 
@@ -273,7 +275,7 @@ def refresh(layers: nn.Module | Iterable[Pruned]) -> None:
         ValueError: NaN in the scores of a layer that is on the CPU. On CUDA looking would wait for the
             device; :class:`s2ap_ext.S2AP` looks at the end of a step.
     """
-    select_stale(sparse_layers(layers).values() if isinstance(layers, nn.Module) else layers)
+    select_stale(pruned_layers(layers).values() if isinstance(layers, nn.Module) else layers)
 
 
 def baked_weight(layer: Pruned, baked: dict[tuple[int, int], nn.Parameter]) -> nn.Parameter:

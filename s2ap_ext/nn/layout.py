@@ -60,7 +60,7 @@ KEEPING = {
 }
 
 
-PLAIN = {keeping: given for given, keeping in KEEPING.items()}
+TORCH_CLASSES = {keeping: given for given, keeping in KEEPING.items()}
 
 
 def keep_layout(model: nn.Module) -> None:
@@ -72,4 +72,4 @@ def keep_layout(model: nn.Module) -> None:
 def forget_layout(model: nn.Module) -> None:
     """Undoes :func:`keep_layout`."""
     for module in model.modules():
-        module.__class__ = PLAIN.get(type(module), type(module))
+        module.__class__ = TORCH_CLASSES.get(type(module), type(module))

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ..reference import Pattern, perturbed, score_grad
 
 if TYPE_CHECKING:
-    from .convolution import Entries
+    from .kept_weights import KeptWeights
 
 Listener = Callable[[Tensor, Tensor], None]
 """Takes ``(scores, gradient of the masked weight)``."""
@@ -69,7 +69,7 @@ class Origin(NamedTuple):
 class Selection:
     """A finished selection. It is made whole before any other thread can see it."""
 
-    __slots__ = ("cut", "entries", "mask", "masked", "origin", "same_mask", "square")
+    __slots__ = ("cut", "kept_weights", "mask", "masked", "origin", "same_mask", "square")
 
     def __init__(self, origin: Origin, masked: Tensor, cut: Tensor, *, mask: Tensor | None = None, square: Tensor | None = None) -> None:
         self.origin = origin
@@ -77,8 +77,8 @@ class Selection:
         self.cut = cut  # int64 [5], see reference.py
         self.mask = mask  # bool, made from the cut when it is first asked for
         self.square = square  # float64, the scores' sum of squares where update_select has returned it
-        self.entries: Entries | None = None  # the kept weights as a list, made by convolutions that compute with it
-        self.same_mask: Selection | None = None  # an earlier selection that may have entries with this mask
+        self.kept_weights: KeptWeights | None = None  # made by convolutions that compute with them
+        self.same_mask: Selection | None = None  # an earlier selection that may have kept weights with this mask
 
 
 class Perturbation(NamedTuple):
@@ -200,7 +200,7 @@ def _added(listeners: OrderedDict[int, Listener], listener: Listener) -> Removab
 
 def can_remember(layer: PrunedLayer) -> bool:
     """Whether a selection of the layer can be recognised as its own later on."""
-    return _has_identity(layer.scores) and _has_identity(layer.weight)
+    return all(_has_identity(tensor) for tensor in (layer.scores, layer.weight, layer.kept))
 
 
 def _has_identity(tensor: Tensor) -> bool:

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..reference import PLAIN, Pattern
+from ..reference import SINGLE_WEIGHTS, Pattern
 from .layers import Pruned
-from .layout import PLAIN as WITHOUT_LAYOUT
+from .layout import TORCH_CLASSES
 from .mask_state import MaskGroup
 
 PREFIX = "pruned_"  # of the child's name, before that of the weight
@@ -31,7 +31,7 @@ class PrunedWeight(Pruned, nn.Module):
         weight: nn.Parameter,
         *,
         sparsity: float = 0.9,
-        pattern: Pattern = PLAIN,
+        pattern: Pattern = SINGLE_WEIGHTS,
         scores: nn.Parameter | None = None,
         kept: Tensor | None = None,
         group: MaskGroup | None = None,
@@ -109,4 +109,4 @@ def class_before(module: nn.Module) -> type:
         cls = cls.dense
     if parametrize.is_parametrized(module):
         cls = cls.__bases__[0]
-    return WITHOUT_LAYOUT.get(cls, cls)
+    return TORCH_CLASSES.get(cls, cls)

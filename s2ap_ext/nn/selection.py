@@ -111,7 +111,7 @@ def _reweight(layer: PrunedLayer, made: Selection) -> None:
     state, mask, origin = layer.mask_state, mask_of(layer, made), Origin.of(layer)
     state.memory = torch.where(mask, layer.weight, 0)
     now = Selection(origin, state.memory, made.cut, mask=mask, square=made.square)
-    now.same_mask = made if made.entries is not None else made.same_mask
+    now.same_mask = made if made.kept_weights is not None else made.same_mask
     state.selection = now
 
 

@@ -26,7 +26,7 @@ from ..data import Batches, Dataset, Split, load_data, seeded_generator
 from ..losses import LOSSES, Loss, get_loss
 from ..methods import METHODS, Method
 from ..models import build_model
-from ..nn import refresh, sparse_layers, train_weights
+from ..nn import pruned_layers, refresh, train_weights
 from ..optim import AWP, S2AP
 from ..speed import latency
 from . import checkpoint, progress
@@ -117,7 +117,7 @@ def evaluate(
     show = show or progress.Silent()
     batches = Batches(data.test, recipe.evaluate.batch_size, device=_device_of(model))
     masks = layer_masks(model)
-    scores = {layer.scores for layer in sparse_layers(model).values()}
+    scores = {layer.scores for layer in pruned_layers(model).values()}
     weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and p not in scores)
     removed = sum(int((~mask).sum()) for mask in masks.values())
 
@@ -205,7 +205,7 @@ def run(session: Session, stages: Iterable[str] = tuple(STAGES)) -> list[dict[st
             rows += folder.find("evaluate", model=name)
         layers = {name: int(mask.sum()) / mask.numel() for name, mask in layer_masks(model).items()}
         results = {"recipe": recipe.name, "attack": describe_attack(recipe), "images": rows[-1]["images"], "rows": rows, "density": layers}
-        if sparse_layers(model) and _device_of(model).type == "cpu" and backend().cpu == "C++":
+        if pruned_layers(model) and _device_of(model).type == "cpu" and backend().cpu == "C++":
             results["latency"] = [asdict(row) for row in latency(model, session.data.shape)]
     checkpoint.write_json(folder.path / RESULTS, results)
     return rows
