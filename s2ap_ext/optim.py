@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops
-from .nn.layers import Pruned, sparse_layers
+from .nn.layers import Pruned, pruned_layers
 from .nn.mask_state import Perturbation
 from .nn.selection import ascend, check_scores, descend, select_stale, step
 from .reference import FLIPS, score_grad
@@ -149,7 +149,7 @@ class _Ascent(ABC):
 
     def _end(self) -> None:
         """Looks at the NaN counts of the selections in force: on the CPU that was done already, on CUDA it waits for the device."""
-        check_scores(sparse_layers(self.model).values())
+        check_scores(pruned_layers(self.model).values())
 
     def state_dict(self) -> dict:
         """The base optimizer's state and the epoch. ``gamma`` and the like are given anew at construction.
@@ -219,7 +219,7 @@ class S2AP(_Ascent):
         super().__init__(model, base_optimizer, gamma=gamma, eps=eps, warmup_epochs=warmup_epochs)
         if restore not in ("before", "after"):
             raise ValueError(f"restore: expected 'before' or 'after', got {restore!r}")
-        if not sparse_layers(model):
+        if not pruned_layers(model):
             raise ValueError("model: expected pruned layers, found none; call s2ap_ext.sparsify(model, sparsity) first")
         self.restore = restore
         self.defer_grads = defer_grads
@@ -235,7 +235,7 @@ class S2AP(_Ascent):
 
     def step(self, closure: Callable[[], Tensor]) -> Tensor:
         self._seen = []
-        layers = sparse_layers(self.model).values() if self.defer_grads else ()
+        layers = pruned_layers(self.model).values() if self.defer_grads else ()
         with contextlib.ExitStack() as deferring:
             for layer in layers:
                 deferring.enter_context(layer.mask_state.defer(self._defer))
@@ -262,14 +262,14 @@ class S2AP(_Ascent):
 
     def _form_deferred(self, keep: Container[nn.Parameter] = ()) -> None:
         """Turns deferred gradients, but for those to ``keep``, into gradients of the scores where their layers stand."""
-        for layer in sparse_layers(self.model).values():
+        for layer in pruned_layers(self.model).values():
             scores = layer.scores
             if scores in self._deferred and scores not in keep:
                 grad = score_grad(self._deferred.pop(scores), layer.weight, layer.mask_state.position(scores, layer.weight))
                 scores.grad = grad if scores.grad is None else scores.grad + grad
 
     def _move(self) -> None:
-        layers = sparse_layers(self.model).values()
+        layers = pruned_layers(self.model).values()
         if any(layer.scores.grad is not None for layer in layers):  # a part of the model did not defer: compiled, for example
             self._form_deferred()
         straight_through = bool(self._deferred)
@@ -286,7 +286,7 @@ class S2AP(_Ascent):
         moves = descend(self._layers)
         self._layers = []
         flips = [self._fused_sgd(*call, moves) for call in calls]
-        every = {layer.scores for layer in sparse_layers(self.model).values() if layer.scores.grad is not None} | taken
+        every = {layer.scores for layer in pruned_layers(self.model).values() if layer.scores.grad is not None} | taken
         self.step_flips = torch.stack(flips).sum() if flips and taken == every else None
 
         hidden = {scores: scores.grad for scores in taken}
@@ -307,7 +307,7 @@ class S2AP(_Ascent):
         if type(self.base_optimizer) is not torch.optim.SGD or self.restore == "after" or not (self._layers or self._deferred):
             return []
         calls: dict[tuple, tuple[dict, bool, list[nn.Parameter]]] = {}
-        layers = {layer.scores: layer for layer in sparse_layers(self.model).values()}
+        layers = {layer.scores: layer for layer in pruned_layers(self.model).values()}
         for number, group in enumerate(self.base_optimizer.param_groups):
             if group["maximize"] or group["differentiable"] or group["fused"] or isinstance(group["lr"], Tensor):
                 continue  # steps of other arithmetic
@@ -324,7 +324,7 @@ class S2AP(_Ascent):
     def _fused_sgd(self, group: dict, deferred: bool, scores: list[nn.Parameter], moves: dict[Pruned, Perturbation]) -> Tensor:
         """The step of torch's SGD on ``scores``, to the bit, and the selection there, in one call. Returns the number of mask flips."""
         # One layer for each parameter: the masks of layers that are tied to it are made when they are next used.
-        first = {layer.scores: layer for layer in reversed(sparse_layers(self.model).values())}
+        first = {layer.scores: layer for layer in reversed(pruned_layers(self.model).values())}
         layers = [first[s] for s in scores]
         moved = all(layer in moves for layer in layers)
         if not moved:
@@ -394,7 +394,7 @@ class AWP(_Ascent):
         self._saved: dict[nn.Parameter, Tensor] = {}
 
     def _move(self) -> None:
-        layers = sparse_layers(self.model).values()
+        layers = pruned_layers(self.model).values()
         scores = {layer.scores for layer in layers}
         masked = {layer.weight: layer.masked_weight for layer in layers}
         weights = [w for w in self.model.parameters() if w.dim() > 1 and w.grad is not None and w not in scores]
