@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .reference import GROUP, LARGEST_WINDOW, SINGLE_WEIGHTS, WEIGHT, WINDOW, Pattern
 
-__all__ = ["check_sparsity", "kept_count", "kept_in_pattern", "pattern_for", "score_init"]
+__all__ = ["check_sparsity", "kept_count", "kept_in_pattern", "pattern_for", "score_init", "sparsity_of", "units"]
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
@@ -84,11 +84,30 @@ def kept_in_pattern(pattern: Pattern, numel: int, sparsity: float) -> int:
         ValueError: ``sparsity`` outside [0, 1], or for windows not a multiple of one element's share.
     """
     if pattern.kind != WINDOW:
-        return kept_count(numel if pattern.kind == WEIGHT else pattern.size, sparsity)
+        return kept_count(units(pattern, numel), sparsity)
     pruned = check_sparsity(sparsity) * pattern.size
     if not math.isclose(pruned, round(pruned), abs_tol=1e-9):
         raise ValueError(f"sparsity: expected a multiple of 1/{pattern.size} for windows of {pattern.size} weights, got {sparsity}")
     return pattern.size - round(pruned)
+
+
+def units(pattern: Pattern, numel: int) -> int:
+    """How many there are of what ``pattern`` counts: the elements of the layer, the groups, or the elements of a window."""
+    return numel if pattern.kind == WEIGHT else pattern.size
+
+
+def sparsity_of(pattern: Pattern, numel: int, kept: int) -> float:
+    """The sparsity at which ``kept`` stay: the inverse of :func:`kept_in_pattern`, which gives ``kept`` for it again.
+
+    >>> sparsity_of(Pattern(), 10, 1)
+    0.9
+    """
+    count = units(pattern, numel)
+    if count == 0:
+        return 0.0
+    sparsity = (count - kept) / count
+    rounded_down = Fraction(repr(sparsity)) * count < count - kept  # then it would stand for one pruned element less
+    return math.nextafter(sparsity, math.inf) if rounded_down else sparsity
 
 
 @torch.no_grad()

@@ -208,11 +208,12 @@ def test_copies_that_share_tensors_have_selections_of_their_own():
 
 
 def test_a_group_keeps_no_layer_alive_and_forgets_dense_ones():
-    net = sparsify(small_net(), 0.9)
-    group = net[0].mask_state.group
+    net = sparsify(small_net().append(nn.Conv1d(4, 4, 1)), 0.9)
+    group, pruned = net[0].mask_state.group, net[6].pruned_weight
     net[5] = nn.Identity()
     gc.collect()
-    assert group.layers() == [net[0], net[3]]
+    assert group.layers() == [net[0], net[3], pruned]
     densify(net[3])
+    densify(net[6])
     assert group.layers() == [net[0]]
     net[0](images())

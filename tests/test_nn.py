@@ -156,6 +156,19 @@ def test_sparsity_zero_and_one():
     assert torch.equal(layer(x), layer.bias.expand(3, 4))
 
 
+def test_kept_alone_tells_the_sparsity():
+    layer = S2APLinear(7, 3, sparsity=0.9)
+    for kept in range(22):
+        layer.kept.fill_(kept)
+        assert layer.sparsity == pytest.approx(1 - kept / 21)
+        assert int(layer.mask.sum()) == kept
+        layer.sparsity = layer.sparsity
+        assert layer.kept == kept
+        assert S2APLinear(7, 3, sparsity=layer.sparsity).kept == kept
+    assert "sparsity=0)" in repr(layer)
+    assert "sparsity" not in repr(layer.to("meta"))
+
+
 # One selection per change
 
 
@@ -269,7 +282,7 @@ def test_state_dict_carries_the_counts(net):
     other = sparsify(small_net(), 0.9)
     other.load_state_dict(torch.load(file, weights_only=True))
     assert other[0].sparsity == 0.5
-    assert other[3].sparsity == 0.9
+    assert other[3].sparsity == 259 / 288
     assert torch.equal(other.eval()(images()), net.eval()(images()))
 
 

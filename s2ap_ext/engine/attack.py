@@ -46,7 +46,7 @@ def _looks(model: nn.Module) -> list[tuple]:
 
 
 def _is_setting(name: str, value: object) -> bool:
-    return isinstance(value, (bool, int, float, str, tuple, type(None))) and name not in ("training", "_sparsity")
+    return isinstance(value, (bool, int, float, str, tuple, type(None))) and name != "training"
 
 
 def _applies(model: nn.Module, x: Tensor) -> bool:

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..nn import S2APConv2d, S2APLinear
-from ..nn.pruned_weight import class_before
 from .choice import Layer
 from .steps import Add, Affine, DenseConv, Flatten, Linear, Part, Pool, Relu, SparseConv, Step
-from .trace import BATCH, Graph, changed_by
+from .trace import BATCH, Graph, changed_by, computes_as
 from .weights import PartSource, Source, tensor_of, weight_of
 
 
@@ -322,13 +321,6 @@ class _Lowering:
         if len(shape) != 3:
             raise Unsupported(f"expected images (N, C, H, W), got {len(shape) + 1} dimensions")
         return self.emit(node, Flatten, input)
-
-
-def computes_as(module: nn.Module, cls: type) -> bool:
-    """Whether ``module`` is a ``cls``, perhaps with pruned or parametrized weights or of a subclass, with the very forward of ``cls``."""
-    own = class_before(module)
-    inherits = issubclass(own, cls) and own.forward is cls.forward
-    return inherits and getattr(own, "_conv_forward", None) is getattr(cls, "_conv_forward", None)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -96,6 +96,13 @@ class _Values(fx.Interpreter):
         return value
 
 
+def computes_as(module: nn.Module, cls: type) -> bool:
+    """Whether ``module`` is a ``cls``, perhaps with pruned or parametrized weights or of a subclass, with the very forward of ``cls``."""
+    own = class_before(module)
+    inherits = issubclass(own, cls) and own.forward is cls.forward
+    return inherits and getattr(own, "_conv_forward", None) is getattr(cls, "_conv_forward", None)
+
+
 def changed_by(model: nn.Module, node: fx.Node) -> fx.Node | None:
     """The node whose value the operation writes in place, if it does."""
     if node.op == "call_module":

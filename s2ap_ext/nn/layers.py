@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..reference import CUT_COLUMNS, SINGLE_WEIGHTS, WEIGHT, Pattern, score_grad
-from ..sparsity import check_sparsity, kept_in_pattern, pattern_for, score_init
+from ..reference import CUT_COLUMNS, SINGLE_WEIGHTS, Pattern, score_grad
+from ..sparsity import kept_in_pattern, pattern_for, score_init, sparsity_of, units
 from .convolution import prefers_sparse, sparse_conv2d
 from .kept_weights import KeptWeights, convolution_of
 from .mask_state import MaskGroup, MaskState, Selection, can_remember
@@ -71,7 +71,6 @@ class Pruned:
         kept: Tensor | None = None,
         group: MaskGroup | None = None,
     ) -> None:
-        self._sparsity = check_sparsity(sparsity)
         self._begin_mask(MaskState(type(self).__name__, pattern, group))  # sparsify labels it with the layer's name within the model
         self.scores = nn.Parameter(score_init(self.weight)) if scores is None else scores
         if kept is None:
@@ -84,13 +83,19 @@ class Pruned:
 
     @property
     def sparsity(self) -> float:
-        """The fraction of weights (or of channels, heads, each window's weights) removed. Assigning it changes ``kept``."""
-        return self._sparsity
+        """The fraction of weights (or of channels, heads, each window's weights) that ``kept`` removes. Assigning it changes ``kept``.
+
+        Reading it waits for a CUDA device.
+        """
+        return sparsity_of(self.mask_state.pattern, self.weight.numel(), int(self.kept))
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
-        self._sparsity = check_sparsity(value)
         self.kept.fill_(kept_in_pattern(self.mask_state.pattern, self.weight.numel(), value))
+
+    def _density(self) -> float:
+        """The fraction of weights that stay, of a layer on the CPU that has weights."""
+        return int(self.kept) / units(self.mask_state.pattern, self.weight.numel())
 
     @property
     def mask(self) -> Tensor:
@@ -146,7 +151,8 @@ class Pruned:
         return masked, ops.mask_from_cut(at, cuts[0], state.pattern)
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, (super().extra_repr(), f"sparsity={self._sparsity:g}")))
+        has_value = type(self.kept) is Tensor and not self.kept.is_meta
+        return ", ".join(filter(None, (super().extra_repr(), f"sparsity={self.sparsity:.4g}" if has_value else "")))
 
     # What follows keeps the remembered selection out of everything that moves, copies or stores a layer.
 
@@ -162,12 +168,6 @@ class Pruned:
         replica = super()._replicate_for_data_parallel()
         replica._begin_mask(self.mask_state.fresh())
         return replica
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        units = self.weight.numel() if self.mask_state.pattern.kind == WEIGHT else self.mask_state.pattern.size
-        if units and int(self.kept) != kept_in_pattern(self.mask_state.pattern, self.weight.numel(), self._sparsity):
-            self._sparsity = 1 - int(self.kept) / units
 
 
 class S2APConv2d(Pruned, nn.Conv2d):
@@ -197,7 +197,7 @@ class S2APConv2d(Pruned, nn.Conv2d):
         self._start_pruning(sparsity, pattern_for(granularity, self.weight.shape, sparsity))
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and can_remember(self) and prefers_sparse(self, input, lambda: 1 - self.sparsity):
+        if not torch.compiler.is_compiling() and can_remember(self) and prefers_sparse(self, input, self._density):
             every_weight = self.scores.requires_grad or self.mask_state.has_listeners
             # Gradients at the kept weights alone need no mask: they are the weight's own.
             weight = self._masked_weight() if every_weight else self.weight
@@ -297,7 +297,7 @@ def to_dense_class(layer, baked: dict[tuple[int, int], nn.Parameter] | None = No
     """Changes ``layer`` into its dense class, with the zeros baked into its weight (:func:`baked_weight`)."""
     layer.weight = baked_weight(layer, {} if baked is None else baked)
     layer.mask_state.group.discard(layer)
-    del layer.scores, layer.kept, layer.mask_state, layer._sparsity
+    del layer.scores, layer.kept, layer.mask_state
     layer.__class__ = next(dense for dense, pruned in DENSE_TO_PRUNED.items() if isinstance(layer, pruned))
     return layer
 

@@ -93,8 +93,9 @@ def take_out(module: nn.Module, weights: dict[str, nn.Parameter]) -> None:
     """Undoes :func:`put_in`: ``module`` has its class again, and for each pruned weight the parameter in ``weights``, in its old place."""
     module.__class__ = type(module).dense
     for name, weight in weights.items():
-        followers = module._modules.pop(PREFIX + name)._followers
-        later = {follower: module._parameters.pop(follower) for follower in followers if follower in module._parameters}
+        pruned = module._modules.pop(PREFIX + name)
+        pruned.mask_state.group.discard(pruned)
+        later = {follower: module._parameters.pop(follower) for follower in pruned._followers if follower in module._parameters}
         module.register_parameter(name, weight)
         module._parameters.update(later)
 
