@@ -170,6 +170,17 @@ def test_nan_in_one_layer_names_it_and_leaves_the_others_alone():
     assert seen.layers == {"select": 1}
 
 
+def test_a_layer_that_cannot_be_selected_leaves_the_others_alone():
+    net = sparsify(small_net(), 0.9)
+    net[3].kept.fill_(-1)
+    net[0](images())
+    for ask in (net[3], refresh):
+        with pytest.raises(ValueError, match=r"expected a count in \[0, 288\], got -1"):
+            ask(net if ask is refresh else torch.rand(1, 8, 8, 8))
+    net[3].kept.fill_(29)
+    net(images())
+
+
 def test_scores_that_come_back_are_selected_again():
     layer, x = S2APLinear(6, 6, sparsity=0.5), torch.rand(1, 6)
     expected, given = layer(x), layer.scores.data

@@ -162,6 +162,7 @@ class MaskState:
 
         It is called in the backward of every forward that runs from now on with scores or weight that require a gradient, once for each use
         of the masked weight, so the gradients of a layer that is used twice add up to its whole one. There may be several listeners.
+        Compiled forwards (``torch.compile``) do not call them.
 
         Args:
             listener: takes the layer's scores and ``dL/d(w*m)``, of weight's shape, which it must not change.

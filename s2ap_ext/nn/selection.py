@@ -6,7 +6,8 @@ for all of one device and dtype.
 
 **Threads.** Any number of threads may run the forwards of a model at once. Whoever finds a layer out of date selects under a lock, and
 who comes later finds it done. A selection appears in the layer when its memory is complete; that memory is written again only after
-scores, weight or ``kept`` have changed, and changing them during a forward is as wrong as it is for any other module.
+scores, weight or ``kept`` have changed, and changing them during a forward is as wrong as it is for any other module. On CUDA the
+threads have to use one stream, as with everything that one of them writes and another reads.
 """
 
 from __future__ import annotations
@@ -85,9 +86,10 @@ def select_stale(layers: Iterable[PrunedLayer]) -> None:
                 _reweight(layer, made)
             else:
                 anew.append(layer)
-        with_nans: dict[PrunedLayer, Tensor] = {}
-        for together in _in_calls(anew):
-            with_nans |= _select(together)
+        try:
+            with_nans = _select(anew)
+        except (TypeError, ValueError):  # one of the others cannot be selected: whoever asks for it is told
+            with_nans = _select([layer for layer in anew if layer in stale])
     asked = [layer for layer in stale if layer in with_nans]
     if asked:
         ops.check_finite(torch.stack([with_nans[layer] for layer in asked]), _labels(asked))
@@ -116,17 +118,18 @@ def _reweight(layer: PrunedLayer, made: Selection) -> None:
 
 
 def _select(layers: Sequence[PrunedLayer]) -> dict[PrunedLayer, Tensor]:
-    """Selects in one call. Returns the cuts of layers with NaN on the CPU, which stay out of date."""
-    origins = [Origin.of(layer) for layer in layers]
-    masked, cuts = ops.select(*_operands(layers), patterns=_patterns(layers), out=_memory(layers))
-    nans = cuts[:, NANS].tolist() if cuts.device.type == "cpu" else [0] * len(layers)
-    found = {}
-    for layer, origin, out, cut, count in zip(layers, origins, masked, cuts, nans, strict=True):
-        if count:
-            found[layer] = cut
-        else:
-            layer.mask_state.selection = Selection(origin, out, cut)
-    return found
+    """Selects in one call for each device and dtype. Returns the cuts of layers with NaN on the CPU, which stay out of date."""
+    with_nans = {}
+    for together in _in_calls(layers):
+        origins = [Origin.of(layer) for layer in together]
+        masked, cuts = ops.select(*_operands(together), patterns=_patterns(together), out=_memory(together))
+        nans = cuts[:, NANS].tolist() if cuts.device.type == "cpu" else [0] * len(together)
+        for layer, origin, out, cut, count in zip(together, origins, masked, cuts, nans, strict=True):
+            if count:
+                with_nans[layer] = cut
+            else:
+                layer.mask_state.selection = Selection(origin, out, cut)
+    return with_nans
 
 
 @torch.no_grad()
