@@ -10,6 +10,7 @@ Strides are free: an operand that is not contiguous is copied, and a channels_la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -140,6 +141,23 @@ def _per_layer(values: Tensor | None, name: str, scores: Sequence[Tensor]) -> Te
     return values.contiguous()
 
 
+def _check_size(name: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+
+
+def _gammas(gamma: float | Tensor, scores: Sequence[Tensor]) -> Tensor:
+    """One for each layer; values known on the host are range-checked."""
+    if not isinstance(gamma, Tensor):
+        _check_size("gamma", gamma)
+        return torch.full((len(scores),), gamma, dtype=torch.float64, device=scores[0].device if scores else None)
+    gammas = _per_layer(gamma, "gamma", scores)
+    if gammas.device.type != "cuda":  # reading it would synchronise
+        for i, value in enumerate(gammas.tolist()):
+            _check_size(f"gamma[{i}]", value)
+    return gammas
+
+
 @torch.no_grad()
 def select(
     scores: Sequence[Tensor],
@@ -203,7 +221,7 @@ def perturb(
     kept: Tensor | Sequence[int],
     cuts: Tensor,
     *,
-    gamma: float,
+    gamma: float | Tensor,
     eps: float = 1e-12,
     patterns: Sequence[Pattern] | None = None,
     straight_through: bool = False,
@@ -219,7 +237,9 @@ def perturb(
         scores, weights, kept, patterns, out: as in :func:`select`.
         grads: L tensors, the gradients of the loss with respect to the scores.
         cuts: int64 [L, 5], what :func:`select` returned at these scores.
-        gamma: relative size of the perturbation, >= 0.
+        gamma: relative size of the perturbation, finite and >= 0: one for all layers, or float64 [L] on the scores' device. A layer whose
+            gamma is 0 has the scale 0, whatever its norms are. Values on a CUDA device are not read by the host, and not checked: a
+            negative one moves against the gradient, and NaN or infinity makes scores NaN, which column 2 of ``new_cuts`` counts.
         eps: added to ``||g||``.
         straight_through: ``grads`` are those with respect to the masked weights. The scores' own, ``g * w * sign(s)``, are formed where
             they are read and never stored.
@@ -231,27 +251,26 @@ def perturb(
         whose sign changed. ``scales`` (float64 [L]) are the factors of the scores' gradients, ``z = scales[l] * g``.
 
     Raises:
-        ValueError, TypeError: as in :func:`select`; ``gamma`` or ``eps`` negative or not finite.
+        ValueError, TypeError: as in :func:`select`; ``gamma``, of any layer, or ``eps`` negative or not finite.
 
     Source: S2AP, arXiv 2510.18381.
 
     Equivalent to::
 
-        for s, g, w, k in zip(scores, grads, weights, kept):
+        for s, g, w, k, gamma in zip(scores, grads, weights, kept, gammas):
             if straight_through:
                 g = g * w * s.sign()
             z = gamma * s.norm() * g / (g.norm() + eps)
             masked.append(select(s + z, w, k))
     """
-    for name, value in {"gamma": gamma, "eps": eps}.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    _check_size("eps", eps)
     masked = _outputs(out, weights)
     _check({"scores": scores, "grads": grads, "weights": weights, "out": masked})
     _check_distinct("out", masked)
     cuts = _cuts(cuts, "cuts", scores)
     new_cuts = _cuts(new_cuts, "new_cuts", scores)
     scales = _per_layer(None, "scales", scores)
+    gammas = _gammas(gamma, scores)
     if squares is not None:
         squares = _per_layer(squares, "squares", scores)
     if scores:
@@ -265,7 +284,7 @@ def perturb(
             flat_patterns,
             cuts,
             squares,
-            gamma,
+            gammas,
             eps,
             straight_through,
             result.tensors,

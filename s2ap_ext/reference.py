@@ -157,15 +157,19 @@ def score_grad(grad: Tensor, weight: Tensor, at: Tensor) -> Tensor:
 
 
 def ascent_scale(scores: Tensor, grad: Tensor, gamma: float, eps: float, square: Tensor | None = None) -> Tensor:
-    """``gamma * ||s|| / (||g|| + eps)``, 0 where ``g`` is 0; a float64 scalar that holds a float32 value (float64 for float64 scores).
+    """``gamma * ||s|| / (||g|| + eps)``, and 0 where ``g`` or ``gamma`` is 0, even if a norm is infinite.
 
-    ``square`` is ``sum_of_squares(scores)`` where that is known already.
+    Args:
+        square: ``sum_of_squares(scores)`` where that is known already.
+
+    Returns:
+        A float64 scalar that holds a float32 value (float64 for float64 scores).
 
     Source: S2AP, arXiv 2510.18381 (the layer-normalised perturbation).
     """
     # On the host, because torch's sqrt on the CPU (MKL's) is not always the correctly rounded one.
     norm_s, norm_g = (math.sqrt(x.item()) for x in (sum_of_squares(scores) if square is None else square, sum_of_squares(grad)))
-    scale = 0.0 if norm_g == 0 else (gamma * norm_s) / (norm_g + eps)
+    scale = 0.0 if gamma == 0 or norm_g == 0 else (gamma * norm_s) / (norm_g + eps)
     scale = torch.tensor(scale, dtype=torch.float64, device=scores.device)
     return scale if scores.dtype == torch.float64 else scale.float().double()
 

@@ -85,8 +85,9 @@ def test_select_is_the_cpus(kind, dtype):
 def test_perturb_is_the_cpus(kind, dtype):
     scores, grads, weights, kept = layers_of(kind, dtype)
     _, now = ops.select(scores, weights, kept)
-    expected, expected_cuts, expected_scales = ops.perturb(scores, grads, weights, kept, now, gamma=0.05)
-    masked, cuts, scales = ops.perturb(cuda(scores), cuda(grads), cuda(weights), kept, now.cuda(), gamma=0.05)
+    gamma = torch.tensor([0.05, 0.5, 0.0])[torch.arange(len(scores)) % 3].double()
+    expected, expected_cuts, expected_scales = ops.perturb(scores, grads, weights, kept, now, gamma=gamma)
+    masked, cuts, scales = ops.perturb(cuda(scores), cuda(grads), cuda(weights), kept, now.cuda(), gamma=gamma.cuda())
     assert torch.equal(scales.cpu(), expected_scales)
     assert torch.equal(cuts.cpu(), expected_cuts)
     assert_same_bits(masked, expected)
