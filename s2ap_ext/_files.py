@@ -56,4 +56,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"checkpoint {path}: truncated or not a safetensors file ({error})") from None
     if about is None:
         raise ValueError(f"checkpoint {path}: not written by s2ap_ext (no {HEADER!r} in its header)")
-    return tensors, json.loads(about)
+    try:
+        return tensors, json.loads(about)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"checkpoint {path}: what its header says is not JSON ({error})") from None

@@ -395,8 +395,11 @@ def test_wrong_operands_are_refused_with_their_name(change, message):
 
 def test_formed_gradients_do_not_overwrite_the_weights_they_are_formed_from():
     s = Static(sizes=(1000,))
-    with pytest.raises(RuntimeError, match=r"perturb: masked\[0\]: expected memory of its own with straight_through"):
-        ops.perturb(s.scores, s.grads, s.weights, s.kept, s.cuts, gamma=0.05, straight_through=True, out=s.weights)
+    gamma, scales = torch.full((1,), 0.05, dtype=torch.float64, device="cuda"), torch.zeros(1, dtype=torch.float64, device="cuda")
+    with pytest.raises(RuntimeError, match=r"perturb: masked\[0\]: expected memory of its own, got that of weights\[0\]"):
+        torch.ops.s2ap.perturb(
+            s.scores, s.grads, s.weights, s.kept, [], s.cuts, None, gamma, 1e-12, True, s.weights, torch.zeros_like(s.cuts), scales
+        )
 
 
 def test_training_is_that_of_the_fallback_on_the_gpu(tmp_path):

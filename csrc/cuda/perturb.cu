@@ -188,11 +188,18 @@ void perturb_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::ve
   check_array("perturb", "scales", scales, scores[0], layers, ScalarType::Double);
   if (squares) check_array("perturb", "squares", *squares, scores[0], layers, ScalarType::Double);
   std::vector<Pattern> patterns = patterns_of("perturb", pattern_numbers, scores);
-  for (int64_t i = 0; straight_through && i < layers; ++i) {
-    // s + z is worked out from the weights to the very end.
-    STD_TORCH_CHECK(masked[i].numel() == 0 || masked[i].data_ptr() != weights[i].data_ptr(), "perturb: masked[", i,
-                    "]: expected memory of its own with straight_through, got that of weights[", i, "]");
-  }
+  Memory memory;
+  memory.reads("scores", scores);
+  memory.reads("grads", grads);
+  memory.reads("weights", weights);
+  memory.reads("kept", kept);
+  if (cuts.data_ptr() != new_cuts.data_ptr()) memory.reads("cuts", cuts);  // they may be one: the kernel saves them first
+  if (squares) memory.reads("squares", *squares);
+  memory.reads("gamma", gamma);
+  memory.writes("masked", masked);
+  memory.writes("new_cuts", new_cuts);
+  memory.writes("scales", scales);
+  memory.check("perturb: ");
   int device = scores[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
 
