@@ -154,13 +154,18 @@ def _is_whole(value: object) -> bool:
 # ---- One number, or one row, for each layer
 
 
-def cuts_or_zeros(cuts: Tensor | None, name: str, scores: Sequence[Tensor]) -> Tensor:
+def check_cuts(cuts: Tensor, name: str, scores: Sequence[Tensor]) -> Tensor:
     shape, device = (len(scores), CUT_COLUMNS), _device(scores)
-    if cuts is None:
-        return torch.zeros(shape, dtype=torch.int64, device=device)
-    if cuts.shape != shape or cuts.dtype != torch.int64 or not cuts.is_contiguous() or (scores and cuts.device != device):
+    fits = isinstance(cuts, Tensor) and cuts.shape == shape and cuts.dtype == torch.int64 and cuts.is_contiguous()
+    if not fits or (scores and cuts.device != device):
         raise ValueError(f"{name}: expected contiguous int64 of shape {shape} on {device}, got {_described(cuts)}")
     return cuts
+
+
+def cuts_or_zeros(cuts: Tensor | None, name: str, scores: Sequence[Tensor]) -> Tensor:
+    if cuts is None:
+        return torch.zeros((len(scores), CUT_COLUMNS), dtype=torch.int64, device=_device(scores))
+    return check_cuts(cuts, name, scores)
 
 
 def per_layer(values: Tensor | None, name: str, scores: Sequence[Tensor]) -> Tensor:
@@ -168,7 +173,8 @@ def per_layer(values: Tensor | None, name: str, scores: Sequence[Tensor]) -> Ten
     device = _device(scores)
     if values is None:
         return torch.zeros(len(scores), dtype=torch.float64, device=device)
-    if values.shape != (len(scores),) or values.dtype != torch.float64 or (scores and values.device != device):
+    fits = isinstance(values, Tensor) and values.shape == (len(scores),) and values.dtype == torch.float64
+    if not fits or (scores and values.device != device):
         raise ValueError(f"{name}: expected float64 of shape ({len(scores)},) on {device}, got {_described(values)}")
     return values.contiguous()
 
@@ -194,5 +200,5 @@ def _device(scores: Sequence[Tensor]) -> torch.device | None:
     return scores[0].device if scores else None
 
 
-def _described(t: Tensor) -> str:
-    return f"{t.dtype} of shape {tuple(t.shape)} on {t.device}"
+def _described(t: object) -> str:
+    return f"{t.dtype} of shape {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) else type(t).__name__

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._arguments import (
     DTYPES,
+    check_cuts,
     check_lists,
     check_memory,
     check_size,
@@ -163,7 +164,7 @@ def perturb(
     check_size("eps", eps)
     masked = outputs(out, weights)
     check_lists({"scores": scores, "grads": grads, "weights": weights, "out": masked})
-    cuts = cuts_or_zeros(cuts, "cuts", scores)
+    cuts = check_cuts(cuts, "cuts", scores)
     given = {"out": [] if out is None else masked, "new_cuts": [] if new_cuts is None else [new_cuts]}
     new_cuts = cuts_or_zeros(new_cuts, "new_cuts", scores)
     scales = per_layer(None, "scales", scores)
@@ -299,7 +300,7 @@ def update_select(
     masked = outputs(out, weights)
     read = {"grads": grads, "weights": weights} | ({"ascent": ascent_grads} if ascent else {})
     check_lists({"scores": scores, "out": masked} | read | buffers)
-    cuts = cuts_or_zeros(cuts, "cuts", scores)
+    cuts = check_cuts(cuts, "cuts", scores)
     given = {"scores": scores, "out": [] if out is None else masked, "new_cuts": [] if new_cuts is None else [new_cuts]} | buffers
     new_cuts = cuts_or_zeros(new_cuts, "new_cuts", scores)
     squares, scales = per_layer(None, "squares", scores), per_layer(scales, "ascent", scores)
