@@ -93,7 +93,7 @@ struct Results {
 inline void check_packed(int64_t floats) {
   constexpr int64_t kMost = int64_t{1} << 28;
   if (floats > kMost) {
-    throw std::length_error("dilation: expected at most 2**28 inputs between an output's first and last one, got " + std::to_string(floats));
+    throw std::runtime_error("dilation: expected at most 2**28 inputs between an output's first and last one, got " + std::to_string(floats));
   }
 }
 
