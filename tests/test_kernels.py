@@ -401,6 +401,12 @@ def gamma(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
+def windows(first, begin, second):
+    """Two tensors of so many elements, the second one beginning within the first."""
+    memory = torch.empty(begin + second)
+    return [memory[:first], memory[begin:]]
+
+
 def perturb_with(s, w, gamma):
     return ops.perturb(s, s, w, [1, 1], ops.select(s, w, [1, 1])[1], gamma=gamma)
 
@@ -414,6 +420,23 @@ BAD_CALLS = {
     r"weights\[0\]: expected torch.float32 like scores\[0\], got torch.float64": lambda s, w: ops.select(s, [w[0].double(), w[1]], [1, 1]),
     r"scores\[0\]: expected a floating point tensor, got torch.int64": lambda s, w: ops.select([s[0].long(), s[1]], w, [1, 1]),
     r"scores\[0\]: expected a tensor, got list": lambda s, w: ops.select([[1.0], s[1]], w, [1, 1]),
+    r"kept\[0\]: expected an integer, got 1.5": lambda s, w: ops.select(s, w, [1.5, 1]),
+    r"kept\[1\]: expected an integer, got True": lambda s, w: ops.select(s, w, [1, True]),
+    r"kept: expected int64 of shape \(2,\) on cpu, got torch.bool": lambda s, w: ops.select(s, w, torch.ones(2, dtype=torch.bool)),
+    r"kept: expected int64 of shape \(2,\) on cpu, got .* on meta": lambda s, w: ops.select(s, w, torch.ones(2).long().to("meta")),
+    r"patterns\[1\]: expected a Pattern of three integers, got 4": lambda s, w: ops.select(s, w, [1, 1], patterns=[reference.PLAIN, 4]),
+    r"cuts: expected contiguous int64 of shape \(2, 5\) on cpu, got .* on meta": lambda s, w: ops.select(
+        s, w, [1, 1], cuts=torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    ),
+    r"cuts: expected contiguous int64 of shape \(2, 5\) on cpu, got NoneType": lambda s, w: ops.perturb(s, s, w, [1, 1], None, gamma=0.1),
+    r"out\[1\]: expected memory of its own, got that of weights\[1\]": lambda s, w: ops.select(s, w, [1, 1], out=[torch.empty(4), w[1]]),
+    r"out\[0\]: expected memory of its own, got that of scores\[1\]": lambda s, w: ops.select(s, w, [1, 1], out=[s[1][2:], torch.empty(6)]),
+    r"out\[1\]: expected memory of its own, got that of out\[0\]; a layer was": lambda s, w: ops.select(s, w, [1, 1], out=windows(4, 3, 6)),
+    r"out\[0\]: expected memory of its own, got that of grads\[0\]": lambda s, w: ops.perturb(
+        s, (g := [randn(4), randn(6)]), w, [1, 1], ops.select(s, w, [1, 1])[1], gamma=0.1, out=[g[0], torch.empty(6)]
+    ),
+    r"scores\[\d\]: expected memory of its own, got that of momentum_buffers\[\d\]": lambda s, w: ops.update(s, w, s, lr=0.1, momentum=0.9),
+    r"scores\[1\]: expected memory of its own, got that of grads\[1\]": lambda s, w: ops.update(s, [randn(4), s[1]], [], lr=0.1),
     r"cuts: expected contiguous int64": lambda s, w: ops.select(s, w, [1, 1], cuts=torch.zeros(2, 4, dtype=torch.int64)),
     r"gamma: expected a finite number >= 0, got -1": lambda s, w: perturb_with(s, w, -1),
     r"gamma\[1\]: expected a finite number >= 0, got nan": lambda s, w: perturb_with(s, w, gamma([0.1, float("nan")])),
@@ -436,6 +459,14 @@ def test_bad_arguments(message):
     with pytest.raises((ValueError, TypeError), match=message):
         BAD_CALLS[message](s, w)
     assert all(torch.equal(a, b) for a, b in zip(kept, (*s, *w), strict=True))
+
+
+def test_arguments_that_are_read_may_share_memory():
+    """Tied weights, and outputs side by side in one memory."""
+    s, w, out = [randn(4), randn(4, seed=1)], randn(4, seed=2), windows(4, 4, 4)
+    expected, _ = ops.select(s, [w, w], [2, 2])
+    masked, _ = ops.select(s, [w, w], [2, 2], out=out)
+    assert all(same_bits(a, b) for a, b in zip(masked, expected, strict=True))
 
 
 BAD_RAW_CALLS = {
