@@ -1,8 +1,9 @@
-"""What several test files use: a small network, its inputs, a naive mask, and a counter of selections."""
+"""What several test files use: a small network, its inputs and its training, a naive mask, and a counter of selections."""
 
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,3 +40,25 @@ def oracle_mask(scores, kept):
 
 def images(n=4, seed=0):
     return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def closure_for(net, optimizer, x=None):
+    """What ``optimizer.step`` calls to train ``small_net()`` on four images."""
+    x = images() if x is None else x
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), LABELS)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def assert_same_state(one, two):
+    """Two modules hold the same bits."""
+    for (name, a), (_, b) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name

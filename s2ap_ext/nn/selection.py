@@ -94,12 +94,13 @@ def select_stale(layers: Iterable[Pruned]) -> None:
 
 @torch.no_grad()
 def ascend(
-    layers: Iterable[Pruned], grads: Mapping[nn.Parameter, Tensor], *, gamma: float, eps: float, straight_through: bool
+    layers: Iterable[Pruned], grads: Mapping[nn.Parameter, Tensor], *, gamma: Tensor, eps: float, straight_through: bool
 ) -> list[tuple[list[str], Tensor]]:
     """Moves the layers to ``s + z``: masks, masked weights and gradients are those there.
 
     Args:
         grads: for the scores of each layer their gradient, or with ``straight_through`` that of the masked weight.
+        gamma: float64 [L], of each layer the size of the perturbation relative to the scores.
 
     Returns:
         ``(names, cuts)`` for each fused call; ``cuts``, int64 [L, 5], hold the counts of NaN, of flipped mask entries and of changed signs.
@@ -108,6 +109,7 @@ def ascend(
         ValueError: NaN at ``s + z`` in a layer that is on the CPU; no layer has moved then.
     """
     layers = list(layers)
+    gammas = dict(zip(layers, gamma, strict=True))
     select_stale(layers)
     seen = []
     for group in _groups(layers):
@@ -120,7 +122,7 @@ def ascend(
             weights,
             kept,
             torch.stack([layer._selection.cut for layer in group]),
-            gamma=gamma,
+            gamma=torch.stack([gammas[layer] for layer in group]).to(scores[0].device),
             eps=eps,
             patterns=_patterns(group),
             straight_through=straight_through,

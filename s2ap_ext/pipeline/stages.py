@@ -27,7 +27,7 @@ from ..losses import LOSSES, Loss, get_loss
 from ..methods import METHODS, Method
 from ..models import build_model
 from ..nn import refresh, sparse_layers, train_weights
-from ..optim import AWP, S2AP
+from ..optim import AWP, S2AP, Plain, Stepper
 from ..speed import latency
 from . import checkpoint, progress
 from .recipe import Recipe, Training, from_table, to_table
@@ -66,7 +66,7 @@ class Session:
 def pretrain(session: Session, model: nn.Module) -> nn.Module:
     """Trains the dense ``model`` robustly, in place."""
     settings = session.recipe.pretrain
-    _fit(session, "pretrain", model, _sgd(model.parameters(), settings), settings)
+    _fit(session, "pretrain", Plain(model, _sgd(model.parameters(), settings)), settings)
     return model
 
 
@@ -74,10 +74,11 @@ def prune(session: Session, model: nn.Module) -> nn.Module:
     """Makes the dense ``model`` sparse, in place, and searches its mask with the recipe's method, plain or with S2AP."""
     settings = session.recipe.prune
     method = make_sparse(model, session.recipe)
-    optimizer = _sgd(method.prepare(model, s2ap=settings.s2ap), settings)
+    sgd = _sgd(method.prepare(model, s2ap=settings.s2ap), settings)
+    optimizer = Plain(model, sgd)
     if settings.s2ap:
-        optimizer = S2AP(model, optimizer, gamma=settings.gamma, warmup_epochs=settings.warmup_epochs, defer_grads=True)
-    _fit(session, "prune", model, optimizer, settings, after_step=method.after_step)
+        optimizer = S2AP(model, sgd, gamma=settings.gamma, warmup_epochs=settings.warmup_epochs, defer_grads=True)
+    _fit(session, "prune", optimizer, settings, after_step=method.after_step)
     return model
 
 
@@ -85,10 +86,11 @@ def finetune(session: Session, model: nn.Module) -> nn.Module:
     """Trains the weights of the pruned ``model`` under its mask, in place, with AWP where the recipe says so."""
     settings = session.recipe.finetune
     train_weights(model.requires_grad_(True))
-    optimizer = _sgd([p for p in model.parameters() if p.requires_grad], settings)
+    sgd = _sgd([p for p in model.parameters() if p.requires_grad], settings)
+    optimizer = Plain(model, sgd)
     if settings.awp:
-        optimizer = AWP(model, optimizer, gamma=settings.gamma, warmup_epochs=settings.warmup_epochs)
-    _fit(session, "finetune", model, optimizer, settings)
+        optimizer = AWP(model, sgd, gamma=settings.gamma, warmup_epochs=settings.warmup_epochs)
+    _fit(session, "finetune", optimizer, settings)
     return model
 
 
@@ -331,13 +333,12 @@ class _Place:
 def _fit(
     session: Session,
     stage: str,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | S2AP | AWP,
+    optimizer: Stepper,
     settings: Training,
     after_step: Callable[[nn.Module], None] = lambda model: None,
 ) -> None:
     """The training loop of every stage, from where the folder says it stands."""
-    recipe, show = session.recipe, session.show
+    recipe, show, model = session.recipe, session.show, optimizer.model
     number = 1 + list(STAGES).index(stage)
     device = _device_of(model)
     loss_of = _loss(recipe, settings)
@@ -352,14 +353,13 @@ def _fit(
     few = Split(*(t[: recipe.evaluate.images_per_epoch] for t in (session.data.test.images, session.data.test.labels)))
     watched = Batches(few, recipe.evaluate.batch_size, device=device)
 
-    place, mask = _restore(session, stage, model, optimizer)
+    place, mask = _restore(session, stage, optimizer)
     show.start(stage, settings.epochs * len(batches), place.epoch * len(batches) + place.step)
     try:
         while place.epoch < settings.epochs:
             epoch = place.epoch
             lr = _set_lr(optimizer, settings, epoch)
-            if isinstance(optimizer, (S2AP, AWP)):
-                optimizer.set_epoch(epoch)
+            optimizer.set_epoch(epoch)
             if mask is None:
                 mask = layer_masks(model)
             model.train()
@@ -369,7 +369,7 @@ def _fit(
                 started = time.perf_counter()
                 _seed(recipe.seed, number, epoch, step)
                 try:
-                    loss, right = _step(model, optimizer, loss_of, x, y)
+                    loss, right = _step(optimizer, loss_of, x, y)
                 except (ValueError, FloatingPointError) as error:
                     kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
                     raise kind(f"{stage}, epoch {epoch + 1}, step {step + 1}: {error}") from error
@@ -378,12 +378,12 @@ def _fit(
                 place.images += len(y)
                 place.loss += loss * len(y)
                 place.right += right
-                place.flips += optimizer.flips if isinstance(optimizer, S2AP) else 0
+                place.flips += optimizer.flips
                 place.seconds += time.perf_counter() - started
                 note = f"loss {place.loss / place.images:.3f}  robust {progress.percent(place.right / place.images)}"
                 show.advance(f"{stage} {epoch + 1}/{settings.epochs}", note)
                 if session.stop():
-                    _store(session, stage, model, optimizer, place, mask)
+                    _store(session, stage, optimizer, place, mask)
                     raise Stopped
             _check_finite(model, stage, epoch)
 
@@ -407,13 +407,14 @@ def _fit(
             session.folder.log(record)
             show.epoch(record, settings.epochs)
             place, mask = _Place(epoch=epoch + 1), None
-            _store(session, stage, model, optimizer, place, {})
+            _store(session, stage, optimizer, place, {})
     finally:
         show.stop()
 
 
-def _step(model: nn.Module, optimizer, loss_of: Loss, x: Tensor, y: Tensor) -> tuple[float, int]:
+def _step(optimizer: Stepper, loss_of: Loss, x: Tensor, y: Tensor) -> tuple[float, int]:
     """One training step: the loss at the unperturbed point, and how many of the attacked images are classified correctly there."""
+    model = optimizer.model
     refresh(model)
     x_adv = loss_of.attack(model, x, y)
     first_logits: list[Tensor] = []
@@ -445,7 +446,7 @@ def _sgd(parameters: Iterable[nn.Parameter], settings: Training) -> torch.optim.
     return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
 
 
-def _set_lr(optimizer: torch.optim.Optimizer | S2AP | AWP, settings: Training, epoch: int) -> float:
+def _set_lr(optimizer: Stepper, settings: Training, epoch: int) -> float:
     """Sets the learning rate of ``epoch`` (from 0): a function of the epoch alone, so a resumed run needs no scheduler's state."""
     lr = settings.lr
     if settings.schedule == "cosine":
@@ -465,15 +466,15 @@ def _check_finite(model: nn.Module, stage: str, epoch: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- stopping, going on
 
 
-def _store(session: Session, stage: str, model: nn.Module, optimizer, place: _Place, mask: dict[str, Tensor]) -> None:
+def _store(session: Session, stage: str, optimizer: Stepper, place: _Place, mask: dict[str, Tensor]) -> None:
     """Writes state.safetensors: the model, the optimizer, the place, and the masks that the epoch began with."""
-    tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
-    tensors |= {f"optimizer/{name}": t for name, t in checkpoint.optimizer_tensors(_base(optimizer)).items()}
+    tensors = {f"model/{name}": t for name, t in optimizer.model.state_dict().items()}
+    tensors |= {f"optimizer/{name}": t for name, t in optimizer.state_tensors().items()}
     tensors |= {f"mask/{name}": t for name, t in mask.items()}
     checkpoint.save(session.folder.path / STATE, tensors, {"stage": stage, "place": asdict(place)})
 
 
-def _restore(session: Session, stage: str, model: nn.Module, optimizer) -> tuple[_Place, dict[str, Tensor] | None]:
+def _restore(session: Session, stage: str, optimizer: Stepper) -> tuple[_Place, dict[str, Tensor] | None]:
     """Puts model and optimizer where state.safetensors says ``stage`` stands; the start if it says nothing of this stage."""
     path = session.folder.path / STATE
     if not path.exists():
@@ -485,14 +486,10 @@ def _restore(session: Session, stage: str, model: nn.Module, optimizer) -> tuple
     for name, tensor in tensors.items():
         part, _, name = name.partition("/")
         parts[part][name] = tensor
-    checkpoint.load_state(model, parts["model"], path)
-    checkpoint.load_optimizer(_base(optimizer), parts["optimizer"])
-    device = _device_of(model)
+    checkpoint.load_state(optimizer.model, parts["model"], path)
+    optimizer.load_state_tensors(parts["optimizer"])
+    device = _device_of(optimizer.model)
     return _Place(**about["place"]), {name: m.to(device) for name, m in parts["mask"].items()} or None
-
-
-def _base(optimizer: torch.optim.Optimizer | S2AP | AWP) -> torch.optim.Optimizer:
-    return optimizer.base_optimizer if isinstance(optimizer, (S2AP, AWP)) else optimizer
 
 
 def _device_of(model: nn.Module) -> torch.device:
