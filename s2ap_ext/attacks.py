@@ -8,8 +8,7 @@ every mode, ``requires_grad``, ``.grad`` and BatchNorm statistic is as it was fo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import engine
+from .modes import evaluation_mode
 
-__all__ = ["Accuracy", "accuracy", "check_pgd", "pgd", "undisturbed"]
+__all__ = ["Accuracy", "accuracy", "check_pgd", "pgd"]
 
 NORMS = ("linf", "l2")
 LOSSES = ("ce", "kl")
@@ -36,28 +36,6 @@ def check_pgd(eps: float, step_size: float, steps: int, norm: str, loss: str = "
     for name, value, known in (("norm", norm, NORMS), ("loss", loss, LOSSES)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-
-
-@contextmanager
-def undisturbed(model: Callable) -> Iterator[None]:
-    """Within it ``model`` is in evaluation mode and none of its parameters requires a gradient; after it all is as before.
-
-    The flags are set directly: a module's own ``train()`` is not called. A callable that is no ``nn.Module`` is left alone.
-    """
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    parameters = [p for p in model.parameters() if p.requires_grad] if modules else []
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        for p in parameters:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-        for p in parameters:
-            p.requires_grad_(True)
 
 
 def pgd(
@@ -119,7 +97,7 @@ def pgd(
     if x.numel() == 0:
         return x.detach().clone()
     # Autograd must be on, and nothing may be an inference tensor, whatever mode the caller is in.
-    with torch.inference_mode(False), undisturbed(model):
+    with torch.inference_mode(False), evaluation_mode(model, freeze=True):
         x = x.detach().clone()
         model = engine.for_attack(model, x) or model  # the same on the kept weights only, where that is faster
         outside = ((x < 0) | (x > 1) | x.isnan()).any()
@@ -263,7 +241,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], attack:
         ValueError: no images; what the attack raises.
     """
     images = clean = robust = 0
-    with undisturbed(model), torch.no_grad():
+    with evaluation_mode(model, freeze=True), torch.no_grad():
         for x, y in batches:
             right = model(x).argmax(dim=1) == y
             images += len(y)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ._library import backend
 from .engine.choice import Layer, computed, lanes
 from .engine.network import CHUNK, compile_sparse
+from .modes import evaluation_mode
 from .nn import cost, densify
 from .nn.convolution import Entries, convolution_of
 from .nn.layout import empty_batch_innermost
@@ -59,12 +60,10 @@ def profile(model: nn.Module, x: Tensor) -> list[Measured]:
         return layer.register_forward_pre_hook(lambda layer, args: inputs.setdefault(name, (layer, tuple(args[0].shape))) and None)
 
     hooks = [watch(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(x)
+        with torch.no_grad(), evaluation_mode(model, freeze=False):
+            model(x)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     if not inputs:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ap_ext.attacks import Accuracy, accuracy, pgd, undisturbed
+from s2ap_ext.attacks import Accuracy, accuracy, pgd
 from s2ap_ext.nn import densify, sparsify
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -190,19 +190,6 @@ def test_leaves_everything_as_found(loss, fails_at):
     assert model.model[5].weight.grad is grad
     assert torch.equal(x, x_before)
     assert not x.requires_grad
-
-
-def test_undisturbed_ignores_overridden_train():
-    class Stubborn(nn.Linear):
-        def train(self, mode=True):
-            raise AssertionError("train() was called")
-
-    layer = Stubborn(2, 2)
-    with undisturbed(layer):
-        assert not layer.training
-        assert not layer.weight.requires_grad
-    assert layer.training
-    assert layer.weight.requires_grad
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx, nn
 
+from ..modes import evaluation_mode
 from ..nn import S2APConv2d, S2APLinear
 from ..nn.convolution import Convolution
 from ..sparse_reference import rows_of
@@ -147,13 +148,6 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it all modules are in evaluation mode and autograd is off."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Within it all modules are in evaluation mode, and autograd and autocast are off."""
+    with evaluation_mode(model, freeze=False), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
