@@ -14,8 +14,8 @@ from baselines import mask_every_forward
 from measure import BREAK_EVEN, ROWS
 
 from s2ap_ext import AWP, S2AP, backend, densify, engine, sparsify
-from s2ap_ext.attacks import pgd
-from s2ap_ext.losses import get_loss
+from s2ap_ext.attacks import Pgd, pgd
+from s2ap_ext.losses import PgdAt
 from s2ap_ext.models import build_model
 from s2ap_ext.nn import dense_kernels, refresh, train_scores, train_weights
 
@@ -159,7 +159,7 @@ class Step:
     def __init__(self, quick, model, wrap):
         self.x, self.y = images(9 if quick else 64)
         self.model = model
-        self.loss = get_loss("pgd_at", steps=2 if quick else 10, **PGD)
+        self.loss = PgdAt(adversary=Pgd(steps=2 if quick else 10, **PGD))
         self.base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
         self.optimizer = wrap and wrap(model, self.base)
 

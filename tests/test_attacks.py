@@ -3,6 +3,7 @@
 import copy
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ap_ext.attacks import Accuracy, accuracy, pgd
+from s2ap_ext.attacks import Accuracy, Attack, Pgd, accuracy, pgd
+from s2ap_ext.attacks.balls import L1
 from s2ap_ext.nn import densify, sparsify
+from s2ap_ext.parts import make, names
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NORMS = ("linf", "l2", "l1")
 SETTINGS = {"eps": 0.1, "step_size": 0.03, "steps": 4}
 
 
@@ -33,6 +37,31 @@ def images(n=7, dtype=torch.float32, seed=0):
     return x, torch.arange(n) % 5
 
 
+def distance(x_adv, x, norm):
+    """Of each image, measured in the precision that the images have."""
+    shift = (x_adv - x).flatten(1)
+    if norm == "linf":
+        return shift.abs().amax(1)
+    return shift.abs().sum(1) if norm == "l1" else torch.linalg.vector_norm(shift, dim=1)
+
+
+def plain_projection(x, moved, eps):
+    """Onto the l1 ball around ``x`` and [0, 1], for one image, by bisection on what every pixel gives up."""
+    x, moved = (t.double().flatten().numpy() for t in (x, moved))
+
+    def at(given_up):
+        shift = moved - x
+        return np.clip(x + np.sign(shift) * np.maximum(np.abs(shift) - given_up, 0), 0, 1)
+
+    low, high = 0.0, np.abs(moved - x).max()
+    if np.abs(at(0) - x).sum() <= eps:
+        return torch.from_numpy(at(0))
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.abs(at(middle) - x).sum() > eps else (low, middle)
+    return torch.from_numpy(at(high))
+
+
 def plain_pgd(model, x, start, objective, eps, step_size, steps, norm):
     """Textbook PGD, step by step and image by image."""
     x_adv = start
@@ -46,13 +75,20 @@ def plain_pgd(model, x, start, objective, eps, step_size, steps, norm):
                 continue
             moved = []
             for image, origin, gradient in zip(x_adv, x, g, strict=True):
+                if norm == "l1":  # 1 % of 36 pixels: the one with the largest gradient that can still move
+                    stuck = ((image == 0) & (gradient < 0)) | ((image == 1) & (gradient > 0))
+                    best = int(gradient.abs().masked_fill(stuck, 0).argmax())
+                    step = torch.zeros(36, dtype=image.dtype)
+                    step[best] = step_size * gradient.flatten()[best].sign()
+                    moved.append(plain_projection(origin, image + step.view(image.shape), eps).view(image.shape))
+                    continue
                 shift = image + step_size * gradient / gradient.norm() - origin
                 moved.append((origin + shift * min(1, eps / shift.norm())).clamp(0, 1))
             x_adv = torch.stack(moved)
     return x_adv
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_cross_entropy_attack_is_the_formula(norm):
     model, (x, y) = small_model(torch.float64).eval(), images(dtype=torch.float64)
     ours = pgd(model, x, y, **SETTINGS, norm=norm, random_start=False)
@@ -61,7 +97,68 @@ def test_cross_entropy_attack_is_the_formula(norm):
     assert (ours - x).abs().max() > 0.02
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 12), st.sampled_from([0.0, 0.05, 0.3, 1.0, 4.0]), st.sampled_from([0.01, 0.3, 3.0]), st.integers(0, 10_000))
+def test_l1_projection_is_the_nearest_point(pixels, eps, spread, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(4, pixels, dtype=torch.float64, generator=generator)
+    x[1] = x[1].round()  # in the corners of the range
+    x[2] = 0.5
+    moved = x + spread * torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    moved[2] = 0.5 + spread * torch.randint(-1, 2, (pixels,), generator=generator)  # ties
+    ours = L1(x, eps, 0)._project(moved)
+    expected = torch.stack([plain_projection(a, b, eps) for a, b in zip(x, moved, strict=True)])
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [0.2, 0.5, 1.5])
+def test_l1_projection_solves_the_minimisation(eps):
+    """Against a general solver: the least |z - moved|^2 where z = x + a - b is in range, a, b >= 0, and their sum is at most eps."""
+    optimize = pytest.importorskip("scipy.optimize")
+    rng = np.random.default_rng(0)
+    x, moved = rng.random(6), rng.normal(0.5, 1, 6)
+
+    def point(ab):
+        return x + ab[:6] - ab[6:]
+
+    found = optimize.minimize(
+        lambda ab: np.square(point(ab) - moved).sum(),
+        np.zeros(12),
+        bounds=[(0, room) for room in (*(1 - x), *x)],
+        constraints={"type": "ineq", "fun": lambda ab: eps - ab.sum()},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    ours = L1(torch.from_numpy(x)[None], eps, 0)._project(torch.from_numpy(moved)[None])
+    np.testing.assert_allclose(ours[0].numpy(), point(found.x), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_l1_ball_of_large_images(dtype):
+    """Where the sum over many pixels, in the images' own precision, is far from exact."""
+    x = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ball = L1(x, 12.0, 1.0)
+    moved = (x.double() + torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    for x_adv in (ball._project(moved), ball.random_start(torch.Generator().manual_seed(2))):
+        for kind in (torch.float64, dtype):
+            assert distance(x_adv.to(kind), x.to(kind), "l1").max().item() <= 12
+    if dtype.itemsize >= 4:
+        assert distance(ball._project(moved), x, "l1").min().item() > 12 * (1 - 1e-4)
+
+
+def test_l1_steps_move_few_pixels_that_can_move():
+    x = torch.full((1, 300), 0.5)
+    x[0, 299] = 1  # has the largest gradient of all, and no room
+    model = nn.Linear(300, 2, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([torch.zeros(300), torch.arange(300.0)]))
+    shift = pgd(model, x, torch.tensor([0]), eps=3.0, step_size=0.6, steps=2, norm="l1", random_start=False) - x
+    expected = torch.zeros(300)
+    expected[296:299] = 0.4  # 1 % of 300 pixels share each step
+    torch.testing.assert_close(shift[0], expected)
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_kl_attack_is_the_formula(norm):
     model, (x, _) = small_model(torch.float64).eval(), images(dtype=torch.float64)
     p = model(x).softmax(1).detach()
@@ -89,7 +186,7 @@ def test_one_linf_step_by_hand():
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(DTYPES),
-    st.sampled_from(["linf", "l2"]),
+    st.sampled_from(NORMS),
     st.sampled_from([0.0, 8 / 255, 0.1, 0.5, 1e-3, 3.0]),
     st.sampled_from([0.0, 2 / 255, 1.0]),
     st.integers(0, 3),
@@ -106,17 +203,14 @@ def test_never_leaves_the_ball_or_the_image_range(dtype, norm, eps, step_size, s
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     for kind in (torch.float64, dtype):  # measured exactly, and as a user of that dtype would
-        shift = (x_adv.to(kind) - x.to(kind)).flatten(1)
-        distance = shift.abs().amax(1) if norm == "linf" else torch.linalg.vector_norm(shift, dim=1)
-        assert distance.max().item() <= eps
+        assert distance(x_adv.to(kind), x.to(kind), norm).max().item() <= eps
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_random_start_fills_the_ball(norm):
     x = torch.full((4000, 1, 1, 2), 0.5)
     start = pgd(nn.Flatten(), x, torch.zeros(4000, dtype=torch.long), eps=0.25, step_size=0, steps=0, norm=norm)
-    shift = (start - x).flatten(1)
-    radius = shift.abs().amax(1) if norm == "linf" else shift.norm(dim=1)
+    shift, radius = (start - x).flatten(1), distance(start, x, norm)
     # Uniform in two dimensions: the share within radius r is (r / eps)**2.
     for share in (0.1, 0.5, 0.9):
         assert (radius < 0.25 * share**0.5).float().mean().item() == pytest.approx(share, abs=0.05)
@@ -219,7 +313,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_computes_no_weight_gradients(norm):
     model, (x, y) = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 5)), images()
     with Calls() as calls:
@@ -249,14 +343,15 @@ def test_pruned_model_is_attacked_like_its_dense_twin(loss):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_images_do_not_see_each_other():
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_images_do_not_see_each_other(norm):
     model, (x, y) = small_model(torch.float64), images(dtype=torch.float64)
-    together = pgd(model, x, y, **SETTINGS, norm="l2", random_start=False)
-    alone = [pgd(model, x[i : i + 1], y[i : i + 1], **SETTINGS, norm="l2", random_start=False) for i in range(len(x))]
+    together = pgd(model, x, y, **SETTINGS, norm=norm, random_start=False)
+    alone = [pgd(model, x[i : i + 1], y[i : i + 1], **SETTINGS, norm=norm, random_start=False) for i in range(len(x))]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_zero_and_tiny_gradients(norm):
     x, y = images()
     flat = nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
@@ -264,8 +359,8 @@ def test_zero_and_tiny_gradients(norm):
     assert torch.equal(pgd(flat, x, y, **SETTINGS, norm=norm, random_start=False), x)
     with torch.no_grad():
         flat[1].weight.normal_(std=1e-30)  # squares of these gradients underflow in float32
-    moved = pgd(flat, x[2:], y[2:], **SETTINGS, norm=norm, random_start=False) - x[2:]
-    assert moved.flatten(1).norm(dim=1).min() > 0.05
+    moved = pgd(flat, x[2:], y[2:], **SETTINGS, norm=norm, random_start=False)
+    assert distance(moved, x[2:], norm).min() > 0.05
 
 
 def test_other_callables_layouts_and_sizes():
@@ -290,7 +385,7 @@ def test_steps_zero_and_eps_zero():
     same = pgd(model, x, y, eps=0.1, step_size=0.1, steps=0, random_start=False)
     assert torch.equal(same, x)
     assert same.data_ptr() != x.data_ptr()
-    for norm in ("linf", "l2"):
+    for norm in NORMS:
         assert torch.equal(pgd(model, x, y, eps=0, step_size=0.1, steps=2, norm=norm), x)
 
 
@@ -310,7 +405,7 @@ def test_autocast():
         ({"step_size": -1}, "step_size: .* got -1"),
         ({"steps": -1}, "steps: expected an integer >= 0, got -1"),
         ({"steps": 2.5}, "steps: .* got 2.5"),
-        ({"norm": "l1"}, "norm: expected one of linf, l2, got 'l1'"),
+        ({"norm": "l7"}, "norm: expected one of linf, l2, l1, got 'l7'"),
         ({"loss": "mse"}, "loss: expected one of ce, kl, got 'mse'"),
         ({"x": images()[0] * 255}, r"x: expected images in \[0, 1\], got values in \[0, 255\]"),
         ({"x": images()[0] - 0.5}, r"got values in \[-0.5, 0.5\]"),
@@ -384,16 +479,41 @@ def test_accuracy_attacks_only_what_is_right_and_leaves_the_model_as_found():
     assert result.robust <= result.clean
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_part_is_the_function(norm):
+    model, (x, y) = small_model(), images()
+    attack = make("attack", "pgd", norm=norm, eps="1/10", step_size=0.03, steps=4)
+    assert isinstance(attack, Attack)
+    for loss in ("ce", "kl"):
+        ours, expected = (
+            f(model, x, y, loss=loss, generator=torch.Generator().manual_seed(2)) for f in (attack, partial(pgd, **SETTINGS, norm=norm))
+        )
+        assert torch.equal(ours, expected)
+    assert accuracy(model, [(x, y)], attack).images == 7
+
+
+def test_settings_of_the_part():
+    assert "pgd" in names("attack")
+    settings = Pgd().settings
+    assert (settings.norm, settings.eps, settings.step_size, settings.steps) == ("linf", 8 / 255, 2 / 255, 10)
+    for options, message in (
+        ({"norm": "l3"}, "attack pgd: norm: expected one of linf, l2, l1, got 'l3'"),
+        ({"eps": -0.1}, "attack pgd: eps: expected a number >= 0, got -0.1"),
+        ({"steps": 2.5}, "attack pgd: steps: expected an integer, got 2.5"),
+        ({"step": 1}, "attack pgd: unknown key step; did you mean steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pgd(**options)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_cuda(dtype, norm):
     model, (x, y) = small_model(dtype).cuda(), (t.cuda() for t in images(dtype=dtype))
     generator = torch.Generator("cuda").manual_seed(0)
     x_adv = pgd(model, x, y, **SETTINGS, norm=norm, generator=generator)
-    shift = (x_adv.double() - x.double()).flatten(1)
-    distance = shift.abs().amax(1) if norm == "linf" else shift.norm(dim=1)
-    assert 0.05 < distance.max() <= SETTINGS["eps"]
+    assert 0.05 < distance(x_adv.double(), x.double(), norm).max() <= SETTINGS["eps"]
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1

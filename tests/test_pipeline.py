@@ -145,6 +145,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, moment):
     same_results(finished[0], folder)
 
 
+def test_what_a_loss_carries_survives_a_stop(tmp_path):
+    carries = ("pretrain.loss=free_at", "pretrain.epochs=1", "prune.epochs=0", "finetune.epochs=0")
+    start(tmp_path / "through", *carries)
+    with pytest.raises(Stopped):
+        start(tmp_path / "stopped", *carries, stop=after(2))
+    go_on(tmp_path / "stopped")
+    same_results(tmp_path / "through", tmp_path / "stopped")
+
+
 def test_a_run_that_is_stopped_again_and_again_arrives_too(finished, tmp_path):
     folder = tmp_path / "stopped"
     with pytest.raises(Stopped):
@@ -217,7 +226,10 @@ def test_two_of_four(tmp_path):
         assert (layer.mask.unflatten(1, (-1, 4)).sum(dim=2) == 2).all()
 
 
-@pytest.mark.parametrize("override", ["prune.loss=trades", "prune.loss=ce", "attack.norm=l2", "data.shift=1", "prune.schedule=constant"])
+@pytest.mark.parametrize(
+    "override",
+    ["prune.loss=trades", "prune.loss=natural", "prune.loss=free_at", "attack.norm=l2", "data.shift=1", "prune.schedule=constant"],
+)
 def test_the_other_settings_run(override, tmp_path):
     rows = start(tmp_path / "run", override, "pretrain.epochs=1", "prune.epochs=2", "finetune.epochs=1")
     assert len(rows) == 3

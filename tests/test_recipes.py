@@ -80,9 +80,9 @@ def test_overrides_change_nothing_else_and_the_last_one_wins():
         ("prune.batch_size=0", r"--set prune\.batch_size: expected an integer >= 1, got 0"),
         ("prune.s2ap=maybe", r"--set prune\.s2ap: expected true or false, got 'maybe'"),
         ("prune.method=hidra", r"--set prune\.method: expected one of hydra, magnitude, got 'hidra'; did you mean hydra\?"),
-        ("prune.loss=mart", r"--set prune\.loss: expected one of ce, pgd_at, trades, got 'mart'"),
+        ("prune.loss=ce", r"--set prune\.loss: expected one of free_at, mart, n_fgsm, natural, pgd_at, trades, got 'ce'"),
         ("model.name=resnet", r"--set model\.name: expected one of digits_cnn, resnet18, got 'resnet'"),
-        ("attack.norm=l1", r"--set attack\.norm: expected one of linf, l2, got 'l1'"),
+        ("attack.norm=l0", r"--set attack\.norm: expected one of linf, l2, l1, got 'l0'"),
         ("seed=-1", r"--set seed: expected an integer in \[0, 4294967295\], got -1"),
     ],
 )

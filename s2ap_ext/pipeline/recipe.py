@@ -16,10 +16,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..attacks import NORMS
-from ..losses import LOSSES
+from ..attacks.balls import BALLS
 from ..methods import METHODS
 from ..models import MODELS
+from ..parts import names
 from .extras import optional
 
 SCHEDULES = ("cosine", "constant")
@@ -48,7 +48,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Attack:
-    norm: str = key("linf", "the ball's norm", choices=NORMS)
+    norm: str = key("linf", "the ball's norm", choices=BALLS)
     eps: float = key(8 / 255, "radius of the ball, in units where images lie in [0, 1]", low=0)
     step_size: float = key(2 / 255, "length of one step of the training attack", low=0)
     steps: int = key(10, "number of steps of the training attack", low=0)
@@ -64,8 +64,8 @@ class Training:
     schedule: str = key("cosine", "how the learning rate falls, epoch by epoch", choices=SCHEDULES)
     momentum: float = key(0.9, "SGD's momentum", low=0, high=1)
     weight_decay: float = key(5e-4, "SGD's weight decay", low=0)
-    loss: str = key("pgd_at", "what is minimised", choices=LOSSES)
-    beta: float = key(6.0, "weight of the robust term of TRADES", low=0)
+    loss: str = key("pgd_at", "what is minimised", choices=names("loss"))
+    beta: float = key(6.0, "weight of the robust term of TRADES and MART", low=0)
 
 
 @dataclass(frozen=True)

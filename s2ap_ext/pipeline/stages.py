@@ -7,7 +7,6 @@ recipe gives the same bits on the same machine, and a stage that was stopped bet
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import os
 import time
@@ -21,13 +20,14 @@ from torch import Tensor, nn
 
 from .._library import backend
 from ..analysis import layer_masks, mask_distance
-from ..attacks import accuracy, pgd
+from ..attacks import Pgd, accuracy
 from ..data import Batches, Dataset, Split, load_data, seeded_generator
-from ..losses import LOSSES, Loss, get_loss
+from ..losses import Loss
 from ..methods import METHODS, Method
 from ..models import build_model
 from ..nn import refresh, sparse_layers, train_weights
 from ..optim import AWP, S2AP
+from ..parts import find
 from ..speed import latency
 from . import checkpoint, progress
 from .recipe import Recipe, Training, from_table, to_table
@@ -352,7 +352,7 @@ def _fit(
     few = Split(*(t[: recipe.evaluate.images_per_epoch] for t in (session.data.test.images, session.data.test.labels)))
     watched = Batches(few, recipe.evaluate.batch_size, device=device)
 
-    place, mask = _restore(session, stage, model, optimizer)
+    place, mask = _restore(session, stage, model, optimizer, loss_of)
     show.start(stage, settings.epochs * len(batches), place.epoch * len(batches) + place.step)
     try:
         while place.epoch < settings.epochs:
@@ -369,11 +369,12 @@ def _fit(
                 started = time.perf_counter()
                 _seed(recipe.seed, number, epoch, step)
                 try:
-                    loss, right = _step(model, optimizer, loss_of, x, y)
+                    for _ in range(loss_of.replays):
+                        loss, right = _step(model, optimizer, loss_of, x, y)
+                        after_step(model)
                 except (ValueError, FloatingPointError) as error:
                     kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
                     raise kind(f"{stage}, epoch {epoch + 1}, step {step + 1}: {error}") from error
-                after_step(model)
                 place.step += 1
                 place.images += len(y)
                 place.loss += loss * len(y)
@@ -383,7 +384,7 @@ def _fit(
                 note = f"loss {place.loss / place.images:.3f}  robust {progress.percent(place.right / place.images)}"
                 show.advance(f"{stage} {epoch + 1}/{settings.epochs}", note)
                 if session.stop():
-                    _store(session, stage, model, optimizer, place, mask)
+                    _store(session, stage, model, optimizer, loss_of, place, mask)
                     raise Stopped
             _check_finite(model, stage, epoch)
 
@@ -407,7 +408,7 @@ def _fit(
             session.folder.log(record)
             show.epoch(record, settings.epochs)
             place, mask = _Place(epoch=epoch + 1), None
-            _store(session, stage, model, optimizer, place, {})
+            _store(session, stage, model, optimizer, loss_of, place, {})
     finally:
         show.stop()
 
@@ -422,6 +423,8 @@ def _step(model: nn.Module, optimizer, loss_of: Loss, x: Tensor, y: Tensor) -> t
         optimizer.zero_grad()
         loss, logits = loss_of(model, x, x_adv, y)
         loss.backward()
+        if not first_logits:
+            loss_of.after_backward(x, x_adv)
         first_logits.append(logits.detach())
         return loss
 
@@ -432,13 +435,13 @@ def _step(model: nn.Module, optimizer, loss_of: Loss, x: Tensor, y: Tensor) -> t
 
 
 def _loss(recipe: Recipe, settings: Training) -> Loss:
-    offered = {**asdict(recipe.attack), "beta": settings.beta}
-    return get_loss(settings.loss, **{f.name: offered[f.name] for f in fields(LOSSES[settings.loss])})
+    loss = find("loss", settings.loss)
+    options = {"beta": settings.beta} if "beta" in (f.name for f in fields(loss.Settings)) else {}
+    return loss(adversary=Pgd(**asdict(recipe.attack)), **options)
 
 
-def _test_attack(recipe: Recipe) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    test = recipe.evaluate
-    return functools.partial(pgd, eps=recipe.attack.eps, norm=recipe.attack.norm, step_size=test.step_size, steps=test.steps)
+def _test_attack(recipe: Recipe) -> Pgd:
+    return Pgd(norm=recipe.attack.norm, eps=recipe.attack.eps, step_size=recipe.evaluate.step_size, steps=recipe.evaluate.steps)
 
 
 def _sgd(parameters: Iterable[nn.Parameter], settings: Training) -> torch.optim.SGD:
@@ -465,28 +468,30 @@ def _check_finite(model: nn.Module, stage: str, epoch: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- stopping, going on
 
 
-def _store(session: Session, stage: str, model: nn.Module, optimizer, place: _Place, mask: dict[str, Tensor]) -> None:
-    """Writes state.safetensors: the model, the optimizer, the place, and the masks that the epoch began with."""
+def _store(session: Session, stage: str, model: nn.Module, optimizer, loss_of: Loss, place: _Place, mask: dict[str, Tensor]) -> None:
+    """Writes state.safetensors: the model, the optimizer, what the loss carries, the place, and the masks that the epoch began with."""
     tensors = {f"model/{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"optimizer/{name}": t for name, t in checkpoint.optimizer_tensors(_base(optimizer)).items()}
+    tensors |= {f"loss/{name}": t for name, t in loss_of.state().items()}
     tensors |= {f"mask/{name}": t for name, t in mask.items()}
     checkpoint.save(session.folder.path / STATE, tensors, {"stage": stage, "place": asdict(place)})
 
 
-def _restore(session: Session, stage: str, model: nn.Module, optimizer) -> tuple[_Place, dict[str, Tensor] | None]:
-    """Puts model and optimizer where state.safetensors says ``stage`` stands; the start if it says nothing of this stage."""
+def _restore(session: Session, stage: str, model: nn.Module, optimizer, loss_of: Loss) -> tuple[_Place, dict[str, Tensor] | None]:
+    """Puts model, optimizer and loss where state.safetensors says ``stage`` stands; the start if it says nothing of this stage."""
     path = session.folder.path / STATE
     if not path.exists():
         return _Place(), None
     tensors, about = checkpoint.load(path)
     if about["stage"] != stage:
         return _Place(), None
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "mask": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "loss": {}, "mask": {}}
     for name, tensor in tensors.items():
         part, _, name = name.partition("/")
         parts[part][name] = tensor
     checkpoint.load_state(model, parts["model"], path)
     checkpoint.load_optimizer(_base(optimizer), parts["optimizer"])
+    loss_of.load_state(parts["loss"])
     device = _device_of(model)
     return _Place(**about["place"]), {name: m.to(device) for name, m in parts["mask"].items()} or None
 
