@@ -228,7 +228,16 @@ def test_two_of_four(tmp_path):
 
 @pytest.mark.parametrize(
     "override",
-    ["prune.loss=trades", "prune.loss=natural", "prune.loss=free_at", "attack.norm=l2", "data.shift=1", "prune.schedule=constant"],
+    [
+        "prune.loss=trades",
+        "prune.loss=natural",
+        "prune.loss=free_at",
+        "attack.norm=l2",
+        "attack.norm=l1",
+        "prune.loss=mart",
+        "data.shift=1",
+        "prune.schedule=constant",
+    ],
 )
 def test_the_other_settings_run(override, tmp_path):
     rows = start(tmp_path / "run", override, "pretrain.epochs=1", "prune.epochs=2", "finetune.epochs=1")
