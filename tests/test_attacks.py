@@ -1,19 +1,18 @@
-"""PGD against its formula, the promise to leave everything as found, and the accuracy loop."""
+"""PGD against its formula, and the promise to leave everything as found."""
 
 import copy
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_as_found, l1_projection, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ap_ext.attacks import Accuracy, Attack, Pgd, accuracy, pgd
-from s2ap_ext.attacks.balls import L1
+from s2ap_ext.attacks import Attack, Pgd, accuracy, pgd
 from s2ap_ext.nn import densify, sparsify
 from s2ap_ext.parts import make, names
 
@@ -45,23 +44,6 @@ def distance(x_adv, x, norm):
     return shift.abs().sum(1) if norm == "l1" else torch.linalg.vector_norm(shift, dim=1)
 
 
-def plain_projection(x, moved, eps):
-    """Onto the l1 ball around ``x`` and [0, 1], for one image, by bisection on what every pixel gives up."""
-    x, moved = (t.double().flatten().numpy() for t in (x, moved))
-
-    def at(given_up):
-        shift = moved - x
-        return np.clip(x + np.sign(shift) * np.maximum(np.abs(shift) - given_up, 0), 0, 1)
-
-    low, high = 0.0, np.abs(moved - x).max()
-    if np.abs(at(0) - x).sum() <= eps:
-        return torch.from_numpy(at(0))
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.abs(at(middle) - x).sum() > eps else (low, middle)
-    return torch.from_numpy(at(high))
-
-
 def plain_pgd(model, x, start, objective, eps, step_size, steps, norm):
     """Textbook PGD, step by step and image by image."""
     x_adv = start
@@ -80,7 +62,7 @@ def plain_pgd(model, x, start, objective, eps, step_size, steps, norm):
                     best = int(gradient.abs().masked_fill(stuck, 0).argmax())
                     step = torch.zeros(36, dtype=image.dtype)
                     step[best] = step_size * gradient.flatten()[best].sign()
-                    moved.append(plain_projection(origin, image + step.view(image.shape), eps).view(image.shape))
+                    moved.append(l1_projection(origin, image + step.view(image.shape), eps).view(image.shape))
                     continue
                 shift = image + step_size * gradient / gradient.norm() - origin
                 moved.append((origin + shift * min(1, eps / shift.norm())).clamp(0, 1))
@@ -95,67 +77,6 @@ def test_cross_entropy_attack_is_the_formula(norm):
     expected = plain_pgd(model, x, x, lambda z: F.cross_entropy(z, y), **SETTINGS, norm=norm)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
     assert (ours - x).abs().max() > 0.02
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.integers(1, 12), st.sampled_from([0.0, 0.05, 0.3, 1.0, 4.0]), st.sampled_from([0.01, 0.3, 3.0]), st.integers(0, 10_000))
-def test_l1_projection_is_the_nearest_point(pixels, eps, spread, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(4, pixels, dtype=torch.float64, generator=generator)
-    x[1] = x[1].round()  # in the corners of the range
-    x[2] = 0.5
-    moved = x + spread * torch.randn(x.shape, dtype=torch.float64, generator=generator)
-    moved[2] = 0.5 + spread * torch.randint(-1, 2, (pixels,), generator=generator)  # ties
-    ours = L1(x, eps, 0)._project(moved)
-    expected = torch.stack([plain_projection(a, b, eps) for a, b in zip(x, moved, strict=True)])
-    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("eps", [0.2, 0.5, 1.5])
-def test_l1_projection_solves_the_minimisation(eps):
-    """Against a general solver: the least |z - moved|^2 where z = x + a - b is in range, a, b >= 0, and their sum is at most eps."""
-    optimize = pytest.importorskip("scipy.optimize")
-    rng = np.random.default_rng(0)
-    x, moved = rng.random(6), rng.normal(0.5, 1, 6)
-
-    def point(ab):
-        return x + ab[:6] - ab[6:]
-
-    found = optimize.minimize(
-        lambda ab: np.square(point(ab) - moved).sum(),
-        np.zeros(12),
-        bounds=[(0, room) for room in (*(1 - x), *x)],
-        constraints={"type": "ineq", "fun": lambda ab: eps - ab.sum()},
-        method="SLSQP",
-        options={"ftol": 1e-14, "maxiter": 500},
-    )
-    ours = L1(torch.from_numpy(x)[None], eps, 0)._project(torch.from_numpy(moved)[None])
-    np.testing.assert_allclose(ours[0].numpy(), point(found.x), atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_l1_ball_of_large_images(dtype):
-    """Where the sum over many pixels, in the images' own precision, is far from exact."""
-    x = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    ball = L1(x, 12.0, 1.0)
-    moved = (x.double() + torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
-    for x_adv in (ball._project(moved), ball.random_start(torch.Generator().manual_seed(2))):
-        for kind in (torch.float64, dtype):
-            assert distance(x_adv.to(kind), x.to(kind), "l1").max().item() <= 12
-    if dtype.itemsize >= 4:
-        assert distance(ball._project(moved), x, "l1").min().item() > 12 * (1 - 1e-4)
-
-
-def test_l1_steps_move_few_pixels_that_can_move():
-    x = torch.full((1, 300), 0.5)
-    x[0, 299] = 1  # has the largest gradient of all, and no room
-    model = nn.Linear(300, 2, bias=False)
-    with torch.no_grad():
-        model.weight.copy_(torch.stack([torch.zeros(300), torch.arange(300.0)]))
-    shift = pgd(model, x, torch.tensor([0]), eps=3.0, step_size=0.6, steps=2, norm="l1", random_start=False) - x
-    expected = torch.zeros(300)
-    expected[296:299] = 0.4  # 1 % of 300 pixels share each step
-    torch.testing.assert_close(shift[0], expected)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -228,26 +149,6 @@ def test_random_numbers():
     assert torch.equal(torch.get_rng_state(), state), "dropout or a start drew from torch's random state"
     attack()
     assert not torch.equal(torch.get_rng_state(), state)
-
-
-def snapshot(model):
-    def grad(p):
-        return None if p.grad is None else p.grad.clone()
-
-    parameters = {name: (p.requires_grad, grad(p), p.detach().clone()) for name, p in model.named_parameters()}
-    return [m.training for m in model.modules()], parameters, {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def assert_as_found(model, before):
-    modes, parameters, state = before
-    assert [m.training for m in model.modules()] == modes
-    for name, p in model.named_parameters():
-        requires_grad, grad, value = parameters[name]
-        assert p.requires_grad == requires_grad
-        assert torch.equal(p.detach(), value)
-        assert p.grad is None if grad is None else torch.equal(p.grad, grad)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name]), name
 
 
 class Failing(nn.Module):
@@ -445,38 +346,6 @@ def test_kl_without_random_start_warns():
     with pytest.warns(UserWarning, match="no gradient at x"):
         x_adv = pgd(model, x, y, **SETTINGS, loss="kl", random_start=False)
     assert (x_adv - x).abs().max() <= 0.1
-
-
-def test_accuracy_by_hand():
-    """One pixel and a threshold at 0.5: an image is robust iff it is further than eps from the threshold."""
-
-    def model(x):
-        return torch.cat([0.5 - x, x - 0.5], dim=1)
-
-    x = torch.tensor([[0.1], [0.45], [0.55], [0.9], [0.3], [0.45], [0.7]])
-    y = torch.tensor([0, 0, 1, 1, 1, 1, 1])  # two are wrong: the fifth, and the sixth, which an attack could "mend"
-    batches = list(zip(x.split(3), y.split(3), strict=True))
-    attack = partial(pgd, eps=0.1, step_size=0.05, steps=4)
-    assert accuracy(model, batches, attack) == Accuracy(clean=5 / 7, robust=3 / 7, images=7)
-    assert accuracy(model, batches) == Accuracy(clean=5 / 7, robust=None, images=7)
-    with pytest.raises(ValueError, match="at least one image"):
-        accuracy(model, [])
-
-
-def test_accuracy_attacks_only_what_is_right_and_leaves_the_model_as_found():
-    model, (x, y) = small_model(), images()
-    model.train()
-    before, attacked = snapshot(model), []
-
-    def attack(model, x, y):
-        assert not model.training
-        attacked.append(len(x))
-        return pgd(model, x, y, **SETTINGS)
-
-    result = accuracy(model, [(x, y)], attack)
-    assert_as_found(model, before)
-    assert attacked == ([round(result.clean * 7)] if result.clean else [])
-    assert result.robust <= result.clean
 
 
 @pytest.mark.parametrize("norm", NORMS)

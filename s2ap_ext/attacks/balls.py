@@ -131,9 +131,9 @@ BALLS: dict[str, type[Ball]] = {"linf": Linf, "l2": L2, "l1": L1}
 def _kept_distances(sizes: Tensor, room: Tensor, eps: float) -> Tensor:
     """The distances that pixels keep in the projection onto an l1 ball and the range of images.
 
-    Every pixel gives up the same distance, down to none and up to its room: ``kept = (sizes - shift).clamp(0, room)``, with the smallest
-    ``shift >= 0`` for which the sum of ``kept`` is at most ``eps``. The sum is piecewise linear in ``shift``; it bends where a pixel
-    reaches 0 and where it leaves its room. With the bends sorted downwards, running totals give the sum at each of them.
+    Every pixel gives up the same distance, down to none and up to its room: ``kept = (sizes - given_up).clamp(0, room)``, with the
+    smallest ``given_up >= 0`` for which the sum of ``kept`` is at most ``eps``. The sum is piecewise linear in ``given_up``; it bends
+    where a pixel reaches 0 and where it leaves its room. With the bends sorted downwards, running totals give the sum at each of them.
 
     Args:
         sizes: how far each pixel wants to move, float64 [N, pixels], >= 0.
@@ -150,8 +150,8 @@ def _kept_distances(sizes: Tensor, room: Tensor, eps: float) -> Tensor:
     reached = torch.searchsorted(sums, torch.full_like(sums[:, :1], eps)).clamp_(1, sums.shape[1] - 1)
     start = reached - 1
     bend, before, slope = (t.gather(1, start) for t in (bends, sums, between))
-    shift = torch.where(sums[:, -1:] <= eps, 0, bend - (eps - before) / slope.clamp(min=1))
-    kept = torch.minimum((sizes - shift).clamp_(min=0), room)
+    given_up = torch.where(sums[:, -1:] <= eps, 0, bend - (eps - before) / slope.clamp(min=1))
+    kept = torch.minimum((sizes - given_up).clamp_(min=0), room)
     # The difference of two numbers much larger than eps may be wrong in the last digits of eps.
     return kept * (eps / kept.sum(dim=1, keepdim=True).clamp_(min=torch.finfo(kept.dtype).tiny)).clamp_(max=1)
 
