@@ -171,8 +171,8 @@ def test_version_and_doctor(capsys):
         (["run", "digits", "--set", "prune.sparsity=1.1"], "prune.sparsity: expected a number in [0, 1]"),
         (["run", "digits", "--set", "prune.granularity=rows"], "granularity: expected 'weight', 'channel', 'head' or 'N:M'"),
         (
-            ["run", "digits", "--set", "prune.granularity=2:4", "--set", "prune.sparsity=0.5"],
-            "layer conv1: granularity: expected a multiple of 4",
+            ["run", "digits", "--set", "prune.granularity=2:4", "--set", "prune.exclude=:first"],
+            "layer conv2: sparsity: expected a multiple of 1/4",
         ),
         (["run", "digits", "--set", "prune.exclude=conv9"], "exclude: no module is named 'conv9'"),
         (["run", "digits", "--seed", "x"], "seed: expected an integer, got 'x'"),
