@@ -283,6 +283,11 @@ def test_bad_texts_of_sparsities_by_name(text):
         make("allocation", "mapping", layers=text)
 
 
+def test_a_layer_named_twice():
+    with pytest.raises(ValueError, match="allocation mapping: layers: expected one sparsity for 'conv1', got two"):
+        make("allocation", "mapping", layers="conv1=0.5, conv1=0.9")
+
+
 # Whole models
 
 

@@ -36,6 +36,8 @@ class SparsityByLayer(Allocation):
         self.sparsities: dict[str, float] = {}
         for entry in filter(None, (entry.strip() for entry in self.settings.layers.split(","))):
             pattern, _, text = (part.strip() for part in entry.rpartition("="))
+            if pattern in self.sparsities:
+                raise ValueError(f"allocation mapping: layers: expected one sparsity for {pattern!r}, got two")
             try:
                 self.sparsities[pattern] = check_sparsity(float(text))
             except ValueError:
