@@ -19,7 +19,7 @@ from typing import Any
 from ..attacks import NORMS
 from ..losses import LOSSES
 from ..methods import METHODS
-from ..models import MODELS
+from ..parts import names
 from .extras import optional
 
 SCHEDULES = ("cosine", "constant")
@@ -32,8 +32,8 @@ def key(default: Any, help: str, *, low: float = -math.inf, high: float = math.i
 
 @dataclass(frozen=True)
 class Model:
-    name: str = key("digits_cnn", "the architecture", choices=MODELS)
-    width: int = key(32, "channels of the first layer; the others are multiples of it", low=1)
+    name: str = key("digits_cnn", "the architecture", choices=names("model"))
+    width: int = key(32, "channels of the first layer, for the models that have it; the others are multiples of it", low=1)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from ..methods import METHODS, Method
 from ..models import build_model
 from ..nn import refresh, sparse_layers, train_weights
 from ..optim import AWP, S2AP
+from ..parts import find
+from ..settings import types_of
 from ..speed import latency
 from . import checkpoint, progress
 from .recipe import Recipe, Training, from_table, to_table
@@ -213,7 +215,7 @@ def run(session: Session, stages: Iterable[str] = tuple(STAGES)) -> list[dict[st
 
 def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
     """The recipe's model for ``data``, untrained, on the recipe's device."""
-    model = build_model(recipe.model.name, width=recipe.model.width, seed=recipe.seed, **_shape(data))
+    model = _build(recipe, recipe.seed, _shape(data))
     return model.to(pick_device(recipe.device))
 
 
@@ -256,7 +258,7 @@ def load_model(path: str | Path, *, data: Dataset | None = None, device: torch.d
     if data is not None and shape != _shape(data):
         text = "{in_channels} channels and {num_classes} classes"
         raise ValueError(f"checkpoint {path}: the model is for {text.format(**shape)}, {data.name} has {text.format(**_shape(data))}")
-    model = build_model(recipe.model.name, width=recipe.model.width, seed=0, **shape)
+    model = _build(recipe, 0, shape)
     if about["model"] != "dense":
         make_sparse(model, recipe)
     checkpoint.load_state(model, tensors, path)
@@ -287,6 +289,12 @@ def model_before(stage: str) -> str:
 def _shape(data: Dataset) -> dict[str, int]:
     """What a model must know of the images."""
     return {"num_classes": data.num_classes, "in_channels": data.shape[0]}
+
+
+def _build(recipe: Recipe, seed: int, shape: dict[str, int]) -> nn.Module:
+    """The recipe's model; its width goes to those that have one."""
+    has_width = "width" in types_of(find("model", recipe.model.name).Settings)
+    return build_model(recipe.model.name, seed=seed, **shape, **({"width": recipe.model.width} if has_width else {}))
 
 
 def _save_model(path: Path, model: nn.Module, name: str, recipe: Recipe, data: Dataset) -> None:
