@@ -100,12 +100,20 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
     """``--set`` and its short forms, the latter last."""
     overrides = list(arguments.set)
     if arguments.data_dir is not None:
-        overrides.append(f"data.dir={Path(arguments.data_dir).expanduser().absolute()}")
+        overrides.append(f"data.dir={_absolute(arguments.data_dir)}")
     if arguments.seed is not None:
         overrides.append(f"seed={arguments.seed}")
     if arguments.device is not None:
         overrides.append(f"device={arguments.device}")
     return overrides
+
+
+def _absolute(folder: str) -> Path:
+    """``--data-dir`` as the recipe keeps it: right from wherever the run goes on."""
+    try:
+        return Path(folder).expanduser().absolute()
+    except RuntimeError as error:  # no such user, or none that has a home
+        raise ValueError(f"--data-dir {folder}: {error}") from error
 
 
 def _refuse_with_resume(arguments: argparse.Namespace) -> None:

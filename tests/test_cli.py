@@ -180,6 +180,7 @@ def test_version_and_doctor(capsys):
         (["run", "digits", "--data-dir", "."], "data_dir"),
         (["run", "cifar10-resnet18", "--data-dir", "no/such/folder"], "no/such/folder"),
         (["run", "cifar10-resnet18", "--data-dir", "."], "train.parquet"),
+        (["run", "cifar10-resnet18", "--data-dir", "~nobody-has-this-name/x"], "--data-dir ~nobody-has-this-name/x: "),
         (["run", "--resume", "nowhere"], "nowhere: not the folder of a run"),
         (["prune", "digits"], "prune: expected --from CHECKPOINT"),
         (["prune", "digits", "--from", "none.safetensors"], "checkpoint none.safetensors: no such file"),
