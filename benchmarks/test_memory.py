@@ -9,7 +9,7 @@ from measure import ROWS, peak_extra_bytes
 
 from s2ap_ext import S2AP, sparsify
 from s2ap_ext.models import build_model
-from s2ap_ext.nn import sparse_layers, train_scores
+from s2ap_ext.nn import pruned_layers, train_scores
 
 
 @pytest.mark.parametrize("defer_grads", [False, True])
@@ -20,7 +20,7 @@ def test_memory_of_a_step(side_by_side, quick, device, defer_grads):
     on top of that.
     """
     net = train_scores(sparsify(build_model("resnet18", num_classes=10, width=4 if quick else 64, seed=0), 0.9)).to(device)
-    layers = list(sparse_layers(net).values())
+    layers = list(pruned_layers(net).values())
     base = torch.optim.SGD([layer.scores for layer in layers], lr=1e-3, momentum=0.9)
     optimizer = S2AP(net, base, gamma=1e-3, defer_grads=defer_grads)
     grads = [[1e-3 * torch.randn_like(layer.weight) for layer in layers] for _ in range(2)]  # of the first and of the second backward
@@ -42,7 +42,7 @@ def test_memory_of_a_step(side_by_side, quick, device, defer_grads):
     for _ in range(3):
         step()
     scores = sum(layer.scores.numel() * layer.scores.element_size() for layer in layers)
-    masked = sum(layer._masked.numel() * layer._masked.element_size() for layer in layers)
+    masked = sum(layer.mask_state.memory.numel() * layer.mask_state.memory.element_size() for layer in layers)
     extra = peak_extra_bytes(step, device)
     side_by_side({f"S2AP step, defer_grads={defer_grads}": step}, rounds=5, what=f"memory of an S2AP step, defer_grads={defer_grads}")
     ROWS[-1]["note"] = (

@@ -15,7 +15,7 @@ from measure import ROOFLINE, ROWS
 
 from s2ap_ext import S2APConv2d, backend
 from s2ap_ext.nn import train_weights
-from s2ap_ext.nn.convolution import Entries, convolution_of
+from s2ap_ext.nn.kept_weights import KeptWeights, convolution_of
 from s2ap_ext.nn.layout import empty_batch_innermost
 from s2ap_ext.sparse_reference import to_blocks
 
@@ -49,9 +49,9 @@ def test_layer(side_by_side, quick, shape, density):
     y = conv(x)
     grad = torch.randn(y.shape, generator=generator)
     geometry = convolution_of(conv)
-    entries = Entries.of(conv.weight, None, geometry)
-    forward = entries.starts, entries.columns, entries.values
-    backward = entries.input_starts, entries.input_columns, entries.input_values
+    kept = KeptWeights.of(conv.weight, None, geometry)
+    forward = kept.starts, kept.columns, kept.values
+    backward = kept.input_starts, kept.input_columns, kept.input_values
 
     from s2ap_ext import _C
 
@@ -93,9 +93,9 @@ def test_layer(side_by_side, quick, shape, density):
         medians = side_by_side(ours | others, rounds=7, warm=True, what=f"{name}: {what}", benchmarked=False)
         ROWS[-1]["sparse_layer"] = (name, density)
         if name == "forward":
-            kept = len(entries.values)
-            flops = 2 * kept * y.numel() // outputs
-            moved = 4 * (x.numel() + y.numel()) + 8 * kept
+            count = len(kept.values)
+            flops = 2 * count * y.numel() // outputs
+            moved = 4 * (x.numel() + y.numel()) + 8 * count
             ROOFLINE.append({"layer": shape, "density": density, "flops": flops, "bytes": moved, "seconds": medians["ours, blocks"]})
     if theirs:
         ours = _layer(conv, innermost_x, innermost_grad, quick)
@@ -122,7 +122,7 @@ def _layer(conv, x, grad, quick):
         layer(a).backward(grad)
 
     both()
-    assert quick or layer._selection.entries is not None  # it runs on the kept weights
+    assert quick or layer.mask_state.selection.kept_weights is not None  # it runs on the kept weights
     return both
 
 

@@ -14,8 +14,8 @@ from baselines import mask_every_forward
 from measure import BREAK_EVEN, ROWS
 
 from s2ap_ext import AWP, S2AP, backend, densify, engine, sparsify
-from s2ap_ext.attacks import pgd
-from s2ap_ext.losses import get_loss
+from s2ap_ext.attacks import Pgd, pgd
+from s2ap_ext.losses import PgdAt
 from s2ap_ext.models import build_model
 from s2ap_ext.nn import dense_kernels, refresh, train_scores, train_weights
 
@@ -61,7 +61,7 @@ def test_inference(side_by_side, quick, batch, tmp_path):
         model = pruned(quick, 1 - density)
         fast = engine.compile_sparse(model, x[:1])
         functions[f"ours, {density:.1%} kept"] = lambda fast=fast: fast(x)
-        layers = fast.layers if batch >= 8 else fast.few_layers
+        layers = fast.layers if batch >= 8 else fast.small_batch_layers
         if {kind for name, kind in layers.items() if name != "linear"} == {"sparse"}:
             on_kept[density] = f"ours, {density:.1%} kept"
         else:  # the default runs some layers dense, or all
@@ -159,7 +159,7 @@ class Step:
     def __init__(self, quick, model, wrap):
         self.x, self.y = images(9 if quick else 64)
         self.model = model
-        self.loss = get_loss("pgd_at", steps=2 if quick else 10, **PGD)
+        self.loss = PgdAt(adversary=Pgd(steps=2 if quick else 10, **PGD))
         self.base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
         self.optimizer = wrap and wrap(model, self.base)
 
@@ -182,7 +182,7 @@ class Step:
 
 def dense_everywhere(step):
     def run():
-        with dense_kernels(), engine.disabled():
+        with dense_kernels():
             step()
 
     return run

@@ -8,7 +8,8 @@ import torch
 from baselines import mask_every_forward
 
 from s2ap_ext import S2AP, sparsify
-from s2ap_ext.losses import get_loss
+from s2ap_ext.attacks import Pgd
+from s2ap_ext.losses import PgdAt
 from s2ap_ext.models import build_model
 from s2ap_ext.nn import refresh, train_scores
 
@@ -28,7 +29,7 @@ class Step:
         self.x = torch.rand(size["batch"], 3, 32, 32, generator=generator).to(device)
         self.y = torch.randint(10, (size["batch"],), generator=generator).to(device)
         self.model = prune(build_model("resnet18", num_classes=10, width=size["width"], seed=0)).to(device)
-        self.loss = get_loss("pgd_at", eps=8 / 255, step_size=2 / 255, steps=size["steps"])
+        self.loss = PgdAt(adversary=Pgd(eps=8 / 255, step_size=2 / 255, steps=size["steps"]))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, weight_decay=5e-4)
         self.s2ap = None if gamma is None else S2AP(self.model, self.optimizer, gamma=gamma)

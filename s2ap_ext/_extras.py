@@ -23,4 +23,4 @@ def optional(name: str, *, or_else: str = "") -> ModuleType:
     for candidate in filter(None, (name, or_else)):
         if importlib.util.find_spec(candidate.partition(".")[0]) is not None:
             return importlib.import_module(candidate)
-    raise MissingExtra(or_else or name)
+    raise MissingExtra((or_else or name).partition(".")[0])

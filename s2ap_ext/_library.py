@@ -24,7 +24,7 @@ CONVOLUTION = "int[] kernel, int[] stride, int[] padding, int[] dilation, int gr
 SCHEMAS = {
     "select": "(Tensor[] scores, Tensor[] weights, Tensor kept, int[] patterns, Tensor(a!)[] masked, Tensor(b!) cuts) -> ()",
     "perturb": "(Tensor[] scores, Tensor[] grads, Tensor[] weights, Tensor kept, int[] patterns, Tensor cuts, Tensor? squares, "
-    "float gamma, float eps, bool straight_through, Tensor(a!)[] masked, Tensor(b!) new_cuts, Tensor(c!) scales) -> ()",
+    "Tensor gamma, float eps, bool straight_through, Tensor(a!)[] masked, Tensor(b!) new_cuts, Tensor(c!) scales) -> ()",
     "update": "(Tensor(a!)[] scores, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, "
     "float dampening, float weight_decay, bool nesterov) -> ()",
     # ascent_grads is empty where the gradients were taken at the scores themselves; scales is not read then.
@@ -57,7 +57,7 @@ def _perturb(scores, grads, weights, kept, patterns, cuts, squares, gamma, eps, 
     for i, (s, g, w) in enumerate(zip(scores, grads, weights, strict=True)):
         square = None if squares is None else squares[i]
         out, new_cuts[i], scales[i] = reference.perturb(
-            s, g, w, int(kept[i]), cuts[i], gamma, eps, _pattern(patterns, i), straight_through, square
+            s, g, w, int(kept[i]), cuts[i], gamma[i].item(), eps, _pattern(patterns, i), straight_through, square
         )
         masked[i].copy_(out)
 
@@ -136,7 +136,7 @@ class Backend:
 
 
 # Raised with every change of a schema or of a kernel's contract. setup.py compiles it into both libraries and writes it into _build.json.
-INTERFACE = 4
+INTERFACE = 5
 REBUILD = "to mend it, run in the checkout: pip install --force-reinstall --no-deps ."
 
 

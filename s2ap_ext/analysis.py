@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from .nn import sparse_layers
+from .modes import evaluation_mode
+from .nn import pruned_layers
 
 __all__ = ["flip_rate", "landscape", "layer_masks", "mask_distance", "score_sharpness"]
 
@@ -16,7 +18,7 @@ Masks = Mapping[str, Tensor]
 
 def layer_masks(model: nn.Module) -> dict[str, Tensor]:
     """The masks of the pruned layers of ``model`` by name: bool, of the weights' shapes. They do not follow the model."""
-    return {name: layer.mask for name, layer in sparse_layers(model).items()}
+    return {name: layer.mask for name, layer in pruned_layers(model).items()}
 
 
 def mask_distance(a: nn.Module | Masks, b: nn.Module | Masks) -> float:
@@ -92,7 +94,7 @@ def score_sharpness(
         raise ValueError(f"radius: expected a number > 0, got {radius}")
     if iterations < 1:
         raise ValueError(f"iterations: expected at least 1, got {iterations}")
-    with _Probe(model, loss) as probe:
+    with _probing(model, loss) as probe:
         h = radius * _norm(probe.start)
         if h == 0:
             raise ValueError("model: all scores are 0, so a radius relative to them is 0 too")
@@ -135,7 +137,7 @@ def landscape(
         raise ValueError(f"points: expected at least 2, got {points}")
     steps = torch.linspace(-radius, radius, points, dtype=torch.float64)
     losses = torch.empty(points, points, dtype=torch.float64)
-    with _Probe(model, loss) as probe:
+    with _probing(model, loss) as probe:
         generator = torch.Generator().manual_seed(seed)
         axes = []
         for _ in range(2):
@@ -151,42 +153,43 @@ def _norm(tensors: list[Tensor]) -> float:
     return float(sum(t.double().square().sum() for t in tensors).sqrt())
 
 
+@contextmanager
+def _probing(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Iterator[_Probe]:
+    """A probe of ``model`` in evaluation mode; the model is as it was found afterwards."""
+    probe = _Probe(model, loss)
+    required = [s.requires_grad for s in probe.scores]
+    with evaluation_mode(model, freeze=False):
+        try:
+            for s in probe.scores:
+                s.requires_grad_(True)
+            yield probe
+        finally:
+            probe.place(probe.start)
+            for s, was_required in zip(probe.scores, required, strict=True):
+                s.requires_grad_(was_required)
+
+
 class _Probe:
-    """Evaluates a loss at displaced scores and leaves the model as it was found."""
+    """Evaluates a loss at displaced scores."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
         self.model, self.loss = model, loss
-        self.scores = list(dict.fromkeys(layer.scores for layer in sparse_layers(model).values()))
+        self.scores = list(dict.fromkeys(layer.scores for layer in pruned_layers(model).values()))
         if not self.scores:
             raise ValueError("model: expected pruned layers, found none; call s2ap_ext.sparsify(model, sparsity) first")
         self.start = [s.detach().clone() for s in self.scores]
 
-    def __enter__(self) -> _Probe:
-        self.training = [(module, module.training) for module in self.model.modules()]
-        self.required = [s.requires_grad for s in self.scores]
-        self.model.eval()
-        for s in self.scores:
-            s.requires_grad_(True)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._place(self.start)
-        for module, training in self.training:
-            module.training = training
-        for s, required in zip(self.scores, self.required, strict=True):
-            s.requires_grad_(required)
-
     @torch.no_grad()
-    def _place(self, values: list[Tensor]) -> None:
+    def place(self, values: list[Tensor]) -> None:
         for s, value in zip(self.scores, values, strict=True):
             s.copy_(value)
 
     def value(self, displacement: list[Tensor]) -> float:
-        self._place([s + d for s, d in zip(self.start, displacement, strict=True)])
+        self.place([s + d for s, d in zip(self.start, displacement, strict=True)])
         with torch.no_grad():
             return float(self.loss(self.model))
 
     def gradient(self, direction: list[Tensor], h: float) -> list[Tensor]:
-        self._place([s + h * d for s, d in zip(self.start, direction, strict=True)])
+        self.place([s + h * d for s, d in zip(self.start, direction, strict=True)])
         with torch.enable_grad():
             return list(torch.autograd.grad(self.loss(self.model), self.scores, materialize_grads=True))

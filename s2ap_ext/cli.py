@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         return arguments.command(arguments)
+    except BrokenPipeError:  # nobody reads the report; what was done is in its files
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         # These types are how the library reports input that it cannot use: recipes, files, devices, missing packages, losses that diverge.
         print(f"s2ap: error: {error}", file=sys.stderr)
@@ -40,47 +43,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .pipeline import STAGES
-
-    return _train(arguments, tuple(STAGES))
+    return _train(arguments, None)
 
 
 def _one_stage(arguments: argparse.Namespace) -> int:
-    return _train(arguments, (arguments.stage,))
+    return _train(arguments, arguments.stage)
 
 
-def _train(arguments: argparse.Namespace, stages: tuple[str, ...]) -> int:
-    """Everything is read and checked first; the folder is made when nothing is left that could be wrong with the input."""
-    from .pipeline import RunFolder, Session, Stopped, extras, progress, run
-    from .pipeline import stages as pipeline
+def _train(arguments: argparse.Namespace, stage: str | None) -> int:
+    """Trains one stage, or all of them where ``stage`` is None.
+
+    Everything is read and checked first; the folder is made when nothing is left that could be wrong with the input.
+    """
+    from . import pipeline
+    from .pipeline import RunFolder, Session, Stopped, extras, progress
+    from .pipeline.model_file import adopt, model_before
     from .pipeline.run_folder import read_recipe
 
     extras.require()
     start = getattr(arguments, "start", None)
     recipe = read_recipe(arguments.resume) if arguments.resume else _recipe(arguments)
+    stages = pipeline.plan(recipe) if stage is None else (stage,)
+    if stages[0] not in pipeline.plan(recipe):
+        raise ValueError(f"{stages[0]}: the method {recipe.prune.method.name} has only the stages {', '.join(pipeline.plan(recipe))}")
     pipeline.pick_device(recipe.device)
     data = pipeline.open_data(recipe)
+    before = model_before(recipe, stages[0])
     if arguments.resume:
         _refuse_with_resume(arguments)
         folder = RunFolder.resume(arguments.resume)
+    elif start and before is None:
+        raise ValueError(f"--from: {stages[0]} of the method {recipe.prune.method.name} starts from an untrained model; leave it out")
     elif start:
         recipe = pipeline.start_from(recipe, stages[0], start, data)
         pipeline.check_prunable(recipe, data)
         folder = RunFolder.create(arguments.out or _free_folder(recipe.name), recipe)
-        shutil.copyfile(start, folder.path / f"{pipeline.model_before(stages[0])}.safetensors")
-    elif stages[0] == "pretrain":
+        adopt(start, folder.path / f"{before}.safetensors", recipe, data)
+    elif before is None:
         pipeline.check_prunable(recipe, data)
         folder = RunFolder.create(arguments.out or _free_folder(recipe.name), recipe)
     else:
-        raise ValueError(f"{stages[0]}: expected --from CHECKPOINT, the model to start from")
+        raise ValueError(f"{stages[0]}: expected --from CHECKPOINT, the {before} model to start from")
 
     show = progress.for_this_terminal()
     show.say(f"{recipe.name}: writing to {folder.path}")
     with folder, _stop_on_interrupt() as stop:
         try:
-            run(Session(recipe, data, folder, show, stop), stages)
+            pipeline.run(Session(recipe, data, folder, show, stop), stages)
         except Stopped:
-            command = "run" if len(stages) > 1 else stages[0]
+            command = "run" if stage is None else stage
             print(f"s2ap: stopped; to go on: s2ap {command} --resume {shlex.quote(str(folder.path))}", file=sys.stderr)
             return STOPPED
     _show_report(folder.path)
@@ -96,16 +107,31 @@ def _recipe(arguments: argparse.Namespace):
     return load_recipe(arguments.recipe, _overrides(arguments))
 
 
+def _import_plugins(arguments: argparse.Namespace) -> None:
+    """Imports the modules that ``--set plugins=...`` names: a checkpoint that needs them does not choose what is imported."""
+    from .pipeline import load_recipe
+
+    load_recipe("digits", [text for text in arguments.set if text.partition("=")[0].strip() == "plugins"])
+
+
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     """``--set`` and its short forms, the latter last."""
     overrides = list(arguments.set)
     if arguments.data_dir is not None:
-        overrides.append(f"data.dir={Path(arguments.data_dir).expanduser().absolute()}")
+        overrides.append(f"data.dir={_absolute(arguments.data_dir)}")
     if arguments.seed is not None:
         overrides.append(f"seed={arguments.seed}")
     if arguments.device is not None:
         overrides.append(f"device={arguments.device}")
     return overrides
+
+
+def _absolute(folder: str) -> Path:
+    """``--data-dir`` as the recipe keeps it: right from wherever the run goes on."""
+    try:
+        return Path(folder).expanduser().absolute()
+    except RuntimeError as error:  # no such user, or none that has a home
+        raise ValueError(f"--data-dir {folder}: {error}") from error
 
 
 def _refuse_with_resume(arguments: argparse.Namespace) -> None:
@@ -123,7 +149,7 @@ def _free_folder(name: str) -> Path:
 
 @contextlib.contextmanager
 def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C was pressed. A second Ctrl-C interrupts at once."""
+    """Gives a function that says whether Ctrl-C was pressed, or the process told to end. A second time interrupts at once."""
     pressed = False
 
     def handle(signum: int, frame: object) -> None:
@@ -133,22 +159,23 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
         pressed = True
         print("\ns2ap: stopping after this step (again to stop at once)", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, handle)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, handle) for number in signals]
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, earlier in zip(signals, before, strict=True):
+            signal.signal(number, earlier)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
-    from . import report, speed
-    from .pipeline import evaluate, extras, load_model, progress
-    from .pipeline import stages as pipeline
-    from .pipeline.recipe import override
+    from . import pipeline, report, speed
+    from .pipeline import evaluate, extras, load_model, override, progress
 
     extras.require()
+    _import_plugins(arguments)
     for text in arguments.set:
         if text.partition(".")[0] in ("model", *pipeline.STAGES):
             raise ValueError(f"--set {text}: the model is made already; evaluate takes keys of data, attack and evaluate")
@@ -186,11 +213,11 @@ def _profile(arguments: argparse.Namespace) -> int:
             return 0
     if not arguments.checkpoint:
         raise ValueError("profile: expected CHECKPOINT or --calibrate")
-    from .pipeline import extras, load_model
-    from .pipeline import stages as pipeline
-    from .pipeline.recipe import override
+    from . import pipeline
+    from .pipeline import extras, load_model, override
 
     extras.require()
+    _import_plugins(arguments)
     _, recipe, _ = load_model(arguments.checkpoint)
     data = pipeline.open_data(override(recipe, _overrides(arguments)))
     model, _, _ = load_model(arguments.checkpoint, data=data)
@@ -297,7 +324,7 @@ def _recipe_help() -> dict:
     from .pipeline.recipe import explained_keys, known_recipes
 
     lines = [f"recipes: {', '.join(known_recipes())}", "", "keys of a recipe, with their defaults:"]
-    lines += [f"  {key:<28} {text}" for key, text in explained_keys()]
+    lines += [f"  {key:<32} {text}" for key, text in explained_keys()]
     return {"epilog": "\n".join(lines), "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 

@@ -11,94 +11,26 @@ Strides are free: an operand that is not contiguous is copied, and a channels_la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from .reference import CUT_COLUMNS, GROUP, LARGEST_WINDOW, NANS, WEIGHT, WINDOW, Pattern, mask_from_cut
+from ._arguments import (
+    DTYPES,
+    check_cuts,
+    check_lists,
+    check_memory,
+    check_size,
+    cuts_or_zeros,
+    gammas,
+    momentum_argument,
+    outputs,
+    patterns_and_kept,
+    per_layer,
+)
+from .reference import NANS, Pattern, mask_from_cut
 
-__all__ = ["Pattern", "check_finite", "mask_from_cut", "perturb", "select", "update", "update_select"]
-
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def _check(arguments: dict[str, Sequence[Tensor]]) -> None:
-    """All lists equally long; within a layer equal shapes; within the call one device and one dtype."""
-    (first_name, first), *others = arguments.items()
-    for name, tensors in others:
-        if len(tensors) != len(first):
-            raise ValueError(f"{name}: expected {len(first)} tensors, one for each of {first_name}, got {len(tensors)}")
-    dtype = getattr(first[0], "dtype", None) if len(first) else None
-    device = getattr(first[0], "device", None) if len(first) else None
-    for name, tensors in arguments.items():
-        for i, (t, like) in enumerate(zip(tensors, first, strict=True)):
-            # One condition for each of perhaps thousands of tensors; what is wrong with one is found out afterwards.
-            fits = isinstance(t, Tensor) and t.dtype is dtype and t.device == device and t.shape == like.shape
-            if not fits or dtype not in DTYPES:
-                _refuse(name, i, t, first_name, first)
-
-
-def _refuse(name: str, i: int, t: object, first_name: str, first: Sequence[Tensor]) -> NoReturn:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}[{i}]: expected a tensor, got {type(t).__name__}")
-    if t.dtype not in DTYPES:
-        raise TypeError(f"{name}[{i}]: expected a floating point tensor, got {t.dtype}")
-    if t.dtype != first[0].dtype:
-        raise TypeError(f"{name}[{i}]: expected {first[0].dtype} like {first_name}[0], got {t.dtype}")
-    if t.device != first[0].device:
-        raise ValueError(f"{name}[{i}]: expected a tensor on {first[0].device} like {first_name}[0], got {t.device}")
-    raise ValueError(f"{name}[{i}]: expected shape {tuple(first[i].shape)} like {first_name}[{i}], got {tuple(t.shape)}")
-
-
-def _check_distinct(name: str, tensors: Sequence[Tensor]) -> None:
-    """What is written must be written once."""
-    first: dict[int, int] = {}
-    for i, t in enumerate(tensors):
-        if t.numel() and first.setdefault(t.data_ptr(), i) != i:
-            raise ValueError(f"{name}[{i}]: expected memory of its own, got that of {name}[{first[t.data_ptr()]}]; a layer was given twice")
-
-
-def _check_pattern(i: int, pattern: Pattern, numel: int) -> int:
-    """The largest count of ``kept`` that ``pattern`` allows for a layer of ``numel`` elements."""
-    kind, size, block = pattern
-    if kind == WEIGHT:
-        return numel
-    if kind not in (GROUP, WINDOW) or size < 1 or block < 1 or not numel or numel % (size * block):
-        raise ValueError(
-            f"patterns[{i}]: expected WEIGHT, or GROUP or WINDOW with size * block dividing {numel} elements, got {tuple(pattern)}"
-        )
-    if kind == WINDOW and not 2 <= size <= LARGEST_WINDOW:
-        raise ValueError(f"patterns[{i}]: expected a window of 2 to {LARGEST_WINDOW} elements, got {size}")
-    return size
-
-
-def _patterns_and_kept(
-    patterns: Sequence[Pattern] | None, kept: Tensor | Sequence[int], scores: Sequence[Tensor]
-) -> tuple[list[int], Tensor]:
-    """The patterns as the ops take them, and ``kept`` as int64 [L] on the scores' device; counts known on the host are range-checked."""
-    if patterns is None:
-        largest = [s.numel() for s in scores]
-    elif len(patterns) != len(scores):
-        raise ValueError(f"patterns: expected {len(scores)}, one for each of scores, got {len(patterns)}")
-    else:
-        largest = [_check_pattern(i, p, s.numel()) for i, (p, s) in enumerate(zip(patterns, scores, strict=True))]
-    flat = [] if patterns is None else [number for pattern in patterns for number in pattern]
-    if isinstance(kept, Tensor):
-        if kept.shape != (len(scores),) or kept.dtype != torch.int64:
-            raise ValueError(f"kept: expected int64 of shape ({len(scores)},), got {kept.dtype} of shape {tuple(kept.shape)}")
-        if kept.device.type == "cuda":
-            return flat, kept.contiguous()  # reading it would synchronise; the kernels clamp
-        counts = kept.tolist()
-    else:
-        counts = list(kept)
-        if len(counts) != len(scores):
-            raise ValueError(f"kept: expected {len(scores)} counts, one for each of scores, got {len(counts)}")
-    for i, (count, most) in enumerate(zip(counts, largest, strict=True)):
-        if not 0 <= count <= most:
-            raise ValueError(f"kept[{i}]: expected a count in [0, {most}], got {count}")
-    device = scores[0].device if scores else None
-    return flat, torch.tensor(counts, dtype=torch.int64, device=device)
+__all__ = ["DTYPES", "Pattern", "check_finite", "mask_from_cut", "perturb", "select", "update", "update_select"]
 
 
 class _Contiguous:
@@ -116,28 +48,9 @@ class _Contiguous:
         torch.autograd.graph.increment_version([t for t in self.originals if not t.is_inference()])
 
 
-def _outputs(out: Sequence[Tensor] | None, like: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(t) for t in like] if out is None else list(out)
-
-
-def _cuts(cuts: Tensor | None, name: str, scores: Sequence[Tensor]) -> Tensor:
-    shape = (len(scores), CUT_COLUMNS)
-    if cuts is None:
-        return torch.zeros(shape, dtype=torch.int64, device=scores[0].device if scores else None)
-    if cuts.shape != shape or cuts.dtype != torch.int64 or not cuts.is_contiguous():
-        raise ValueError(f"{name}: expected contiguous int64 of shape {shape}, got {cuts.dtype} of shape {tuple(cuts.shape)}")
-    return cuts
-
-
-def _per_layer(values: Tensor | None, name: str, scores: Sequence[Tensor]) -> Tensor:
-    """One float64 for each layer, zeros if there are none yet."""
-    device = scores[0].device if scores else None
-    if values is None:
-        return torch.zeros(len(scores), dtype=torch.float64, device=device)
-    if values.shape != (len(scores),) or values.dtype != torch.float64 or (scores and values.device != device):
-        got = f"{values.dtype} of shape {tuple(values.shape)} on {values.device}"
-        raise ValueError(f"{name}: expected float64 of shape ({len(scores)},) on {device}, got {got}")
-    return values.contiguous()
+def _apart(cuts: Tensor, new_cuts: Tensor) -> dict[str, list[Tensor]]:
+    """``cuts``, as an argument that new cuts must not overlap unless they take its place: the kernels note the present masks first."""
+    return {"cuts": [] if cuts.data_ptr() == new_cuts.data_ptr() else [cuts]}
 
 
 @torch.no_grad()
@@ -157,8 +70,9 @@ def select(
         weights: L tensors with the shapes and dtype of ``scores``.
         kept: how many entries each layer keeps, or groups, or entries of each window; int64 [L], on the scores' device, or L integers.
         patterns: what ``kept`` counts, for each layer (:class:`s2ap_ext.reference.Pattern`); None: single entries of the whole layer.
-        out: L tensors that receive the masked weights (allocated if None).
-        cuts: int64 [L, 5] that receives the cuts (allocated if None).
+        out: L tensors that receive the masked weights (allocated if None). Like all that is written, they have memory of their own:
+            they may not overlap each other, or any other argument; the weights cannot be masked in place.
+        cuts: int64 [L, 5] on the scores' device that receives the cuts (allocated if None).
 
     Returns:
         ``(masked, cuts)``. ``masked[l]`` is ``weights[l]`` where the mask is 1 and +0 elsewhere. ``cuts[l]`` is the cut of
@@ -167,7 +81,8 @@ def select(
 
     Raises:
         ValueError, TypeError: lists of different lengths, shapes, dtypes or devices; a pattern that does not divide its layer; a count
-            outside ``[0, numel]`` or the pattern's ``[0, size]``.
+            outside ``[0, numel]`` or the pattern's ``[0, size]``, or no integer; memory that is
+            written and belongs to another argument too.
 
     Equivalent to::
 
@@ -176,12 +91,13 @@ def select(
             mask = torch.zeros(s.numel()).index_fill(0, order[s.numel() - k:], 1).view_as(s)
             masked.append(w * mask)
     """
-    masked = _outputs(out, weights)
-    _check({"scores": scores, "weights": weights, "out": masked})
-    _check_distinct("out", masked)
-    cuts = _cuts(cuts, "cuts", scores)
+    masked = outputs(out, weights)
+    check_lists({"scores": scores, "weights": weights, "out": masked})
+    new_cuts = cuts_or_zeros(cuts, "cuts", scores)
     if scores:
-        flat_patterns, kept = _patterns_and_kept(patterns, kept, scores)
+        flat_patterns, kept = patterns_and_kept(patterns, kept, scores)
+        written = {"out": [] if out is None else masked, "cuts": [] if cuts is None else [cuts]}
+        check_memory(written, {"scores": scores, "weights": weights, "kept": [kept]})
         result = _Contiguous(masked)
         torch.ops.s2ap.select(
             [s.contiguous() for s in scores],
@@ -189,10 +105,10 @@ def select(
             kept,
             flat_patterns,
             result.tensors,
-            cuts,
+            new_cuts,
         )
         result.write_back()
-    return masked, cuts
+    return masked, new_cuts
 
 
 @torch.no_grad()
@@ -203,7 +119,7 @@ def perturb(
     kept: Tensor | Sequence[int],
     cuts: Tensor,
     *,
-    gamma: float,
+    gamma: float | Tensor,
     eps: float = 1e-12,
     patterns: Sequence[Pattern] | None = None,
     straight_through: bool = False,
@@ -219,43 +135,46 @@ def perturb(
         scores, weights, kept, patterns, out: as in :func:`select`.
         grads: L tensors, the gradients of the loss with respect to the scores.
         cuts: int64 [L, 5], what :func:`select` returned at these scores.
-        gamma: relative size of the perturbation, >= 0.
+        gamma: relative size of the perturbation, finite and >= 0: one for all layers, or float64 [L] on the scores' device. A layer whose
+            gamma is 0 has the scale 0, whatever its norms are. Values on a CUDA device are not read by the host, and not checked: a
+            negative one moves against the gradient, and NaN or infinity makes scores NaN, which column 2 of ``new_cuts`` counts.
         eps: added to ``||g||``.
         straight_through: ``grads`` are those with respect to the masked weights. The scores' own, ``g * w * sign(s)``, are formed where
             they are read and never stored.
         squares: float64 [L], the sums of squares of the scores where :func:`update_select` has returned them; None: they are taken.
-        new_cuts: int64 [L, 5] that receives the cuts at ``s + z`` (allocated if None).
+        new_cuts: int64 [L, 5] that receives the cuts at ``s + z`` (allocated if None); it may be ``cuts``.
 
     Returns:
         ``(masked, new_cuts, scales)``. Column 3 of ``new_cuts`` counts the mask entries that flipped, column 4 the scores
         whose sign changed. ``scales`` (float64 [L]) are the factors of the scores' gradients, ``z = scales[l] * g``.
 
     Raises:
-        ValueError, TypeError: as in :func:`select`; ``gamma`` or ``eps`` negative or not finite.
+        ValueError, TypeError: as in :func:`select`; ``gamma``, of any layer, or ``eps`` negative or not finite.
 
     Source: S2AP, arXiv 2510.18381.
 
     Equivalent to::
 
-        for s, g, w, k in zip(scores, grads, weights, kept):
+        for s, g, w, k, gamma in zip(scores, grads, weights, kept, gammas):
             if straight_through:
                 g = g * w * s.sign()
             z = gamma * s.norm() * g / (g.norm() + eps)
             masked.append(select(s + z, w, k))
     """
-    for name, value in {"gamma": gamma, "eps": eps}.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
-    masked = _outputs(out, weights)
-    _check({"scores": scores, "grads": grads, "weights": weights, "out": masked})
-    _check_distinct("out", masked)
-    cuts = _cuts(cuts, "cuts", scores)
-    new_cuts = _cuts(new_cuts, "new_cuts", scores)
-    scales = _per_layer(None, "scales", scores)
+    check_size("eps", eps)
+    masked = outputs(out, weights)
+    check_lists({"scores": scores, "grads": grads, "weights": weights, "out": masked})
+    cuts = check_cuts(cuts, "cuts", scores)
+    given = {"out": [] if out is None else masked, "new_cuts": [] if new_cuts is None else [new_cuts]}
+    new_cuts = cuts_or_zeros(new_cuts, "new_cuts", scores)
+    scales = per_layer(None, "scales", scores)
+    gamma = gammas(gamma, scores)
     if squares is not None:
-        squares = _per_layer(squares, "squares", scores)
+        squares = per_layer(squares, "squares", scores)
     if scores:
-        flat_patterns, kept = _patterns_and_kept(patterns, kept, scores)
+        flat_patterns, kept = patterns_and_kept(patterns, kept, scores)
+        numbers = {"kept": [kept], "gamma": [gamma], "squares": [] if squares is None else [squares]}
+        check_memory(given, {"scores": scores, "grads": grads, "weights": weights} | numbers | _apart(cuts, new_cuts))
         result = _Contiguous(masked)
         torch.ops.s2ap.perturb(
             [s.contiguous() for s in scores],
@@ -299,7 +218,8 @@ def update(
         lr, momentum, dampening, weight_decay, nesterov: as in ``torch.optim.SGD``.
 
     Raises:
-        ValueError, TypeError: lists of different lengths, shapes, dtypes or devices; momentum without buffers.
+        ValueError, TypeError: lists of different lengths, shapes, dtypes or devices; momentum without buffers; buffers or gradients
+            that share memory with the scores.
 
     Equivalent to::
 
@@ -308,10 +228,9 @@ def update(
             b.mul_(momentum).add_(d, alpha=1 - dampening)
             s.sub_(lr * (d + momentum * b if nesterov else b))
     """
-    buffers = _momentum_argument(momentum, momentum_buffers)
-    _check({"scores": scores, "grads": grads} | buffers)
-    for name, written in ({"scores": scores} | buffers).items():
-        _check_distinct(name, written)
+    buffers = momentum_argument(momentum, momentum_buffers)
+    check_lists({"scores": scores, "grads": grads} | buffers)
+    check_memory({"scores": scores} | buffers, {"grads": grads})
     if scores:
         new_scores, new_buffers = _Contiguous(scores), _Contiguous(momentum_buffers)
         torch.ops.s2ap.update(
@@ -326,12 +245,6 @@ def update(
         )
         new_scores.write_back()
         new_buffers.write_back()
-
-
-def _momentum_argument(momentum: float, momentum_buffers: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
-    if momentum == 0 and len(momentum_buffers):
-        raise ValueError(f"momentum_buffers: expected none with momentum 0, got {len(momentum_buffers)}")
-    return {"momentum_buffers": momentum_buffers} if momentum != 0 else {}
 
 
 @torch.no_grad()
@@ -363,15 +276,14 @@ def update_select(
         straight_through: as in :func:`perturb`.
         ascent: with ``straight_through``, where the gradients were taken: the ``grads`` and the returned ``scales`` of the :func:`perturb`
             that went there. None: at the scores.
-        new_cuts: int64 [L, 5] that receives the cuts at the new scores (allocated if None).
+        new_cuts: int64 [L, 5] that receives the cuts at the new scores (allocated if None); it may be ``cuts``.
 
     Returns:
         ``(masked, new_cuts, squares)``. Column 3 of ``new_cuts`` counts the mask entries that the step flipped. ``squares`` (float64 [L])
         are the sums of squares of the new scores, which the next :func:`perturb` need not take again.
 
     Raises:
-        ValueError, TypeError: as in :func:`update` and :func:`select`; an ``ascent`` without ``straight_through``; an ``out`` that is
-            the memory of the weights.
+        ValueError, TypeError: as in :func:`update` and :func:`select`; an ``ascent`` without ``straight_through``.
 
     Equivalent to::
 
@@ -381,28 +293,26 @@ def update_select(
         masked, new_cuts = select(scores, weights, kept)
         squares = torch.stack([s.double().square().sum() for s in scores])
     """
-    buffers = _momentum_argument(momentum, momentum_buffers)
+    buffers = momentum_argument(momentum, momentum_buffers)
     ascent_grads, scales = ascent or ([], None)
     if ascent is not None and not straight_through:
         raise ValueError("ascent: expected None without straight_through, whose signs are all that it is for")
-    masked = _outputs(out, weights)
-    _check({"scores": scores, "grads": grads, "weights": weights, "out": masked} | buffers | ({"ascent": ascent_grads} if ascent else {}))
-    for name, written in ({"scores": scores, "out": masked} | buffers).items():
-        _check_distinct(name, written)
-    for i, (w, o) in enumerate(zip(weights, masked, strict=True)):
-        if o.numel() and o.data_ptr() == w.data_ptr():
-            raise ValueError(f"out[{i}]: expected memory of its own, got that of weights[{i}]")
-    cuts = _cuts(cuts, "cuts", scores)
-    new_cuts = _cuts(new_cuts, "new_cuts", scores)
-    squares = _per_layer(None, "squares", scores)
+    masked = outputs(out, weights)
+    read = {"grads": grads, "weights": weights} | ({"ascent": ascent_grads} if ascent else {})
+    check_lists({"scores": scores, "out": masked} | read | buffers)
+    cuts = check_cuts(cuts, "cuts", scores)
+    given = {"scores": scores, "out": [] if out is None else masked, "new_cuts": [] if new_cuts is None else [new_cuts]} | buffers
+    new_cuts = cuts_or_zeros(new_cuts, "new_cuts", scores)
+    squares, scales = per_layer(None, "squares", scores), per_layer(scales, "ascent", scores)
     if scores:
-        flat_patterns, kept = _patterns_and_kept(patterns, kept, scores)
+        flat_patterns, kept = patterns_and_kept(patterns, kept, scores)
+        check_memory(given, read | {"kept": [kept], "scales": [scales]} | _apart(cuts, new_cuts))
         new_scores, new_buffers, result = _Contiguous(scores), _Contiguous(momentum_buffers), _Contiguous(masked)
         torch.ops.s2ap.update_select(
             new_scores.tensors,
             [g.contiguous() for g in grads],
             [g.contiguous() for g in ascent_grads],
-            _per_layer(scales, "ascent", scores),
+            scales,
             new_buffers.tensors,
             [w.contiguous() for w in weights],
             kept,

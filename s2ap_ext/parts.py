@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import inspect
 import pkgutil
 import re
 from collections.abc import Callable
@@ -69,6 +70,15 @@ class Part:
         where = f"{self.kind} {self.name or type(self).__name__}"
         self.settings = check(read(type(self).Settings, options, where) if settings is None else settings, where)
 
+    @classmethod
+    def member(cls, name: str) -> type[Part]:
+        """The class that ``name`` stands for in the family of ``cls``, from which :func:`find` derives one called ``name``.
+
+        As a rule that is ``cls``. A family whose names lead to classes elsewhere overrides this; it raises ValueError where a name leads
+        to none.
+        """
+        return cls
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings})"
 
@@ -79,7 +89,8 @@ def register(name: str, *, pattern: str = "") -> Callable[[P], P]:
     Args:
         name: what recipes and :func:`find` call the part.
         pattern: a regular expression for a whole family of names, such as those of the sets on a hub. A name that matches it and is not
-            registered itself finds this class too, as a subclass whose ``name`` is that name; ``name`` then only describes the family.
+            registered itself finds a subclass of this class (or of its :meth:`Part.member`) whose ``name`` is that name; ``name`` then
+            only describes the family.
 
     Raises:
         TypeError: the class does not derive from the base class of a kind.
@@ -103,11 +114,10 @@ def register(name: str, *, pattern: str = "") -> Callable[[P], P]:
 
 def find(kind: str, name: str) -> type[Part]:
     """The class of the part called ``name``; raises ValueError with the known names, and the nearest one, if there is none."""
-    known = names(kind)
-    parts = [_registered[kind, k] for k in known]
-    if name in known and not _registered[kind, name].pattern:
-        return _registered[kind, name]
-    for part in parts:
+    known = registered(kind)
+    if name in known and not known[name].pattern:
+        return known[name]
+    for part in known.values():
         if part.pattern and re.fullmatch(part.pattern, name):
             return _of_family(part, name)
     raise ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
@@ -119,9 +129,43 @@ def make(kind: str, name: str, **options: Any) -> Part:
 
 
 def names(kind: str) -> list[str]:
-    """The names of all parts of ``kind``, sorted."""
+    """The names of all parts of ``kind``, sorted; a family of names has one that describes it."""
+    return list(registered(kind))
+
+
+def registered(kind: str) -> dict[str, type[Part]]:
+    """The classes of all parts of ``kind`` by name, sorted."""
     _load(kind)
-    return sorted(name for k, name in _registered if k == kind)
+    return {name: part for (k, name), part in sorted(_registered.items()) if k == kind}
+
+
+def attribute(kind: str, name: str) -> Any:
+    """What ``name``, of the form ``package.module:attribute``, leads to: the family of names for parts that a user's own module defines.
+
+    Raises:
+        ValueError: there is no such module, or nothing of that name in it; the message starts with ``kind`` and ``name``.
+        ImportError: the module exists, but something that it imports does not.
+    """
+    module, _, target = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and needs another that is not
+        raise ValueError(f"{kind} {name}: no module {error.name} on Python's path (see PYTHONPATH)") from error
+    if not hasattr(found, target):
+        raise ValueError(f"{kind} {name}: {module} has no {target}{nearest(target, dir(found))}")
+    return getattr(found, target)
+
+
+def call_own(kind: str, name: str, function: Callable[..., Any], **arguments: Any) -> Any:
+    """Calls a user's ``function`` with ``arguments``; raises ValueError if its signature does not take them."""
+    try:
+        inspect.signature(function).bind(**arguments)
+    except (TypeError, ValueError) as error:
+        wanted = ", ".join(f"{key}=" for key in arguments)
+        raise ValueError(f"{kind} {name}: expected a function that takes ({wanted}) ({error})") from error
+    return function(**arguments)
 
 
 def import_all(package: str, path: list[str]) -> None:
@@ -132,6 +176,7 @@ def import_all(package: str, path: list[str]) -> None:
 
 @functools.cache
 def _of_family(part: type[Part], name: str) -> type[Part]:
+    part = part.member(name)
     return type(part.__name__, (part,), {"name": name, "__module__": part.__module__, "__doc__": part.__doc__})
 
 

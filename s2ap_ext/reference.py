@@ -57,7 +57,7 @@ class Pattern(NamedTuple):
     block: int = 1
 
 
-PLAIN = Pattern()
+SINGLE_WEIGHTS = Pattern()
 LARGEST_WINDOW = 32
 
 
@@ -76,7 +76,7 @@ def group_sums(scores: Tensor, pattern: Pattern) -> Tensor:
     return torch.where(sums.isnan(), torch.nan, sums)
 
 
-def mask_from_cut(scores: Tensor, cut: Tensor, pattern: Pattern = PLAIN) -> Tensor:
+def mask_from_cut(scores: Tensor, cut: Tensor, pattern: Pattern = SINGLE_WEIGHTS) -> Tensor:
     """Rebuilds the boolean mask of ``scores`` from its ``cut`` (int64 [5]); same shape as ``scores``."""
     if pattern.kind == WINDOW:
         key = keys(scores).view(-1, pattern.size, pattern.block)
@@ -90,7 +90,7 @@ def mask_from_cut(scores: Tensor, cut: Tensor, pattern: Pattern = PLAIN) -> Tens
     return mask.view(scores.shape)
 
 
-def cut(scores: Tensor, kept: int, pattern: Pattern = PLAIN) -> Tensor:
+def cut(scores: Tensor, kept: int, pattern: Pattern = SINGLE_WEIGHTS) -> Tensor:
     """The cut (int64 [5]) that keeps the ``kept`` largest of ``scores``; flips and sign changes are 0.
 
     KEY and INDEX are those of the lowest ranked element, or group, that stays. Windows have no cut in common: INDEX is ``kept``, KEY 0.
@@ -110,7 +110,7 @@ def cut(scores: Tensor, kept: int, pattern: Pattern = PLAIN) -> Tensor:
     return row
 
 
-def select(scores: Tensor, weight: Tensor, kept: int, pattern: Pattern = PLAIN) -> tuple[Tensor, Tensor]:
+def select(scores: Tensor, weight: Tensor, kept: int, pattern: Pattern = SINGLE_WEIGHTS) -> tuple[Tensor, Tensor]:
     """Keeps the ``kept`` entries (or groups, or entries of each window) of ``weight`` with the largest ``|scores|``; the others become +0.
 
     Returns:
@@ -157,15 +157,19 @@ def score_grad(grad: Tensor, weight: Tensor, at: Tensor) -> Tensor:
 
 
 def ascent_scale(scores: Tensor, grad: Tensor, gamma: float, eps: float, square: Tensor | None = None) -> Tensor:
-    """``gamma * ||s|| / (||g|| + eps)``, 0 where ``g`` is 0; a float64 scalar that holds a float32 value (float64 for float64 scores).
+    """``gamma * ||s|| / (||g|| + eps)``, and 0 where ``g`` or ``gamma`` is 0, even if a norm is infinite.
 
-    ``square`` is ``sum_of_squares(scores)`` where that is known already.
+    Args:
+        square: ``sum_of_squares(scores)`` where that is known already.
+
+    Returns:
+        A float64 scalar that holds a float32 value (float64 for float64 scores).
 
     Source: S2AP, arXiv 2510.18381 (the layer-normalised perturbation).
     """
     # On the host, because torch's sqrt on the CPU (MKL's) is not always the correctly rounded one.
     norm_s, norm_g = (math.sqrt(x.item()) for x in (sum_of_squares(scores) if square is None else square, sum_of_squares(grad)))
-    scale = 0.0 if norm_g == 0 else (gamma * norm_s) / (norm_g + eps)
+    scale = 0.0 if gamma == 0 or norm_g == 0 else (gamma * norm_s) / (norm_g + eps)
     scale = torch.tensor(scale, dtype=torch.float64, device=scores.device)
     return scale if scores.dtype == torch.float64 else scale.float().double()
 
@@ -188,7 +192,7 @@ def perturb(
     cut_now: Tensor,
     gamma: float,
     eps: float,
-    pattern: Pattern = PLAIN,
+    pattern: Pattern = SINGLE_WEIGHTS,
     straight_through: bool = False,
     square: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,7 +254,7 @@ def update_select(
     dampening: float,
     weight_decay: float,
     nesterov: bool,
-    pattern: Pattern = PLAIN,
+    pattern: Pattern = SINGLE_WEIGHTS,
     straight_through: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`update`, then :func:`select` at the new scores.

@@ -1,13 +1,13 @@
 """Settings: frozen dataclasses whose fields say what they mean and which values they take.
 
-A field is declared with :func:`key`. :func:`check` validates the values of a finished object, :func:`read` fills a class from a table
-(parsed TOML or JSON), and :func:`read_text` reads one value from the command line. Every error names the key, what was expected and
-what came.
+A field is declared with :func:`key`. :func:`check` validates the values of a finished object, and :func:`read` fills a class from a table
+(parsed TOML or JSON, or :class:`Text` from a command line). Every error names the key, what was expected and what came.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Iterable
@@ -16,14 +16,31 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+Texts = tuple[str, ...]
+SANE = 1000
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Texts: "a list of texts"}
+
+
+class Text(str):
+    """A value as it was typed on a command line: :func:`value_of` reads it as the type of its key.
+
+    Attributes:
+        where: what errors about this value start with, such as ``"--set prune.gamma"``.
+    """
+
+    where: str
+
+    def __new__(cls, text: str, where: str) -> Text:
+        made = super().__new__(cls, text)
+        made.where = where
+        return made
 
 
 def key(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, choices: Iterable[str] = ()) -> Any:
     """One field of a settings class: its default, what it means, and the values it may take.
 
     Args:
-        default: of the type that the field is annotated with: bool, int, float or str.
+        default: of the type that the field is annotated with: bool, int, float, str or tuple[str, ...].
         help: the meaning, in words that a help page shows.
         low, high: the smallest and the largest number allowed.
         choices: the texts allowed; none means any.
@@ -31,6 +48,7 @@ def key(default: Any, help: str, *, low: float = -math.inf, high: float = math.i
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": tuple(choices)})
 
 
+@functools.cache
 def types_of(cls: type) -> dict[str, type]:
     """The types of the fields of ``cls`` by name."""
     hints = typing.get_type_hints(cls)
@@ -57,22 +75,8 @@ def read(cls: type[T], table: dict[str, Any], where: str) -> T:
     return cls(**{name: value_of(cls, name, value, f"{where}: {name}") for name, value in table.items()})
 
 
-def read_text(cls: type, name: str, text: str, where: str) -> Any:
-    """The value that ``text`` from the command line stands for, as the type of key ``name`` of ``cls``; errors as in :func:`value_of`."""
-    kind = types_of(cls)[name]
-    value: Any = text
-    if kind is bool:
-        value = {"true": True, "false": False}.get(text.lower(), text)
-    elif kind is int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = text
-    return value_of(cls, name, value, where)
-
-
 def value_of(cls: type, name: str, value: Any, where: str) -> Any:
-    """``value`` as the type of key ``name`` of ``cls``; numbers may be fractions such as ``"8/255"``.
+    """``value`` as the type of key ``name`` of ``cls``. Numbers may be fractions such as ``"8/255"``, lists one text with commas.
 
     Raises:
         ValueError: a value of another type or outside its range; the message starts with ``where``.
@@ -80,22 +84,31 @@ def value_of(cls: type, name: str, value: Any, where: str) -> Any:
     kind = types_of(cls)[name]
     allowed = next(f for f in fields(cls) if f.name == name).metadata
     got = value
+    if isinstance(value, Text):
+        where, value = value.where, _typed(value, kind)
+    if kind == Texts and isinstance(value, (str, list, tuple)):
+        items = value.split(",") if isinstance(value, str) else value
+        if all(isinstance(item, str) for item in items):
+            return tuple(item.strip() for item in items if item.strip())
     if kind is float and isinstance(value, (str, int)) and not isinstance(value, bool):
         value = _number(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    if kind == Texts or type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{where}: expected {WORDS[kind]}, got {_shown(got)}")
     if allowed["choices"] and value not in allowed["choices"]:
         raise ValueError(f"{where}: expected one of {', '.join(allowed['choices'])}, got {_shown(got)}{nearest(value, allowed['choices'])}")
     if kind in (int, float) and not allowed["low"] <= value <= allowed["high"]:
-        bound = f">= {allowed['low']:g}" if math.isinf(allowed["high"]) else f"in [{allowed['low']:g}, {allowed['high']:g}]"
-        raise ValueError(f"{where}: expected {WORDS[kind]} {bound}, got {_shown(got)}")
+        # Upper bounds from here on only keep absurd values out: they explain nothing about one that is too small.
+        no_bound = allowed["high"] >= SANE and value < allowed["low"]
+        bound = f">= {allowed['low']:.15g}" if no_bound else f"in [{allowed['low']:.15g}, {allowed['high']:.15g}]"
+        raise ValueError(f"{where}: expected {WORDS[kind]} {bound}, got {_shown(value)}")
     return value
 
 
 def explained(cls: type, name: str) -> str:
     """The meaning of key ``name`` of ``cls`` with the values that it may take and its default, in one line."""
     about = next(f for f in fields(cls) if f.name == name)
-    shown = f"{about.default:.4g}" if isinstance(about.default, float) else str(about.default).lower() or "empty"
+    default = ",".join(about.default) if isinstance(about.default, tuple) else about.default
+    shown = f"{default:.4g}" if isinstance(default, float) else str(default).lower() or "empty"
     choices = f": {', '.join(about.metadata['choices'])}" if about.metadata["choices"] else ""
     return f"{about.metadata['help']}{choices} [{shown}]"
 
@@ -104,6 +117,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean a or b?"`` for the known names that look like ``name``, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _typed(text: str, kind: type) -> Any:
+    """``text`` read as ``kind``; the text itself where that cannot be."""
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), str(text))
+    if kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            pass
+    return str(text)
 
 
 def _number(value: str | int) -> float | str:
@@ -117,5 +142,5 @@ def _number(value: str | int) -> float | str:
 
 def _shown(value: Any) -> str:
     """``value`` for a message, cut where it is long."""
-    text = repr(value)
+    text = repr(str(value)) if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -44,7 +44,7 @@ def sparse_pattern(
     number[where] = torch.arange(entries, dtype=torch.int32, device=weight.device)
     by_input = _exchanged(kept, groups)
     each = channels_of_run(entries, len(by_input), outputs // groups, passes)
-    parts = _parts(each, outputs // groups, _pass_of_tap(kernel, stride, padding, dilation), passes)
+    parts = _parts(each, outputs // groups, pass_of_tap(kernel, stride, padding, dilation), passes)
     input_starts, input_columns, where = _rows(by_input, parts)
     return starts, columns, input_starts, input_columns, _exchanged(number, groups)[where]
 
@@ -56,7 +56,7 @@ def channels_of_run(entries: int, rows: int, channels: int, passes: int) -> int:
     return -(-channels // runs)
 
 
-def _pass_of_tap(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def pass_of_tap(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """[taps]: the residue of the input's positions whose gradient a tap reaches."""
     y, x = ((torch.arange(k) * d - p) % s for k, s, p, d in zip(kernel, stride, padding, dilation, strict=True))
     return (y[:, None] * stride[1] + x).flatten()

@@ -11,9 +11,20 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .reference import GROUP, LARGEST_WINDOW, PLAIN, WEIGHT, WINDOW, Pattern
+from .reference import GROUP, LARGEST_WINDOW, SINGLE_WEIGHTS, WEIGHT, WINDOW, Pattern
 
-__all__ = ["check_sparsity", "kept_count", "kept_in_pattern", "pattern_for", "score_init"]
+__all__ = [
+    "check_sparsity",
+    "granularity_of",
+    "input_multiple",
+    "kept_count",
+    "kept_in_pattern",
+    "kept_weights",
+    "pattern_for",
+    "score_init",
+    "sparsity_of",
+    "units",
+]
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
@@ -55,7 +66,7 @@ def pattern_for(granularity: str, shape: Sequence[int], sparsity: float, *, head
     Pattern(kind=2, size=4, block=9)
     """
     if granularity == "weight":
-        return PLAIN
+        return SINGLE_WEIGHTS
     if 0 in shape:
         raise ValueError(f"granularity: expected 'weight' for a weight without elements, got {granularity!r}")
     if granularity == "channel":
@@ -64,17 +75,58 @@ def pattern_for(granularity: str, shape: Sequence[int], sparsity: float, *, head
         if heads is None:
             raise ValueError("granularity: expected a weight of attention heads for 'head', got that of another layer")
         return Pattern(GROUP, heads[0], heads[1] * shape[1])
-    match = re.fullmatch(r"(\d+):(\d+)", granularity)
-    if not match or not 0 < int(match[1]) < int(match[2]) <= LARGEST_WINDOW:
-        known = f"'weight', 'channel', 'head' or 'N:M' such as '2:4' (M at most {LARGEST_WINDOW})"
-        raise ValueError(f"granularity: expected {known}, got {granularity!r}")
-    stays, window = int(match[1]), int(match[2])
+    stays, window = _window(granularity)
     if shape[1] % window:
         raise ValueError(f"granularity: expected a multiple of {window} inputs for {granularity!r}, got {shape[1]}")
     pattern = Pattern(WINDOW, window, math.prod(shape[2:]))
     if kept_in_pattern(pattern, math.prod(shape), sparsity) != stays:
         raise ValueError(f"sparsity: expected {1 - stays / window:g} for granularity {granularity!r}, got {sparsity}")
     return pattern
+
+
+def input_multiple(granularity: str) -> int:
+    """The number that a layer's inputs have to be a multiple of: M for ``"N:M"``, 1 for any other granularity.
+
+    Raises:
+        ValueError: an unknown ``granularity``.
+    """
+    return 1 if granularity in ("weight", "channel", "head") else _window(granularity)[1]
+
+
+def granularity_of(pattern: Pattern, shape: Sequence[int], kept: int) -> str:
+    """What :func:`pattern_for` made ``pattern`` from, for a weight of this ``shape`` that keeps ``kept``.
+
+    >>> granularity_of(pattern_for("2:4", (64, 16), 0.5), (64, 16), 2)
+    '2:4'
+    """
+    if pattern.kind == WEIGHT:
+        return "weight"
+    if pattern.kind == WINDOW:
+        return f"{kept}:{pattern.size}"
+    return "channel" if pattern == pattern_for("channel", shape, 0) else "head"
+
+
+def _window(granularity: str) -> tuple[int, int]:
+    """N and M of ``"N:M"``."""
+    match = re.fullmatch(r"(\d+):(\d+)", granularity)
+    if not match or not 0 < int(match[1]) < int(match[2]) <= LARGEST_WINDOW:
+        known = f"'weight', 'channel', 'head' or 'N:M' such as '2:4' (M at most {LARGEST_WINDOW})"
+        raise ValueError(f"granularity: expected {known}, got {granularity!r}")
+    return int(match[1]), int(match[2])
+
+
+def units(pattern: Pattern, numel: int) -> int:
+    """The largest that ``kept`` can be: the number of weights, of groups, or of weights in a window."""
+    return numel if pattern.kind == WEIGHT else pattern.size
+
+
+def kept_weights(pattern: Pattern, numel: int, kept: int) -> int:
+    """How many of ``numel`` weights stay where ``kept`` counts what ``pattern`` says.
+
+    >>> kept_weights(pattern_for("channel", (8, 4, 3, 3), 0.5), 288, 4)
+    144
+    """
+    return kept if pattern.kind == WEIGHT else kept * (numel // pattern.size)
 
 
 def kept_in_pattern(pattern: Pattern, numel: int, sparsity: float) -> int:
@@ -84,11 +136,25 @@ def kept_in_pattern(pattern: Pattern, numel: int, sparsity: float) -> int:
         ValueError: ``sparsity`` outside [0, 1], or for windows not a multiple of one element's share.
     """
     if pattern.kind != WINDOW:
-        return kept_count(numel if pattern.kind == WEIGHT else pattern.size, sparsity)
+        return kept_count(units(pattern, numel), sparsity)
     pruned = check_sparsity(sparsity) * pattern.size
     if not math.isclose(pruned, round(pruned), abs_tol=1e-9):
         raise ValueError(f"sparsity: expected a multiple of 1/{pattern.size} for windows of {pattern.size} weights, got {sparsity}")
     return pattern.size - round(pruned)
+
+
+def sparsity_of(pattern: Pattern, numel: int, kept: int) -> float:
+    """The sparsity at which ``kept`` stay: the inverse of :func:`kept_in_pattern`, which gives ``kept`` for it again.
+
+    >>> sparsity_of(Pattern(), 10, 1)
+    0.9
+    """
+    count = units(pattern, numel)
+    if count == 0:
+        return 0.0
+    sparsity = (count - kept) / count
+    rounded_down = Fraction(repr(sparsity)) * count < count - kept  # then it would stand for one pruned element less
+    return math.nextafter(sparsity, math.inf) if rounded_down else sparsity
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ._library import backend
 from .engine.choice import Layer, computed, lanes
 from .engine.network import CHUNK, compile_sparse
+from .modes import evaluation_mode
 from .nn import cost, densify
-from .nn.convolution import Entries, convolution_of
+from .nn.kept_weights import KeptWeights, convolution_of
 from .nn.layout import empty_batch_innermost
 
 ROUNDS = 5
@@ -59,12 +60,10 @@ def profile(model: nn.Module, x: Tensor) -> list[Measured]:
         return layer.register_forward_pre_hook(lambda layer, args: inputs.setdefault(name, (layer, tuple(args[0].shape))) and None)
 
     hooks = [watch(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(x)
+        with torch.no_grad(), evaluation_mode(model, freeze=False):
+            model(x)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     if not inputs:
@@ -158,7 +157,7 @@ def _measure(name: str, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> Measu
     x = torch.randn(input_shape)
     with torch.no_grad():
         y = layer._conv_forward(x, weight, None)
-    entries = Entries.of(weight, None, convolution)
+    kept = KeptWeights.of(weight, None, convolution)
 
     def dense(memory_format) -> Callable[[], object]:
         a, w, g = (t.contiguous(memory_format=memory_format) for t in (x, weight, y))
@@ -177,9 +176,9 @@ def _measure(name: str, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> Measu
     to_y, to_x = torch.empty_like(g), torch.empty_like(a)
 
     def sparse():
-        torch.ops.s2ap.sparse_conv(a, entries.starts, entries.columns, entries.values, None, None, *convolution, 0, False, to_y)
+        torch.ops.s2ap.sparse_conv(a, kept.starts, kept.columns, kept.values, None, None, *convolution, 0, False, to_y)
         torch.ops.s2ap.sparse_conv_input_grad(
-            g, entries.input_starts, entries.input_columns, entries.input_values, None, None, *convolution, 0, to_x
+            g, kept.input_starts, kept.input_columns, kept.input_values, None, None, *convolution, 0, to_x
         )
 
     with torch.no_grad():
@@ -194,7 +193,7 @@ def _measure(name: str, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> Measu
         sparse_ms=1e3 * mine,
         predicted_dense_ms=2e3 * cost.seconds(cost.dense_terms(shape)),
         predicted_sparse_ms=2e3 * cost.seconds(cost.sparse_terms(shape, density)),
-        choice="sparse" if cost.prefers_sparse(shape, density) else "dense",
+        choice="sparse" if cost.is_faster_sparse(shape, density) else "dense",
     )
 
 
@@ -207,10 +206,10 @@ def _measure_inference(layer: nn.Conv2d, batch: int, size: int) -> tuple[float, 
     else:
         halo, a = 1, torch.rand(-(-batch // lanes()), channels, size + 2, size + 2, lanes())
     convolution = convolution_of(layer)
-    out, entries = torch.empty_like(a), Entries.of(layer.weight.detach(), None, convolution)
+    out, kept = torch.empty_like(a), KeptWeights.of(layer.weight.detach(), None, convolution)
 
     def sparse():
-        torch.ops.s2ap.sparse_conv(a, entries.starts, entries.columns, entries.values, None, None, *convolution, halo, False, out)
+        torch.ops.s2ap.sparse_conv(a, kept.starts, kept.columns, kept.values, None, None, *convolution, halo, False, out)
 
     x, weight = (t.detach().contiguous(memory_format=torch.channels_last) for t in (x, layer.weight))
     with torch.no_grad():

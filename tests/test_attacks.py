@@ -1,4 +1,4 @@
-"""PGD against its formula, the promise to leave everything as found, and the accuracy loop."""
+"""PGD against its formula, and the promise to leave everything as found."""
 
 import copy
 from functools import partial
@@ -6,15 +6,18 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_as_found, l1_projection, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ap_ext.attacks import Accuracy, accuracy, pgd, undisturbed
+from s2ap_ext.attacks import Attack, Pgd, accuracy, pgd
 from s2ap_ext.nn import densify, sparsify
+from s2ap_ext.parts import make, names
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NORMS = ("linf", "l2", "l1")
 SETTINGS = {"eps": 0.1, "step_size": 0.03, "steps": 4}
 
 
@@ -33,6 +36,14 @@ def images(n=7, dtype=torch.float32, seed=0):
     return x, torch.arange(n) % 5
 
 
+def distance(x_adv, x, norm):
+    """Of each image, measured in the precision that the images have."""
+    shift = (x_adv - x).flatten(1)
+    if norm == "linf":
+        return shift.abs().amax(1)
+    return shift.abs().sum(1) if norm == "l1" else torch.linalg.vector_norm(shift, dim=1)
+
+
 def plain_pgd(model, x, start, objective, eps, step_size, steps, norm):
     """Textbook PGD, step by step and image by image."""
     x_adv = start
@@ -46,13 +57,20 @@ def plain_pgd(model, x, start, objective, eps, step_size, steps, norm):
                 continue
             moved = []
             for image, origin, gradient in zip(x_adv, x, g, strict=True):
+                if norm == "l1":  # 1 % of 36 pixels: the one with the largest gradient that can still move
+                    stuck = ((image == 0) & (gradient < 0)) | ((image == 1) & (gradient > 0))
+                    best = int(gradient.abs().masked_fill(stuck, 0).argmax())
+                    step = torch.zeros(36, dtype=image.dtype)
+                    step[best] = step_size * gradient.flatten()[best].sign()
+                    moved.append(l1_projection(origin, image + step.view(image.shape), eps).view(image.shape))
+                    continue
                 shift = image + step_size * gradient / gradient.norm() - origin
                 moved.append((origin + shift * min(1, eps / shift.norm())).clamp(0, 1))
             x_adv = torch.stack(moved)
     return x_adv
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_cross_entropy_attack_is_the_formula(norm):
     model, (x, y) = small_model(torch.float64).eval(), images(dtype=torch.float64)
     ours = pgd(model, x, y, **SETTINGS, norm=norm, random_start=False)
@@ -61,7 +79,7 @@ def test_cross_entropy_attack_is_the_formula(norm):
     assert (ours - x).abs().max() > 0.02
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_kl_attack_is_the_formula(norm):
     model, (x, _) = small_model(torch.float64).eval(), images(dtype=torch.float64)
     p = model(x).softmax(1).detach()
@@ -89,7 +107,7 @@ def test_one_linf_step_by_hand():
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(DTYPES),
-    st.sampled_from(["linf", "l2"]),
+    st.sampled_from(NORMS),
     st.sampled_from([0.0, 8 / 255, 0.1, 0.5, 1e-3, 3.0]),
     st.sampled_from([0.0, 2 / 255, 1.0]),
     st.integers(0, 3),
@@ -106,17 +124,14 @@ def test_never_leaves_the_ball_or_the_image_range(dtype, norm, eps, step_size, s
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
     for kind in (torch.float64, dtype):  # measured exactly, and as a user of that dtype would
-        shift = (x_adv.to(kind) - x.to(kind)).flatten(1)
-        distance = shift.abs().amax(1) if norm == "linf" else torch.linalg.vector_norm(shift, dim=1)
-        assert distance.max().item() <= eps
+        assert distance(x_adv.to(kind), x.to(kind), norm).max().item() <= eps
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_random_start_fills_the_ball(norm):
     x = torch.full((4000, 1, 1, 2), 0.5)
     start = pgd(nn.Flatten(), x, torch.zeros(4000, dtype=torch.long), eps=0.25, step_size=0, steps=0, norm=norm)
-    shift = (start - x).flatten(1)
-    radius = shift.abs().amax(1) if norm == "linf" else shift.norm(dim=1)
+    shift, radius = (start - x).flatten(1), distance(start, x, norm)
     # Uniform in two dimensions: the share within radius r is (r / eps)**2.
     for share in (0.1, 0.5, 0.9):
         assert (radius < 0.25 * share**0.5).float().mean().item() == pytest.approx(share, abs=0.05)
@@ -134,26 +149,6 @@ def test_random_numbers():
     assert torch.equal(torch.get_rng_state(), state), "dropout or a start drew from torch's random state"
     attack()
     assert not torch.equal(torch.get_rng_state(), state)
-
-
-def snapshot(model):
-    def grad(p):
-        return None if p.grad is None else p.grad.clone()
-
-    parameters = {name: (p.requires_grad, grad(p), p.detach().clone()) for name, p in model.named_parameters()}
-    return [m.training for m in model.modules()], parameters, {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def assert_as_found(model, before):
-    modes, parameters, state = before
-    assert [m.training for m in model.modules()] == modes
-    for name, p in model.named_parameters():
-        requires_grad, grad, value = parameters[name]
-        assert p.requires_grad == requires_grad
-        assert torch.equal(p.detach(), value)
-        assert p.grad is None if grad is None else torch.equal(p.grad, grad)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name]), name
 
 
 class Failing(nn.Module):
@@ -192,19 +187,6 @@ def test_leaves_everything_as_found(loss, fails_at):
     assert not x.requires_grad
 
 
-def test_undisturbed_ignores_overridden_train():
-    class Stubborn(nn.Linear):
-        def train(self, mode=True):
-            raise AssertionError("train() was called")
-
-    layer = Stubborn(2, 2)
-    with undisturbed(layer):
-        assert not layer.training
-        assert not layer.weight.requires_grad
-    assert layer.training
-    assert layer.weight.requires_grad
-
-
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_works_in_any_grad_mode(context):
     model, (x, y) = small_model(), images()
@@ -232,7 +214,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_computes_no_weight_gradients(norm):
     model, (x, y) = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 5)), images()
     with Calls() as calls:
@@ -262,14 +244,15 @@ def test_pruned_model_is_attacked_like_its_dense_twin(loss):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_images_do_not_see_each_other():
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_images_do_not_see_each_other(norm):
     model, (x, y) = small_model(torch.float64), images(dtype=torch.float64)
-    together = pgd(model, x, y, **SETTINGS, norm="l2", random_start=False)
-    alone = [pgd(model, x[i : i + 1], y[i : i + 1], **SETTINGS, norm="l2", random_start=False) for i in range(len(x))]
+    together = pgd(model, x, y, **SETTINGS, norm=norm, random_start=False)
+    alone = [pgd(model, x[i : i + 1], y[i : i + 1], **SETTINGS, norm=norm, random_start=False) for i in range(len(x))]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_zero_and_tiny_gradients(norm):
     x, y = images()
     flat = nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
@@ -277,8 +260,8 @@ def test_zero_and_tiny_gradients(norm):
     assert torch.equal(pgd(flat, x, y, **SETTINGS, norm=norm, random_start=False), x)
     with torch.no_grad():
         flat[1].weight.normal_(std=1e-30)  # squares of these gradients underflow in float32
-    moved = pgd(flat, x[2:], y[2:], **SETTINGS, norm=norm, random_start=False) - x[2:]
-    assert moved.flatten(1).norm(dim=1).min() > 0.05
+    moved = pgd(flat, x[2:], y[2:], **SETTINGS, norm=norm, random_start=False)
+    assert distance(moved, x[2:], norm).min() > 0.05
 
 
 def test_other_callables_layouts_and_sizes():
@@ -303,7 +286,7 @@ def test_steps_zero_and_eps_zero():
     same = pgd(model, x, y, eps=0.1, step_size=0.1, steps=0, random_start=False)
     assert torch.equal(same, x)
     assert same.data_ptr() != x.data_ptr()
-    for norm in ("linf", "l2"):
+    for norm in NORMS:
         assert torch.equal(pgd(model, x, y, eps=0, step_size=0.1, steps=2, norm=norm), x)
 
 
@@ -323,7 +306,7 @@ def test_autocast():
         ({"step_size": -1}, "step_size: .* got -1"),
         ({"steps": -1}, "steps: expected an integer >= 0, got -1"),
         ({"steps": 2.5}, "steps: .* got 2.5"),
-        ({"norm": "l1"}, "norm: expected one of linf, l2, got 'l1'"),
+        ({"norm": "l7"}, "norm: expected one of linf, l2, l1, got 'l7'"),
         ({"loss": "mse"}, "loss: expected one of ce, kl, got 'mse'"),
         ({"x": images()[0] * 255}, r"x: expected images in \[0, 1\], got values in \[0, 255\]"),
         ({"x": images()[0] - 0.5}, r"got values in \[-0.5, 0.5\]"),
@@ -365,48 +348,41 @@ def test_kl_without_random_start_warns():
     assert (x_adv - x).abs().max() <= 0.1
 
 
-def test_accuracy_by_hand():
-    """One pixel and a threshold at 0.5: an image is robust iff it is further than eps from the threshold."""
-
-    def model(x):
-        return torch.cat([0.5 - x, x - 0.5], dim=1)
-
-    x = torch.tensor([[0.1], [0.45], [0.55], [0.9], [0.3], [0.45], [0.7]])
-    y = torch.tensor([0, 0, 1, 1, 1, 1, 1])  # two are wrong: the fifth, and the sixth, which an attack could "mend"
-    batches = list(zip(x.split(3), y.split(3), strict=True))
-    attack = partial(pgd, eps=0.1, step_size=0.05, steps=4)
-    assert accuracy(model, batches, attack) == Accuracy(clean=5 / 7, robust=3 / 7, images=7)
-    assert accuracy(model, batches) == Accuracy(clean=5 / 7, robust=None, images=7)
-    with pytest.raises(ValueError, match="at least one image"):
-        accuracy(model, [])
-
-
-def test_accuracy_attacks_only_what_is_right_and_leaves_the_model_as_found():
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_part_is_the_function(norm):
     model, (x, y) = small_model(), images()
-    model.train()
-    before, attacked = snapshot(model), []
+    attack = make("attack", "pgd", norm=norm, eps="1/10", step_size=0.03, steps=4)
+    assert isinstance(attack, Attack)
+    for loss in ("ce", "kl"):
+        ours, expected = (
+            f(model, x, y, loss=loss, generator=torch.Generator().manual_seed(2)) for f in (attack, partial(pgd, **SETTINGS, norm=norm))
+        )
+        assert torch.equal(ours, expected)
+    assert accuracy(model, [(x, y)], attack).images == 7
 
-    def attack(model, x, y):
-        assert not model.training
-        attacked.append(len(x))
-        return pgd(model, x, y, **SETTINGS)
 
-    result = accuracy(model, [(x, y)], attack)
-    assert_as_found(model, before)
-    assert attacked == ([round(result.clean * 7)] if result.clean else [])
-    assert result.robust <= result.clean
+def test_settings_of_the_part():
+    assert "pgd" in names("attack")
+    settings = Pgd().settings
+    assert (settings.norm, settings.eps, settings.step_size, settings.steps) == ("linf", 8 / 255, 2 / 255, 10)
+    for options, message in (
+        ({"norm": "l3"}, "attack pgd: norm: expected one of linf, l2, l1, got 'l3'"),
+        ({"eps": -0.1}, "attack pgd: eps: expected a number >= 0, got -0.1"),
+        ({"steps": 2.5}, "attack pgd: steps: expected an integer, got 2.5"),
+        ({"step": 1}, "attack pgd: unknown key step; did you mean steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pgd(**options)
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_cuda(dtype, norm):
     model, (x, y) = small_model(dtype).cuda(), (t.cuda() for t in images(dtype=dtype))
     generator = torch.Generator("cuda").manual_seed(0)
     x_adv = pgd(model, x, y, **SETTINGS, norm=norm, generator=generator)
-    shift = (x_adv.double() - x.double()).flatten(1)
-    distance = shift.abs().amax(1) if norm == "linf" else shift.norm(dim=1)
-    assert 0.05 < distance.max() <= SETTINGS["eps"]
+    assert 0.05 < distance(x_adv.double(), x.double(), norm).max() <= SETTINGS["eps"]
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from s2ap_ext import backend, ops, reference
-from s2ap_ext.reference import CUT_COLUMNS, GROUP, PLAIN, WINDOW, Pattern
+from s2ap_ext.reference import CUT_COLUMNS, GROUP, SINGLE_WEIGHTS, WINDOW, Pattern
 
 pytestmark = [
     pytest.mark.cuda,
@@ -85,8 +85,9 @@ def test_select_is_the_cpus(kind, dtype):
 def test_perturb_is_the_cpus(kind, dtype):
     scores, grads, weights, kept = layers_of(kind, dtype)
     _, now = ops.select(scores, weights, kept)
-    expected, expected_cuts, expected_scales = ops.perturb(scores, grads, weights, kept, now, gamma=0.05)
-    masked, cuts, scales = ops.perturb(cuda(scores), cuda(grads), cuda(weights), kept, now.cuda(), gamma=0.05)
+    gamma = torch.tensor([0.05, 0.5, 0.0])[torch.arange(len(scores)) % 3].double()
+    expected, expected_cuts, expected_scales = ops.perturb(scores, grads, weights, kept, now, gamma=gamma)
+    masked, cuts, scales = ops.perturb(cuda(scores), cuda(grads), cuda(weights), kept, now.cuda(), gamma=gamma.cuda())
     assert torch.equal(scales.cpu(), expected_scales)
     assert torch.equal(cuts.cpu(), expected_cuts)
     assert_same_bits(masked, expected)
@@ -114,7 +115,7 @@ PATTERNS = (
     (Pattern(GROUP, 64, 27), 64 * 27),
     (Pattern(GROUP, 12, 64 * 768), 3 * 12 * 64 * 768),
     (Pattern(GROUP, 300, 1), 300 * 70),
-    (PLAIN, 20_000),
+    (SINGLE_WEIGHTS, 20_000),
 )
 
 
@@ -123,7 +124,7 @@ PATTERNS = (
 def test_patterns_are_the_cpus(kind, dtype):
     patterns = [pattern for pattern, _ in PATTERNS]
     scores, grads, weights, kept = layers_of(kind, dtype, sizes=[n for _, n in PATTERNS])
-    kept = [k if p == PLAIN else (p.size + 1) // 2 for k, p in zip(kept, patterns, strict=True)]
+    kept = [k if p == SINGLE_WEIGHTS else (p.size + 1) // 2 for k, p in zip(kept, patterns, strict=True)]
     expected, now = ops.select(scores, weights, kept, patterns=patterns)
     masked, cuts = ops.select(cuda(scores), cuda(weights), kept, patterns=patterns)
     assert torch.equal(cuts.cpu(), now)
@@ -217,9 +218,9 @@ def test_update_is_torchs_sgd(settings, dtype):
 @pytest.mark.parametrize("ascent", [False, True], ids=["as given", "formed at s + z"])
 @pytest.mark.parametrize("patterned", [False, True], ids=["plain", "patterns"])
 def test_update_select_is_the_reference_on_the_gpu(patterned, ascent, dtype):
-    patterns = [pattern for pattern, _ in PATTERNS] if patterned else [PLAIN] * len(SIZES)
+    patterns = [pattern for pattern, _ in PATTERNS] if patterned else [SINGLE_WEIGHTS] * len(SIZES)
     scores, grads, weights, kept = layers_of("normal", dtype, sizes=[n for _, n in PATTERNS] if patterned else SIZES)
-    kept = [k if p == PLAIN else (p.size + 1) // 2 for k, p in zip(kept, patterns, strict=True)]
+    kept = [k if p == SINGLE_WEIGHTS else (p.size + 1) // 2 for k, p in zip(kept, patterns, strict=True)]
     scores, grads, weights = cuda(scores), cuda(grads), cuda(weights)
     _, now = ops.select(scores, weights, kept, patterns=patterns)
     buffers = [g.flip(0) for g in grads]
@@ -394,8 +395,11 @@ def test_wrong_operands_are_refused_with_their_name(change, message):
 
 def test_formed_gradients_do_not_overwrite_the_weights_they_are_formed_from():
     s = Static(sizes=(1000,))
-    with pytest.raises(RuntimeError, match=r"perturb: masked\[0\]: expected memory of its own with straight_through"):
-        ops.perturb(s.scores, s.grads, s.weights, s.kept, s.cuts, gamma=0.05, straight_through=True, out=s.weights)
+    gamma, scales = torch.full((1,), 0.05, dtype=torch.float64, device="cuda"), torch.zeros(1, dtype=torch.float64, device="cuda")
+    with pytest.raises(RuntimeError, match=r"perturb: masked\[0\]: expected memory of its own, got that of weights\[0\]"):
+        torch.ops.s2ap.perturb(
+            s.scores, s.grads, s.weights, s.kept, [], s.cuts, None, gamma, 1e-12, True, s.weights, torch.zeros_like(s.cuts), scales
+        )
 
 
 def test_training_is_that_of_the_fallback_on_the_gpu(tmp_path):

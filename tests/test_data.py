@@ -1,20 +1,14 @@
-"""Digits, parquet files laid out as the hub's CIFAR-10, batches and augmentation."""
+"""Digits, data of a user's own module, batches and augmentation."""
 
-import io
-import json
-import os
-from pathlib import Path
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from s2ap_ext import data
-from s2ap_ext.data import Batches, Split, augmented, load_data, load_parquet, seeded_generator
-
-CIFAR10 = os.environ.get("S2AP_CIFAR10_DIR")  # a folder with the real files
-
+from s2ap_ext import parts
+from s2ap_ext.data import Batches, Split, augmented, load_data, seeded_generator
 
 # ---------------------------------------------------------------------------------------------------------------------- digits
 
@@ -61,185 +55,14 @@ def test_digits_limits():
     assert part.train.labels.bincount(minlength=10).min() > 0
 
 
-# --------------------------------------------------------------------------------------------------------------------- parquet
-
-
-def encoded(pixels, kind="PNG"):
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, kind)
-    return out.getvalue()
-
-
-def pictures(n, seed=0, shape=(32, 32, 3)):
-    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
-
-
-def write(path, cells, labels, image="img", names=None):
-    """A parquet file as the hub's: an image struct, a label, and perhaps the class names in the metadata."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [cell if cell is None or isinstance(cell, dict) else {"bytes": cell, "path": None} for cell in cells]
-    table = pa.table({image: pa.array(rows, struct), "label": pa.array(labels, pa.int64())})
-    if names:
-        features = {image: {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(table, path, row_group_size=4)
-
-
-@pytest.fixture(autouse=True)
-def _needs_extras(request):
-    if "folder" in request.fixturenames:
-        pytest.importorskip("pyarrow")
-        pytest.importorskip("PIL")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Ten training and four test images under the plain names."""
-    write(tmp_path / "train.parquet", [encoded(p) for p in pictures(10)], range(10))
-    write(tmp_path / "test.parquet", [encoded(p) for p in pictures(4, seed=1)], [0, 9, 3, 3])
-    return tmp_path
-
-
-def test_cifar_layout(folder):
-    cifar = load_data("uoft-cs/cifar10", data_dir=folder)
-    assert cifar.name == "uoft-cs/cifar10"
-    assert cifar.shape == (3, 32, 32)
-    assert cifar.num_classes == 10
-    assert cifar.classes[0] == "airplane"
-    assert cifar.classes[9] == "truck"
-    assert cifar.train.images.dtype == torch.uint8
-    assert cifar.train.images.is_contiguous()
-    assert torch.equal(cifar.train.images, torch.from_numpy(pictures(10)).permute(0, 3, 1, 2))
-    assert torch.equal(cifar.test.images, torch.from_numpy(pictures(4, seed=1)).permute(0, 3, 1, 2))
-    assert cifar.train.labels.tolist() == list(range(10))
-    assert cifar.test.labels.tolist() == [0, 9, 3, 3]
-    assert torch.equal(cifar.train.floats(), cifar.train.images.float() / 255)
-
-
-def test_jpeg_and_grey_images(tmp_path):
-    pytest.importorskip("pyarrow")
-    smooth = np.broadcast_to(np.linspace(0, 255, 16, dtype=np.uint8)[:, None, None], (16, 16, 3)).copy()
-    for split in ("train", "test"):
-        write(tmp_path / "jpeg" / f"{split}.parquet", [encoded(smooth, "JPEG")], [0])
-        write(tmp_path / "grey" / f"{split}.parquet", [encoded(smooth[:, :, 0])], [0])
-    jpeg, grey = load_parquet(tmp_path / "jpeg"), load_parquet(tmp_path / "grey")
-    assert (jpeg.train.images.permute(0, 2, 3, 1)[0].int() - torch.from_numpy(smooth).int()).abs().max() < 12
-    assert torch.equal(grey.train.images[0, 0], torch.from_numpy(smooth[:, :, 0]))
-    assert grey.name == "grey"
-
-
-def test_hub_layout_with_shards_and_names(tmp_path):
-    pytest.importorskip("pyarrow")
-    names, below = ["cat", "dog"], tmp_path / "plain_text"
-    for i in range(2):
-        write(below / f"train-{i:05d}-of-00002.parquet", [encoded(p) for p in pictures(5, seed=i)], [i] * 5, "image", names)
-    write(below / "test-00000-of-00001.parquet", [encoded(p) for p in pictures(2)], [0, 0], "image", names)
-    pets = load_data("someone/pets", data_dir=tmp_path)
-    assert pets.classes == ("cat", "dog")
-    assert pets.train.labels.tolist() == [0] * 5 + [1] * 5
-    assert torch.equal(pets.train.images[5:], torch.from_numpy(pictures(5, seed=1)).permute(0, 3, 1, 2))
-    limited = load_data("someone/pets", data_dir=tmp_path, limit=7, test_limit=1)
-    assert limited.train.labels.tolist() == [0] * 5 + [1] * 2
-    assert len(limited.test) == 1
-
-
-def test_without_names_labels_are_counted(tmp_path):
-    pytest.importorskip("pyarrow")
-    write(tmp_path / "train.parquet", [encoded(p) for p in pictures(3)], [0, 6, 1])
-    write(tmp_path / "test.parquet", [encoded(p) for p in pictures(1)], [0])
-    assert load_data("someone/things", data_dir=tmp_path, limit=1).classes == tuple("0123456")
-
-
-def test_limit_reads_no_further(folder):
-    write(folder / "train.parquet", [encoded(p) for p in pictures(3)] + [b"broken"], [0, 1, 2, 3])
-    assert len(load_parquet(folder, classes=tuple("0123456789"), limit=3).train) == 3
-    with pytest.raises(ValueError, match=r"train.parquet, row 3: not a readable image"):
-        load_parquet(folder, classes=tuple("0123456789"), limit=4)
-
-
-@pytest.mark.parametrize(
-    ("cell", "label", "message"),
-    [
-        (b"\x89PNG\r\n\x1a\n nothing", 1, r"row 2: not a readable image"),
-        (encoded(pictures(1)[0], "JPEG")[:-200], 1, r"row 2: not a readable image .*truncated"),
-        ({"bytes": None, "path": "cat.png"}, 1, r"row 2: expected the bytes of an image, got none"),
-        (None, 1, r"row 2: expected the bytes of an image, got none"),
-        (encoded(pictures(1, shape=(16, 32, 3))[0]), 1, r"row 2: .*\(C, H, W\) = \(3, 32, 32\), got one of \(16, 32, 3\)"),
-        (encoded(pictures(1)[0]), 10, r"row 2: expected a label from 0 to 9, got 10"),
-        (encoded(pictures(1)[0]), -1, r"row 2: expected a label from 0 to 9, got -1"),
-        (encoded(pictures(1)[0]), None, r"row 2: expected a label from 0 to 9, got None"),
-    ],
-)
-def test_bad_rows(folder, cell, label, message):
-    good = [encoded(p) for p in pictures(2)]
-    write(folder / "train.parquet", [*good, cell], [0, 1, label])
-    with pytest.raises(ValueError, match=r"train.parquet, " + message):
-        load_data("uoft-cs/cifar10", data_dir=folder)
-
-
-def test_test_images_must_fit_the_training_images(folder):
-    write(folder / "test.parquet", [encoded(p) for p in pictures(1, shape=(28, 28, 3))], [0])
-    with pytest.raises(ValueError, match=r"test.parquet, row 0: expected an image of shape .* \(3, 32, 32\)"):
-        load_data("uoft-cs/cifar10", data_dir=folder)
-
-
-@pytest.mark.parametrize("size", [0, 3, 500, -20])
-def test_damaged_parquet(folder, size):
-    path = folder / "train.parquet"
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"train.parquet: not a readable parquet file"):
-        load_data("uoft-cs/cifar10", data_dir=folder)
-
-
-def test_parquet_damaged_inside(folder):
-    path = folder / "train.parquet"
-    content = bytearray(path.read_bytes())
-    content[4:3000] = bytes(2996)  # the footer stays, the first pages are gone
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"train.parquet: truncated or corrupt"):
-        load_data("uoft-cs/cifar10", data_dir=folder)
-
-
-def test_missing_columns(folder):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"pixels": [1.0], "label": [0]}), folder / "train.parquet")
-    with pytest.raises(ValueError, match=r"train.parquet: expected the columns img: struct.* found pixels: double, label: int64"):
-        load_data("uoft-cs/cifar10", data_dir=folder)
-    write(folder / "train.parquet", [], [])
-    with pytest.raises(ValueError, match=r"train.parquet: no rows"):
-        load_data("uoft-cs/cifar10", data_dir=folder)
-
-
-def test_wrong_folders(folder, tmp_path_factory):
-    empty = tmp_path_factory.mktemp("empty")
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; expected train.parquet"):
-        load_data("uoft-cs/cifar10", data_dir=empty / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"no train split; expected train.parquet .*; found nothing"):
-        load_data("uoft-cs/cifar10", data_dir=empty)
-    (empty / "data_batch_1").touch()
-    with pytest.raises(FileNotFoundError, match=r"no train split; .* found data_batch_1"):
-        load_data("uoft-cs/cifar10", data_dir=empty)
-    (folder / "test.parquet").rename(folder / "train-00000-of-00002.parquet")
-    with pytest.raises(FileNotFoundError, match=r"expected one complete train split, .* found .*-of-00002.parquet, train.parquet"):
-        load_data("uoft-cs/cifar10", data_dir=folder)
-    (folder / "train.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected one complete train split, of 2 file\(s\)"):
-        load_data("uoft-cs/cifar10", data_dir=folder)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "mnist"}, "data: expected digits or the name of a set on the hub, such as uoft-cs/cifar10, got 'mnist'"),
-        ({"name": "digits", "data_dir": "."}, "data_dir: expected none, the digits come with scikit-learn"),
+        ({"name": "mnist"}, "data: expected one of digits, owner/name, package.module:attribute, got 'mnist'"),
+        (
+            {"name": "digits", "data_dir": "."},
+            "data_dir: expected none, since digits is not read from a folder",
+        ),
         ({"name": "digits", "limit": 0}, "limit: expected an integer >= 1, got 0"),
         ({"name": "digits", "test_limit": -5}, "test_limit: expected an integer >= 1, got -5"),
     ],
@@ -249,64 +72,90 @@ def test_bad_arguments(arguments, message):
         load_data(**arguments)
 
 
-def test_from_the_hub(folder, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    asked = []
+# ---------------------------------------------------------------------------------------------------------------- a user's own
 
-    def snapshot_download(repo_id, *, repo_type, allow_patterns):
-        asked.append((repo_id, repo_type))
-        names = ["plain_text/train-00000-of-00001.parquet", "plain_text/test-00000-of-00001.parquet", "README.md"]
-        assert list(hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns)) == names[:2]
-        return str(folder)
+OWN = """
+import torch
+from dataclasses import dataclass
+from s2ap_ext.data import Data, Dataset, Split
+from s2ap_ext.settings import key
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    assert len(load_data("uoft-cs/cifar10", limit=6).train) == 6
-    assert asked == [("uoft-cs/cifar10", "dataset")]
+def split(n, images=None, labels=None):
+    images = torch.linspace(0, 1, n * 12).view(n, 3, 2, 2) if images is None else images
+    return Split(images, torch.arange(n) % 2 if labels is None else labels)
+
+def stripes(train=None):
+    return Dataset("stripes", train or split(6), split(4), ("thin", "thick"))
+
+class Stripes(Data):
+    @dataclass(frozen=True)
+    class Settings:
+        dir: str = key("", "where they are")
+
+    def load(self, *, limit=None, test_limit=None):
+        return Dataset(self.settings.dir, split(3), split(2), ("thin", "thick")).limited(limit, test_limit)
+
+number = 7
+
+def nothing(): return None
+def needs_more(path): return stripes()
+def bright(): return stripes(split(6, images=255 * torch.rand(6, 3, 2, 2)))
+def double(): return stripes(split(6, images=torch.rand(6, 3, 2, 2).double()))
+def flat(): return stripes(split(6, images=torch.rand(6, 12)))
+def wider(): return Dataset("stripes", split(6), split(2, images=torch.rand(2, 3, 2, 4)), ("thin", "thick"))
+def short(): return stripes(split(6, labels=torch.tensor([0, 1])))
+def bytes_(): return stripes(split(6, labels=torch.zeros(6, dtype=torch.uint8)))
+def third(): return stripes(split(6, labels=torch.tensor([0, 1, 2, 0, 1, 2])))
+"""
 
 
-def test_hub_out_of_reach(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module of the user's that gives data."""
+    (tmp_path / "own_stripes.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "own_stripes"
+    del sys.modules["own_stripes"]
 
-    def snapshot_download(*args, **kwargs):
-        raise OSError("Name or service not known")
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    message = r"could not get uoft-cs/cifar10 from the Hugging Face hub \(OSError: Name .*--data-dir"
-    with pytest.raises(ConnectionError, match=message):
-        load_data("uoft-cs/cifar10")
+def test_own_function(own):
+    stripes = load_data(f"{own}:stripes")
+    assert (stripes.name, stripes.shape, stripes.classes) == ("stripes", (3, 2, 2), ("thin", "thick"))
+    part = load_data(f"{own}:stripes", limit=4, test_limit=1)
+    assert torch.equal(part.train.images, stripes.train.images[:4])
+    assert (len(part.train), len(part.test)) == (4, 1)
+    with pytest.raises(ValueError, match="test_limit: expected an integer >= 1, got 0"):
+        load_data(f"{own}:stripes", test_limit=0)
+    with pytest.raises(ValueError, match="data_dir: expected none, since own_stripes:stripes is not read from a folder"):
+        load_data(f"{own}:stripes", data_dir="somewhere")
+
+
+def test_own_part(own, tmp_path):
+    stripes = load_data(f"{own}:Stripes", data_dir=tmp_path, limit=2)
+    assert stripes.name == str(tmp_path)
+    assert len(stripes.train) == 2
+    assert parts.find("data", f"{own}:Stripes").name == f"{own}:Stripes"
 
 
 @pytest.mark.parametrize(
-    ("module", "package", "arguments"),
+    ("attribute", "message"),
     [
-        ("sklearn.datasets", "scikit-learn", {"name": "digits"}),
-        ("pyarrow.parquet", "pyarrow", {"name": "uoft-cs/cifar10", "data_dir": "FOLDER"}),
-        ("PIL.Image", "Pillow", {"name": "uoft-cs/cifar10", "data_dir": "FOLDER"}),
-        ("huggingface_hub", "huggingface_hub", {"name": "uoft-cs/cifar10"}),
+        ("strips", r"data own_stripes:strips: own_stripes has no strips; did you mean stripes"),
+        ("number", r"data own_stripes:number: expected a class derived from .* or a function \(\) -> Dataset, got int"),
+        ("nothing", r"data own_stripes:nothing: expected a Dataset from it, got NoneType"),
+        ("needs_more", r"data own_stripes:needs_more: expected a function that takes \(\) \(missing a required argument: 'path'\)"),
+        ("bright", r"bright: train: expected float images in \[0, 1\], got values from .* to 25\d"),
+        ("double", r"double: train: expected images \[N, C, H, W\] of uint8 or float32, .*, got \[6, 3, 2, 2\] of torch.float64"),
+        ("flat", r"flat: train: expected images \[N, C, H, W\] .*, got \[6, 12\] of torch.float32"),
+        ("wider", r"wider: test: expected images .* of one shape in both splits, got \[2, 3, 2, 4\]"),
+        ("short", r"short: train: expected one int64 label for each of 6 images, got \[2\] of torch.int64"),
+        ("bytes_", r"bytes_: train: expected one int64 label for each of 6 images, got \[6\] of torch.uint8"),
+        ("third", r"third: train: expected labels from 0 to 1, got 0 to 2"),
     ],
 )
-def test_missing_packages(folder, monkeypatch, module, package, arguments):
-    real = data.importlib.import_module
-
-    def without(name):
-        if name == module:
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return real(name)
-
-    monkeypatch.setattr(data.importlib, "import_module", without)
-    arguments = {key: folder if value == "FOLDER" else value for key, value in arguments.items()}
-    with pytest.raises(ImportError, match=rf'{package} is needed .* pip install "s2ap_ext\[train\]"'):
-        load_data(**arguments)
-
-
-@pytest.mark.skipif(not CIFAR10, reason="S2AP_CIFAR10_DIR names no folder with the real CIFAR-10 in parquet files")
-def test_real_cifar10():
-    cifar = load_data("uoft-cs/cifar10", data_dir=Path(CIFAR10), limit=2000, test_limit=500)
-    assert cifar.shape == (3, 32, 32)
-    assert (len(cifar.train), len(cifar.test)) == (2000, 500)
-    assert cifar.train.labels.bincount(minlength=10).min() > 100
-    mean = cifar.train.floats().mean((0, 2, 3))
-    torch.testing.assert_close(mean, torch.tensor([0.4914, 0.4822, 0.4465]), rtol=0, atol=0.02)
+def test_own_errors(own, attribute, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(f"{own}:{attribute}")
 
 
 # --------------------------------------------------------------------------------------------------------------------- batches

@@ -16,7 +16,7 @@ import s2ap_ext
 from s2ap_ext import S2AP, backend, densify, engine, sparsify
 from s2ap_ext.engine import Layer, SparseNetwork, compile_sparse
 from s2ap_ext.engine.choice import cheapest, lanes
-from s2ap_ext.nn import cost, sparse_layers
+from s2ap_ext.nn import cost, dense_kernels, execution, pruned_layers
 
 needs_kernels = pytest.mark.skipif(backend().cpu != "C++", reason="what is chosen rests on the C++ kernels")
 
@@ -131,6 +131,23 @@ def test_subclasses_and_parametrized_layers():
     check(network, model, images(11, (3, 9, 9)))
 
 
+def test_a_pruned_weight_in_a_forward_of_its_own():
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+    torch.manual_seed(0)
+    model, x = sparsify(nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), 0.5), images(11, (3, 9, 9))
+    network = compile_sparse(model.eval(), x[:1], choose=all_sparse)
+    assert [part.name for part in network.dense_parts] == ["conv2d"]
+    check(network, model, x)
+    with torch.no_grad():
+        nn.init.normal_(model[0].pruned_weight.scores)
+    assert not network.is_current()
+    network.refresh()
+    check(network, model, x)
+
+
 def test_bits_do_not_depend_on_the_number_of_threads():
     model, size = pruned("resnet18")
     network, x, threads = compile_sparse(model, images(1, size), choose=all_sparse), images(24, size), torch.get_num_threads()
@@ -218,7 +235,7 @@ def test_refresh_takes_masks_weights_and_statistics():
 
 def test_is_current_sees_perturbed_scores():
     model, size = pruned("digits_cnn")
-    optimizer = S2AP(model, torch.optim.SGD([layer.scores for layer in sparse_layers(model).values()], lr=0.1), gamma=0.5)
+    optimizer = S2AP(model, torch.optim.SGD([layer.scores for layer in pruned_layers(model).values()], lr=0.1), gamma=0.5)
     network, x, y = compile_sparse(model, images(1, size)), images(9, size), torch.arange(9)
     F.cross_entropy(model(x), y).backward()
     optimizer.ascend()
@@ -435,8 +452,21 @@ def test_outputs_computed_for_one_that_is_wanted():
 
 
 def test_without_the_kernels_all_is_dense(monkeypatch):
-    monkeypatch.setattr(engine.choice, "backend", lambda: types.SimpleNamespace(cpu="Python"))
+    monkeypatch.setattr(execution, "backend", lambda: types.SimpleNamespace(cpu="Python"))
     assert cheapest([convolution(0.01)]) == {"a": "dense"}
+
+
+@needs_kernels
+def test_one_switch_turns_sparse_execution_off():
+    model, size = pruned("resnet18")
+    x = images(9, size)
+    assert "sparse" in compile_sparse(model, x).layers.values()
+    assert engine.for_attack(model, x) is not None
+    with dense_kernels():
+        assert set(compile_sparse(model, x).layers.values()) == {"dense"}
+        assert set(compile_sparse(model, x, choose=all_sparse).layers.values()) == {"sparse"}  # who says so gets it
+        assert engine.for_attack(model, x) is None
+    assert engine.for_attack(model, x) is not None
 
 
 @pytest.mark.parametrize("few", ["sparse", "dense"])
@@ -447,7 +477,7 @@ def test_few_images_run_as_was_chosen_for_them(few, tmp_path):
     network.save(tmp_path / "network.safetensors")
     for net in (network, SparseNetwork.load(tmp_path / "network.safetensors")):
         assert set(net.layers.values()) == {many}
-        assert set(net.few_layers.values()) == {few}
+        assert set(net.small_batch_layers.values()) == {few}
         for n in (1, 8, 17, 35):
             check(net, model, images(n, size))
     with torch.no_grad():
@@ -462,10 +492,10 @@ def test_images_that_fill_no_block_run_by_themselves():
     model, size = pruned("digits_cnn")
     n = lanes()
     network = compile_sparse(model, images(1, size), chunk=3 * n)
-    assert [piece.stop for piece in network._cuts(2 * n + 1)] == [2 * n, 2 * n + 1]
-    assert [piece.stop for piece in network._cuts(2 * n - 1)] == [2 * n - 1]
-    assert [piece.stop for piece in network._cuts(3 * n + 1)] == [3 * n, 3 * n + 1]
-    assert list(network._cuts(0)) == []
+    assert [piece.stop for piece in network._pieces(2 * n + 1)] == [2 * n, 2 * n + 1]
+    assert [piece.stop for piece in network._pieces(2 * n - 1)] == [2 * n - 1]
+    assert [piece.stop for piece in network._pieces(3 * n + 1)] == [3 * n, 3 * n + 1]
+    assert list(network._pieces(0)) == []
 
 
 def test_the_package_offers_it():

@@ -13,6 +13,7 @@ from torch import nn
 from s2ap_ext import backend, densify, engine, sparsify
 from s2ap_ext.attacks import accuracy, pgd
 from s2ap_ext.engine import compile_sparse
+from s2ap_ext.nn import dense_kernels
 
 pytestmark = pytest.mark.skipif(backend().cpu != "C++", reason="attacks use the engine where the C++ kernels run")
 
@@ -26,7 +27,7 @@ def test_attacks_are_the_same_with_and_without(norm, loss):
     model.train()
     x, y = images(21, size), torch.arange(21) % 10
     assert engine.for_attack(model, x) is not None
-    with engine.disabled():
+    with dense_kernels():
         assert engine.for_attack(model, x) is None
         plain = pgd(model, x, y, **SETTINGS, norm=norm, loss=loss, generator=torch.Generator().manual_seed(0))
     ours = pgd(model, x, y, **SETTINGS, norm=norm, loss=loss, generator=torch.Generator().manual_seed(0))
@@ -46,7 +47,7 @@ def test_an_attack_follows_the_model():
 
     def ours_and_plain():
         ours = pgd(model, x, y, **SETTINGS, random_start=False)
-        with engine.disabled():
+        with dense_kernels():
             return ours, pgd(model, x, y, **SETTINGS, random_start=False)
 
     first = engine.for_attack(model, x)

@@ -9,7 +9,7 @@ from helpers import images, small_net
 from torch import nn
 
 from s2ap_ext import S2AP, S2APConv2d, S2APLinear, densify, sparsify
-from s2ap_ext.nn import sparse_layers, train_scores
+from s2ap_ext.nn import pruned_layers, train_scores
 from s2ap_ext.sparsity import pattern_for
 
 # (granularity, sparsity, layers to exclude in small_net)
@@ -23,7 +23,7 @@ def pruned(granularity, sparsity, exclude):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_masks_have_the_structure(kind):
     granularity, sparsity, _ = kind
-    for layer in sparse_layers(pruned(*kind)).values():
+    for layer in pruned_layers(pruned(*kind)).values():
         mask = layer.mask
         if granularity == "channel":
             assert torch.equal(mask.flatten(1).all(dim=1), mask.flatten(1).any(dim=1))
@@ -44,7 +44,7 @@ def test_masks_have_the_structure(kind):
 def test_heads_are_pruned_in_all_projections_alike():
     attention = nn.MultiheadAttention(16, 4)
     sparsify(attention, 0.25, granularity="head")
-    (layer,) = sparse_layers(attention).values()
+    (layer,) = pruned_layers(attention).values()
     by_head = layer.mask.view(3, 4, 4 * 16)
     assert torch.equal(by_head.any(dim=2), by_head.all(dim=2))
     assert (by_head.all(dim=2) == by_head.all(dim=2)[0]).all()
@@ -55,7 +55,7 @@ def test_heads_are_pruned_in_all_projections_alike():
 def test_heads_of_separate_projections():
     attention = nn.MultiheadAttention(16, 4, kdim=6, vdim=10)
     sparsify(attention, 0.5, granularity="head")
-    masks = {name: layer.mask for name, layer in sparse_layers(attention).items()}
+    masks = {name: layer.mask for name, layer in pruned_layers(attention).items()}
     assert len(masks) == 3
     for mask in masks.values():
         by_head = mask.unflatten(0, (4, 4)).flatten(1)
@@ -68,9 +68,9 @@ def test_steps_follow_an_independent_computation(kind):
     granularity = kind[0]
     net = pruned(*kind)
     twin = small_net().requires_grad_(False)
-    scores = {name: layer.scores.detach().clone() for name, layer in sparse_layers(net).items()}
+    scores = {name: layer.scores.detach().clone() for name, layer in pruned_layers(net).items()}
     buffers = {}
-    base = torch.optim.SGD([layer.scores for layer in sparse_layers(net).values()], lr=0.5, momentum=0.9)
+    base = torch.optim.SGD([layer.scores for layer in pruned_layers(net).values()], lr=0.5, momentum=0.9)
     optimizer = S2AP(net, base, gamma=0.3, defer_grads=True)
     y = torch.tensor([0, 1, 2, 3])
 
@@ -119,7 +119,7 @@ def test_there_and_back(kind):
     net = pruned(*kind)
     twin = pruned(*kind)
     with torch.no_grad():
-        for layer in sparse_layers(net).values():
+        for layer in pruned_layers(net).values():
             layer.scores.add_(torch.randn_like(layer.scores))
     twin.load_state_dict(net.state_dict())
     twin = copy.deepcopy(twin)

@@ -40,14 +40,16 @@ def naive_mask(scores, kept):
 
 
 def check_against_reference(layers, gamma=0.01, eps=1e-12):
-    """``layers``: (scores, grad, weight, kept) each. Select and perturb, all in one call."""
+    """``layers``: (scores, grad, weight, kept) each. Select and perturb, all in one call; ``gamma`` may be a list with one for each."""
+    gammas = gamma if isinstance(gamma, list) else [gamma] * len(layers)
+    gamma = torch.tensor(gamma, dtype=torch.float64) if isinstance(gamma, list) else gamma
     scores, grads, weights, kept = (list(column) for column in zip(*layers, strict=True))
     masked, cuts = ops.select(scores, weights, kept)
     moved_masked, new_cuts, scales = ops.perturb(scores, grads, weights, kept, cuts, gamma=gamma, eps=eps)
     for i, (s, g, w, k) in enumerate(layers):
         expected, row = reference.select(s, w, k)
         assert_same(cuts[i], masked[i], row, expected, k)
-        expected, row, scale = reference.perturb(s, g, w, k, row, gamma, eps)
+        expected, row, scale = reference.perturb(s, g, w, k, row, gammas[i], eps)
         assert same_bits(scales[i], scale), (i, k)
         assert_same(new_cuts[i], moved_masked[i], row, expected, k)
 
@@ -100,6 +102,36 @@ def test_perturb_matches_the_reference_for_any_gamma(gamma):
     layers.append((randn(20000), torch.zeros(20000), randn(20000), 2000))
     layers.append((torch.zeros(20000), randn(20000), randn(20000), 2000))
     check_against_reference(layers, gamma)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+def test_perturb_matches_the_reference_with_a_gamma_for_each_layer(dtype):
+    sizes = (10, 5000, 40000, 300, 0, 20000)
+    layers = [(randn(n, seed=n, dtype=dtype), randn(n, seed=n + 1, dtype=dtype), randn(n, seed=n + 2, dtype=dtype), n // 10) for n in sizes]
+    check_against_reference(layers, [0.5, 1e-3, 0.0, 10.0, 0.1, 0.02])
+
+
+def test_a_gamma_for_each_layer_is_one_call_for_each_layer():
+    layers = [(randn(n, seed=n), randn(n, seed=n + 1), randn(n, seed=n + 2), n // 10) for n in (100, 5000, 300)]
+    scores, grads, weights, kept = (list(column) for column in zip(*layers, strict=True))
+    cuts, gammas = ops.select(scores, weights, kept)[1], [0.3, 0.0, 2.0]
+    masked, new_cuts, scales = ops.perturb(scores, grads, weights, kept, cuts, gamma=torch.tensor(gammas, dtype=torch.float64))
+    for i, (s, g, w, k) in enumerate(layers):
+        (alone,), cut, scale = ops.perturb([s], [g], [w], [k], cuts[i : i + 1], gamma=gammas[i])
+        assert same_bits(masked[i], alone)
+        assert torch.equal(new_cuts[i], cut[0])
+        assert same_bits(scales[i], scale[0])
+
+
+def test_gamma_0_leaves_a_layer_where_it_is():
+    s, g, w = randn(1000), randn(1000, seed=1), randn(1000, seed=2)
+    s[7] = torch.inf  # the norm times 0 would be NaN
+    (masked,), cuts = ops.select([s], [w], [100])
+    (moved,), new_cuts, scales = ops.perturb([s], [g], [w], [100], cuts, gamma=torch.zeros(1, dtype=torch.float64))
+    assert same_bits(moved, masked)
+    assert torch.equal(new_cuts, cuts)
+    assert scales.tolist() == [0]
 
 
 @compiled
@@ -311,12 +343,12 @@ def test_no_layers_at_all():
 def op_arguments(dtype=torch.float32):
     scores, grads, weights, buffers = ([randn(n, seed=seed, dtype=dtype) for n in (5, 300)] for seed in range(4))
     kept = torch.tensor([2, 1])
-    patterns, sgd = [*reference.PLAIN, *reference.Pattern(reference.WINDOW, 4)], (0.1, 0.9, 0.0, 5e-4, False)
+    patterns, sgd = [*reference.SINGLE_WEIGHTS, *reference.Pattern(reference.WINDOW, 4)], (0.1, 0.9, 0.0, 5e-4, False)
     masked, cuts = ops.select(scores, weights, kept)
     new_cuts, scales = torch.zeros_like(cuts), torch.zeros(2, dtype=torch.float64)
     return {
         "select": (scores, weights, kept, patterns, masked, cuts),
-        "perturb": (scores, grads, weights, kept, patterns, cuts, None, 0.01, 1e-12, True, masked, new_cuts, scales),
+        "perturb": (scores, grads, weights, kept, patterns, cuts, None, gamma([0.01] * 2), 1e-12, True, masked, new_cuts, scales),
         "update": (scores, grads, buffers, *sgd),
         "update_select": (
             *(scores, grads, grads, scales, buffers, weights, kept, patterns, cuts, *sgd, True),
@@ -365,6 +397,20 @@ def test_outputs_bump_their_version():
     assert out._version > version
 
 
+def gamma(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def windows(first, begin, second):
+    """Two tensors of so many elements, the second one beginning within the first."""
+    memory = torch.empty(begin + second)
+    return [memory[:first], memory[begin:]]
+
+
+def perturb_with(s, w, gamma):
+    return ops.perturb(s, s, w, [1, 1], ops.select(s, w, [1, 1])[1], gamma=gamma)
+
+
 BAD_CALLS = {
     r"kept\[1\]: expected a count in \[0, 6\], got 7": lambda s, w: ops.select(s, w, [1, 7]),
     r"kept\[0\]: expected a count in \[0, 4\], got -1": lambda s, w: ops.select(s, w, torch.tensor([-1, 2])),
@@ -374,8 +420,32 @@ BAD_CALLS = {
     r"weights\[0\]: expected torch.float32 like scores\[0\], got torch.float64": lambda s, w: ops.select(s, [w[0].double(), w[1]], [1, 1]),
     r"scores\[0\]: expected a floating point tensor, got torch.int64": lambda s, w: ops.select([s[0].long(), s[1]], w, [1, 1]),
     r"scores\[0\]: expected a tensor, got list": lambda s, w: ops.select([[1.0], s[1]], w, [1, 1]),
+    r"kept\[0\]: expected an integer, got 1.5": lambda s, w: ops.select(s, w, [1.5, 1]),
+    r"kept\[1\]: expected an integer, got True": lambda s, w: ops.select(s, w, [1, True]),
+    r"kept: expected int64 of shape \(2,\) on cpu, got torch.bool": lambda s, w: ops.select(s, w, torch.ones(2, dtype=torch.bool)),
+    r"kept: expected int64 of shape \(2,\) on cpu, got .* on meta": lambda s, w: ops.select(s, w, torch.ones(2).long().to("meta")),
+    r"patterns\[1\]: expected a Pattern of three integers, got 4": lambda s, w: ops.select(
+        s, w, [1, 1], patterns=[reference.SINGLE_WEIGHTS, 4]
+    ),
+    r"cuts: expected contiguous int64 of shape \(2, 5\) on cpu, got .* on meta": lambda s, w: ops.select(
+        s, w, [1, 1], cuts=torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    ),
+    r"cuts: expected contiguous int64 of shape \(2, 5\) on cpu, got NoneType": lambda s, w: ops.perturb(s, s, w, [1, 1], None, gamma=0.1),
+    r"out\[1\]: expected memory of its own, got that of weights\[1\]": lambda s, w: ops.select(s, w, [1, 1], out=[torch.empty(4), w[1]]),
+    r"out\[0\]: expected memory of its own, got that of scores\[1\]": lambda s, w: ops.select(s, w, [1, 1], out=[s[1][2:], torch.empty(6)]),
+    r"out\[1\]: expected memory of its own, got that of out\[0\]; a layer was": lambda s, w: ops.select(s, w, [1, 1], out=windows(4, 3, 6)),
+    r"out\[0\]: expected memory of its own, got that of grads\[0\]": lambda s, w: ops.perturb(
+        s, (g := [randn(4), randn(6)]), w, [1, 1], ops.select(s, w, [1, 1])[1], gamma=0.1, out=[g[0], torch.empty(6)]
+    ),
+    r"scores\[\d\]: expected memory of its own, got that of momentum_buffers\[\d\]": lambda s, w: ops.update(s, w, s, lr=0.1, momentum=0.9),
+    r"scores\[1\]: expected memory of its own, got that of grads\[1\]": lambda s, w: ops.update(s, [randn(4), s[1]], [], lr=0.1),
     r"cuts: expected contiguous int64": lambda s, w: ops.select(s, w, [1, 1], cuts=torch.zeros(2, 4, dtype=torch.int64)),
-    r"gamma: expected a finite number >= 0, got -1": lambda s, w: ops.perturb(s, s, w, [1, 1], ops.select(s, w, [1, 1])[1], gamma=-1),
+    r"gamma: expected a finite number >= 0, got -1": lambda s, w: perturb_with(s, w, -1),
+    r"gamma\[1\]: expected a finite number >= 0, got nan": lambda s, w: perturb_with(s, w, gamma([0.1, float("nan")])),
+    r"gamma\[0\]: expected a finite number >= 0, got -0.1": lambda s, w: perturb_with(s, w, gamma([-0.1, 0.1])),
+    r"gamma: expected float64 of shape \(2,\) on cpu, got torch.float64 of shape \(3,\)": lambda s, w: perturb_with(s, w, gamma([1, 1, 1])),
+    r"gamma: expected float64 of shape \(2,\) on cpu, got torch.float32": lambda s, w: perturb_with(s, w, gamma([1, 1]).float()),
+    r"gamma: expected float64 of shape \(2,\) on cpu, got .* on meta": lambda s, w: perturb_with(s, w, gamma([1, 1]).to("meta")),
     r"eps: expected a finite number >= 0, got nan": lambda s, w: ops.perturb(
         s, s, w, [1, 1], ops.select(s, w, [1, 1])[1], gamma=0.1, eps=float("nan")
     ),
@@ -391,6 +461,14 @@ def test_bad_arguments(message):
     with pytest.raises((ValueError, TypeError), match=message):
         BAD_CALLS[message](s, w)
     assert all(torch.equal(a, b) for a, b in zip(kept, (*s, *w), strict=True))
+
+
+def test_arguments_that_are_read_may_share_memory():
+    """Tied weights, and outputs side by side in one memory."""
+    s, w, out = [randn(4), randn(4, seed=1)], randn(4, seed=2), windows(4, 4, 4)
+    expected, _ = ops.select(s, [w, w], [2, 2])
+    masked, _ = ops.select(s, [w, w], [2, 2], out=out)
+    assert all(same_bits(a, b) for a, b in zip(masked, expected, strict=True))
 
 
 BAD_RAW_CALLS = {

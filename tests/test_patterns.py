@@ -7,7 +7,7 @@ import torch
 from test_kernels import HARD, assert_same, compiled, randn, same_bits, same_numbers
 
 from s2ap_ext import ops, reference
-from s2ap_ext.reference import GROUP, PLAIN, WINDOW, Pattern
+from s2ap_ext.reference import GROUP, SINGLE_WEIGHTS, WINDOW, Pattern
 
 # (pattern, number of elements); the larger ones are more than what one thread takes at once.
 PATTERNS = [
@@ -82,7 +82,7 @@ def layers_for(kind, dtype):
             tensors = (HARD[kind](randn(n, seed=seed)), randn(n, seed=seed + 1, scale=1e-3), randn(n, seed=seed + 2))
             yield *(t.to(dtype) for t in tensors), kept, pattern
     for n in (100, 20_000):  # among plain layers
-        yield *(t.to(dtype) for t in (randn(n), randn(n, seed=1), randn(n, seed=2))), n // 3, PLAIN
+        yield *(t.to(dtype) for t in (randn(n), randn(n, seed=1), randn(n, seed=2))), n // 3, SINGLE_WEIGHTS
 
 
 @compiled

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2ap_ext.pipeline import Recipe, known_recipes, load_recipe
-from s2ap_ext.pipeline.recipe import all_keys, explained_keys, from_table, override, to_table, to_toml
+from s2ap_ext.parts import find
+from s2ap_ext.pipeline import Recipe, known_recipes, load_recipe, override
+from s2ap_ext.pipeline.recipe import explained_keys, from_table, to_table, to_toml
 
 
 def test_two_recipes_ship():
@@ -42,8 +43,7 @@ def test_cifar10_is_in_the_setting_of_the_papers():
         ("prune.s2ap=false", "prune", "s2ap", False),
         ("finetune.awp=True", "finetune", "awp", True),
         ("model.width=8", "model", "width", 8),
-        ("prune.method=magnitude", "prune", "method", "magnitude"),
-        ("data.dir=a=b c", "data", "dir", "a=b c"),
+        ("prune.exclude=conv1, linear", "prune", "exclude", ("conv1", "linear")),
         ("prune.sparsity=0", "prune", "sparsity", 0.0),
         ("prune.sparsity=1", "prune", "sparsity", 1.0),
     ],
@@ -79,11 +79,15 @@ def test_overrides_change_nothing_else_and_the_last_one_wins():
         ("prune.epochs=-1", r"--set prune\.epochs: expected an integer >= 0, got -1"),
         ("prune.batch_size=0", r"--set prune\.batch_size: expected an integer >= 1, got 0"),
         ("prune.s2ap=maybe", r"--set prune\.s2ap: expected true or false, got 'maybe'"),
-        ("prune.method=hidra", r"--set prune\.method: expected one of hydra, magnitude, got 'hidra'; did you mean hydra\?"),
-        ("prune.loss=mart", r"--set prune\.loss: expected one of ce, pgd_at, trades, got 'mart'"),
-        ("model.name=resnet", r"--set model\.name: expected one of digits_cnn, resnet18, got 'resnet'"),
-        ("attack.norm=l1", r"--set attack\.norm: expected one of linf, l2, got 'l1'"),
-        ("seed=-1", r"--set seed: expected an integer in \[0, 4294967295\], got -1"),
+        ("prune.method=hidra", r"--set prune\.method: expected one of harp, hydra, .*, got 'hidra'; did you mean hydra\?"),
+        ("prune.loss=smart", r"--set prune\.loss: expected one of .*, got 'smart'; did you mean mart\?"),
+        ("model.name=resnet", r"--set model\.name: expected one of .*digits_cnn, .*, got 'resnet'; did you mean resnet18"),
+        ("attack.norm=l3", r"--set attack\.norm: expected one of linf, l2, l1, got 'l3'"),
+        ("prune.method.penalty=1", r"recipe digits: unknown key prune\.method\.penalty; hydra takes name"),
+        ("prune.method.name=hidra", r"--set prune\.method\.name: expected one of harp, hydra, .*, got 'hidra'; did you mean hydra\?"),
+        ("plugins=no_such_module", r"--set plugins: cannot import the plugin no_such_module \(ModuleNotFoundError"),
+        ("seed=4294967296", r"--set seed: expected an integer in \[0, 4294967295\], got 4294967296"),
+        ("seed=-1", r"--set seed: expected an integer >= 0, got -1"),
     ],
 )
 def test_a_wrong_override_is_answered_with_the_key_and_what_was_expected(text, message):
@@ -101,6 +105,12 @@ def test_a_wrong_override_is_answered_with_the_key_and_what_was_expected(text, m
         ("[prune]\nepochs = true\n", r"prune\.epochs: expected an integer, got True"),
         ("[prune]\nlr = true\n", r"prune\.lr: expected a number, got True"),
         ("[prune]\nmethod = 3\n", r"prune\.method: expected a text, got 3"),
+        ("[prune.method]\nname = 'harp'\npenalti = 1\n", r"unknown key prune\.method\.penalti; did you mean penalty\?"),
+        ("[prune.method]\nname = 'harp'\npenalty = -1\n", r"prune\.method\.penalty: expected a number >= 0, got -1"),
+        ("[data]\ndirr = 'x'\n", r"unknown key data\.dirr.*; digits takes train_size, test_size, shift, flip, name"),
+        ("model = 'resnet'\n", r"model: expected one of .*, got 'resnet'"),
+        ("plugins = 'no_such_module'\n", r"cannot import the plugin no_such_module"),
+        ("a = " + "[" * 5000 + "]" * 5000 + "\n", r"not a TOML file"),
         ("[prune\n", r"not a TOML file"),
     ],
 )
@@ -116,13 +126,58 @@ def test_an_unknown_recipe_lists_the_known_ones():
         load_recipe("digit")
 
 
+def test_parts_are_named_alone_or_with_their_options():
+    recipe = load_recipe(
+        "digits", ["prune.method.penalty=0.5", "prune.method=harp", "model.name=resnet18", "data.name=a/b", "data.dir=c=d e"]
+    )
+    assert (recipe.prune.method.name, recipe.prune.method.penalty) == ("harp", 0.5)
+    assert (recipe.model.name, recipe.model.width) == ("resnet18", 64)  # its own default: the width was that of another model
+    assert (recipe.data.source.name, recipe.data.source.dir, recipe.data.shift) == ("a/b", "c=d e", 0)
+    again = override(recipe, ["prune.method=harp", "data.shift=2"])
+    assert again.prune.method == recipe.prune.method
+    assert again.data.source == recipe.data.source
+    assert again.data.shift == 2
+    assert from_table({"prune": {"method": "harp"}}) == from_table({"prune": {"method": {"name": "harp"}}})
+    assert isinstance(recipe.prune.method.make(), find("method", "harp"))
+    assert from_table(to_table(recipe)) == recipe
+
+
+def test_a_plugin_brings_a_part(tmp_path, monkeypatch):
+    (tmp_path / "plugin_for_a_recipe.py").write_text(
+        "from s2ap_ext.methods.hydra import Hydra\n"
+        "from s2ap_ext.parts import register\n"
+        "@register('hydra_by_another_name')\n"
+        "class Mine(Hydra):\n"
+        "    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    table = {"plugins": ["plugin_for_a_recipe"], "prune": {"method": "hydra_by_another_name"}}
+    with pytest.raises(ValueError, match="needs the plugin plugin_for_a_recipe; to import that module, add --set plugins="):
+        from_table(table, import_plugins=False)
+    recipe = load_recipe("digits", ["prune.method=hydra_by_another_name", "plugins=plugin_for_a_recipe"])
+    assert recipe.prune.method.name == "hydra_by_another_name"
+    assert from_table(table, import_plugins=False).prune.method == recipe.prune.method
+    assert from_table(to_table(recipe)) == recipe
+
+
 def test_every_key_is_explained_and_can_be_set_to_its_default():
-    recipe = load_recipe("digits")
-    assert [key for key, _ in explained_keys()] == all_keys()
-    for key in all_keys():
-        *section, name = key.split(".")
-        value = getattr(getattr(recipe, section[0]), name) if section else getattr(recipe, name)
-        assert override(recipe, [f"{key}={str(value).lower() if isinstance(value, bool) else value}"]) == recipe
+    recipe, table = load_recipe("digits"), to_table(load_recipe("digits"))
+    keys = [key for key, _ in explained_keys()]
+    assert len(set(keys)) >= 60
+    assert all(text for _, text in explained_keys())
+    tried = 0
+    for key in dict.fromkeys(keys):
+        value = table
+        for step in key.split("."):
+            value = value.get(step) if isinstance(value, dict) else None
+        if isinstance(value, dict):
+            value = value["name"]
+        if value is None:  # an option of a part that this recipe does not name
+            continue
+        text = ",".join(value) if isinstance(value, list) else str(value).lower() if isinstance(value, bool) else str(value)
+        assert override(recipe, [f"{key}={text}"]) == recipe, key
+        tried += 1
+    assert tried >= 50
 
 
 @given(sparsity=st.floats(0, 1), gamma=st.floats(0, 1e6), seed=st.integers(0, 2**32 - 1), epochs=st.integers(0, 10**6))

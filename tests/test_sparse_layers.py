@@ -1,6 +1,7 @@
 """Layers that train on their kept weights alone: the same gradients as dense ones, in their own memory layout."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from s2ap_ext import AWP, S2AP, S2APConv2d, backend, densify, sparsify
 from s2ap_ext.engine import compile_sparse, for_attack
-from s2ap_ext.nn import cost, dense_kernels, sparse_layers, train_scores, train_weights
+from s2ap_ext.nn import cost, dense_kernels, pruned_layers, train_scores, train_weights
 from s2ap_ext.nn.layout import KEEPING, empty_batch_innermost, is_batch_innermost
 
 needs_kernels = pytest.mark.skipif(backend().cpu != "C++", reason="without the kernels layers are dense")
@@ -17,7 +18,7 @@ needs_kernels = pytest.mark.skipif(backend().cpu != "C++", reason="without the k
 
 @pytest.fixture
 def always_sparse(monkeypatch):
-    monkeypatch.setattr(cost, "prefers_sparse", lambda shape, density: True)
+    monkeypatch.setattr(cost, "is_faster_sparse", lambda shape, density: True)
 
 
 def net():
@@ -56,10 +57,78 @@ def test_gradients_are_those_of_the_dense_layers(what):
     got = gradients(sparse)
     with dense_kernels():
         expected = gradients(dense)
-    assert sparse[0]._selection.entries is not None
-    assert dense[0]._selection.entries is None
+    assert sparse[0].mask_state.selection.kept_weights is not None
+    assert dense[0].mask_state.selection.kept_weights is None
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class Fire(nn.Module):
+    """As in SqueezeNet: two convolutions side by side, all activations in place."""
+
+    def __init__(self, inputs, squeezed, expanded):
+        super().__init__()
+        self.squeeze, self.squeeze_activation = nn.Conv2d(inputs, squeezed, 1), nn.ReLU(inplace=True)
+        self.expand1x1, self.expand1x1_activation = nn.Conv2d(squeezed, expanded, 1), nn.ReLU(inplace=True)
+        self.expand3x3, self.expand3x3_activation = nn.Conv2d(squeezed, expanded, 3, padding=1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.squeeze_activation(self.squeeze(x))
+        return torch.cat([self.expand1x1_activation(self.expand1x1(x)), self.expand3x3_activation(self.expand3x3(x))], 1)
+
+
+class InPlaceSum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = F.relu_(self.a(x))
+        y = self.b(x)
+        y += x
+        return y.mul_(0.5).clamp_(max=1).mean((2, 3))
+
+
+IN_PLACE = {
+    "vgg": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(inplace=True)),
+        *(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(108, 16), nn.ReLU(inplace=True), nn.Linear(16, 4)),
+    ),
+    "vgg_bn": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Hardtanh(inplace=True)),
+        *(nn.Conv2d(8, 12, 3), nn.LeakyReLU(inplace=True), nn.AvgPool2d(2), nn.SiLU(inplace=True), nn.Flatten(), nn.Linear(48, 4)),
+    ),
+    "squeezenet": lambda: nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, ceil_mode=True), Fire(8, 4, 6), Fire(12, 4, 8)),
+        *(nn.Conv2d(16, 4, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    ),
+    "sum": lambda: nn.Sequential(InPlaceSum(), nn.Linear(8, 4)),
+}
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_sparse")
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("what", [train_scores, train_weights, lambda m: m.requires_grad_(True)], ids=["scores", "weights", "both"])
+def test_networks_that_work_in_place(name, what):
+    torch.manual_seed(0)
+    sparse = what(sparsify(IN_PLACE[name](), 0.5))
+    dense = copy.deepcopy(sparse)
+    got = gradients(sparse)
+    with dense_kernels():
+        expected = gradients(dense)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_sparse")
+def test_an_output_may_be_changed_in_place():
+    model = sparsify(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(inplace=True)), 0.95)
+    y = model(torch.rand(64, 64, 16, 16))
+    assert is_batch_innermost(y)
+    y.sum().backward()
+    assert model[0].scores.grad.isfinite().all()
 
 
 @needs_kernels
@@ -88,7 +157,7 @@ def test_steps_follow_those_of_the_dense_layers(make):
             steps[1]()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    for layer in sparse_layers(models[0]).values():
+    for layer in pruned_layers(models[0]).values():
         if isinstance(layer, S2APConv2d):
             assert not layer.masked_weight[~layer.mask].any()
 
@@ -108,6 +177,21 @@ def test_a_kept_weight_of_zero_trains():
 
 @needs_kernels
 @pytest.mark.usefixtures("always_sparse")
+@pytest.mark.parametrize("train", [train_scores, train_weights])
+def test_listeners_get_the_gradient_at_every_weight(train):
+    layer, seen, x = train(S2APConv2d(4, 4, 3, padding=1, sparsity=0.5)), [], torch.rand(16, 4, 6, 6)
+    layer.mask_state.listen(lambda scores, grad: seen.append(grad))
+    layer(x).square().sum().backward()
+    assert layer.mask_state.selection.kept_weights is not None
+    masked = layer.masked_weight.detach().requires_grad_()
+    F.conv2d(x, masked, layer.bias, padding=1).square().sum().backward()
+    torch.testing.assert_close(seen, [masked.grad], rtol=1e-4, atol=1e-4)
+    if train is train_weights:
+        torch.testing.assert_close(layer.weight.grad, masked.grad * layer.mask, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_sparse")
 def test_places_are_listed_once_for_a_mask_and_values_follow_the_weights(monkeypatch):
     calls = []
     pattern = torch.ops.s2ap.sparse_pattern
@@ -123,6 +207,30 @@ def test_places_are_listed_once_for_a_mask_and_values_follow_the_weights(monkeyp
     torch.testing.assert_close(layer(x).detach(), layer(x).detach())
     with torch.no_grad():
         torch.testing.assert_close(layer(x.requires_grad_()), F.conv2d(x, layer.masked_weight, layer.bias))
+
+
+@needs_kernels
+@pytest.mark.usefixtures("always_sparse")
+def test_threads_that_train_on_the_same_layer():
+    layer, x, barrier, found = train_weights(S2APConv2d(4, 4, 3, sparsity=0.5)), torch.rand(16, 4, 6, 6), threading.Barrier(4), []
+    weights = [torch.randn_like(layer.weight) for _ in range(50)]
+
+    def work():
+        for weight in weights:
+            if barrier.wait() == 0:
+                with torch.no_grad():
+                    layer.weight.copy_(weight)
+            barrier.wait()
+            found.append((weight, layer(x).detach()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 200
+    for weight, y in found:
+        torch.testing.assert_close(y, F.conv2d(x, weight * layer.mask, layer.bias), rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels
@@ -169,7 +277,7 @@ def test_densify_takes_the_classes_back():
 )
 def test_cost_model(weight, x, density, expected, monkeypatch):
     monkeypatch.setattr(cost, "load", cost.Rates)
-    assert cost.prefers_sparse(cost.Shape.from_sizes(weight, x, (1, 1)), density) is expected
+    assert cost.is_faster_sparse(cost.Shape.from_sizes(weight, x, (1, 1)), density) is expected
 
 
 def test_a_calibration_is_kept_and_read(tmp_path, monkeypatch):

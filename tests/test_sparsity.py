@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2ap_ext.sparsity import kept_count, score_init
+from s2ap_ext.reference import GROUP, WINDOW, Pattern
+from s2ap_ext.sparsity import kept_count, kept_in_pattern, score_init, sparsity_of
 
 
 @pytest.mark.parametrize(
@@ -64,3 +65,13 @@ def test_score_init_of_zeros_is_zeros():
 def test_score_init_needs_two_dimensions():
     with pytest.raises(ValueError, match="at least two dimensions"):
         score_init(torch.ones(3))
+
+
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(GROUP, 49, 3), Pattern(WINDOW, 7, 1)])
+def test_sparsity_of_a_count_gives_the_count_again(pattern):
+    for numel in (1, 3, 10, 49, 288, 10_007, 1_000_003) if pattern == Pattern() else (147,):
+        for kept in {*range(min(numel, 300)), numel - 1, numel} if pattern == Pattern() else range(pattern.size + 1):
+            sparsity = sparsity_of(pattern, numel, kept)
+            assert 0 <= sparsity <= 1
+            assert kept_in_pattern(pattern, numel, sparsity) == kept
+    assert sparsity_of(Pattern(), 0, 0) == 0

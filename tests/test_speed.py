@@ -54,11 +54,11 @@ def test_calibration_of_measurements_without_sense(monkeypatch):
 def test_profile_measures_the_convolutions_at_their_sizes():
     net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, padding="valid"), nn.Conv2d(8, 8, 3, padding="same"), nn.Flatten(), nn.Linear(8 * 49, 2))
     sparsify(net, 0.75, exclude="0")
-    net.train()
+    net[1].eval()
     rows = speed.profile(net, torch.rand(9, 3, 15, 15))
     assert [(row.layer, row.weight, row.input) for row in rows] == [("0", (8, 3, 3, 3), (9, 3, 15, 15)), ("1", (8, 8, 3, 3), (9, 8, 7, 7))]
     assert [row.density for row in rows] == [1, 0.25]
     assert all(min(row.dense_ms, row.sparse_ms, row.predicted_dense_ms, row.predicted_sparse_ms) > 0 for row in rows)
-    assert net.training
+    assert [module.training for module in net] == [True, False, True, True]
     with pytest.raises(ValueError, match="model: expected a convolution, found none"):
         speed.profile(nn.Linear(2, 2), torch.rand(1, 2))

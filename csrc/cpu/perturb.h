@@ -1,4 +1,4 @@
-// perturb: select at s + z, z = a * g, a = gamma * ||s|| / (||g|| + eps), without ever storing s + z.
+// perturb: select at s + z, z = a * g, a = gamma * ||s|| / (||g|| + eps), without ever storing s + z. Each layer has its own gamma.
 //
 // What is computed, per layer: the two norms, the scale a, the cut of s + z, the masked weight there, and how far it is from
 // the present one: entries whose mask flips against `cuts`, and scores whose sign changes.
@@ -32,7 +32,8 @@ struct PerturbLayer {
 };
 
 struct Ascent {
-  double gamma, eps;
+  const double* gammas;  // [L]
+  double eps;
   bool straight_through = false;    // grad is that of the masked weight
   const double* squares = nullptr;  // [L], the scores' sums of squares where they are known
 };
@@ -87,7 +88,8 @@ class PerturbProblem {
     const int64_t chunks = (numel(l) + kChunk - 1) / kChunk;
     const double square = ascent_.squares ? ascent_.squares[l] : sum_of_chunks(of_scores_.get() + sums_[l], chunks);
     const double norm_s = std::sqrt(square), norm_g = std::sqrt(sum_of_chunks(of_grad_.get() + sums_[l], chunks));
-    const double scale = norm_g == 0 ? 0 : (ascent_.gamma * norm_s) / (norm_g + ascent_.eps);
+    const double gamma = ascent_.gammas[l];  // 0 gives 0 even where a norm is infinite
+    const double scale = gamma == 0 || norm_g == 0 ? 0 : (gamma * norm_s) / (norm_g + ascent_.eps);
     scales_[l] = static_cast<double>(static_cast<ComputeOf<T>>(scale));
   }
 

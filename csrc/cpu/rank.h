@@ -26,7 +26,7 @@ Cut<BitsOf<T>> cut_of_row(const int64_t* row) {
 // Calls f(from, size, bound) for the elements [begin, begin + n) in front of and behind the cut's index, `from` counted from begin.
 template <class Bits, class F>
 void in_parts(const Cut<Bits>& cut, int64_t begin, int64_t n, const F& f) {
-  const int64_t front = std::clamp<int64_t>(cut.index - begin, 0, n);
+  const int64_t front = std::clamp(cut.index, begin, begin + n) - begin;
   if (front > 0) f(0, front, cut.before);
   if (front < n) f(front, n - front, cut.from);
 }

@@ -27,6 +27,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -86,6 +88,15 @@ struct Results {
   }
 };
 
+// What a thread packs at once: the inputs of a few outputs, all channels of them. Where a kernel reaches extremely far that is too much, and a
+// thread that finds no memory cannot say so.
+inline void check_packed(int64_t floats) {
+  constexpr int64_t kMost = int64_t{1} << 28;
+  if (floats > kMost) {
+    throw std::runtime_error("dilation: expected at most 2**28 inputs between an output's first and last one, got " + std::to_string(floats));
+  }
+}
+
 // The outputs of several passes, for all channels. They read the same inputs, which are packed once.
 template <class T>
 void conv_passes(const Machine& machine, const ConvShape& shape, const std::vector<Pass>& passes, int64_t channels, const Entries& entries,
@@ -99,6 +110,7 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
     extend(all_x, pass.x);
   }
   const Layout layout(all_y, all_x, shape.batch, group_channels, lanes);
+  check_packed(layout.packed());
   const int32_t* const offsets = place(machine, shape, passes, entries, count, layout.channel(),
                                        [&](int64_t dy, int64_t dx) { return layout.offset(dy, dx); });
   // Where there are fewer pieces than threads can share, rows are shared out too; a piece is then packed again for each share.
@@ -216,6 +228,7 @@ void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, con
   const int64_t group_rows = shape.out_channels / shape.groups, group_channels = shape.in_channels / shape.groups;
   const Axis y = forward_axis(shape, 0), x = forward_axis(shape, 1);
   const Layout layout(y, x, shape.batch, group_channels, lanes);
+  check_packed(layout.packed());
   const int64_t count = entries.count(1);
   const int32_t* const offsets = place(machine, shape, {{y, x, entries.starts}}, entries, count, layout.channel(),
                                        [&](int64_t dy, int64_t dx) { return layout.offset(dy, dx); });

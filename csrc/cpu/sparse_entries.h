@@ -101,7 +101,8 @@ void tile_in_runs(TileLoop tile, int64_t size, TileArgs args, const Entries& ent
 // The work of a pass, in elements as for_each counts them: what is read and written, and the arithmetic.
 inline int64_t work_of(int64_t positions, int64_t rows, int64_t channels, int64_t entries) {
   constexpr int64_t kMultiplyAdds = 8;  // that take as long as an element
-  return positions * (rows + channels + entries / kMultiplyAdds);
+  constexpr int64_t kEnough = int64_t{1} << 24;  // for any number of threads, and no product overflows
+  return std::min(positions, kEnough) * (rows + channels + entries / kMultiplyAdds);
 }
 
 }  // namespace s2ap

@@ -13,12 +13,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_pattern_cpu(const Tens
                                                                       const Ints& dilation, int64_t groups) {
   if (weight.dim() < 2) fail("weight", "a tensor of 2 or more dimensions", std::to_string(weight.dim()));
   const int64_t n = weight.numel();
+  for (int64_t axis = 0; axis < weight.dim(); ++axis) checked_size(weight.size(axis), "weight");
   check_tensor(weight, "weight", weight.scalar_type(), n);
   if (mask) check_tensor(*mask, "mask", ScalarType::Bool, n);
-  if (groups < 1 || weight.size(0) % groups) fail("groups", "a divisor of " + std::to_string(weight.size(0)), std::to_string(groups));
   if (n > INT32_MAX) fail("weight", "fewer than 2**31 elements", std::to_string(n));
   const ConvShape conv = conv_shape({kernel, stride, padding, dilation, groups});
-  if (n != weight.size(0) * weight.size(1) * conv.taps()) fail("kernel", "the size of the weight's", std::to_string(conv.taps()) + " elements");
+  if (weight.size(0) % groups) fail("groups", "a divisor of " + std::to_string(weight.size(0)), std::to_string(groups));
+  if (exceeds({weight.size(0), weight.size(1), conv.taps()}, n) || n != weight.size(0) * weight.size(1) * conv.taps()) {
+    fail("kernel", "the size of the weight's", std::to_string(conv.taps()) + " elements");
+  }
+  if (exceeds({groups, weight.size(1), conv.passes()}, kMostSize)) {
+    fail("stride", "fewer than 2**31 rows of inputs", std::to_string(conv.passes()) + " residues of each input");
+  }
   const WeightShape shape{weight.size(0), weight.size(1), conv.taps(), groups, conv.passes(), passes_of_taps(conv)};
 
   const auto empty = [&](int64_t size) { return torch::stable::new_empty(weight, {size}, ScalarType::Int); };
@@ -33,11 +39,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_pattern_cpu(const Tens
     lists.write(kept, ints(starts), ints(columns), ints(input_starts), ints(input_columns), ints(order));
   };
   if (mask) {
-    const auto* m = static_cast<const bool*>(mask->const_data_ptr());
-    make([m](int64_t i) { return m[i]; });
+    const auto* m = static_cast<const uint8_t*>(mask->const_data_ptr());  // a view of other bytes as bool may hold any
+    make([m](int64_t i) { return m[i] != 0; });
   } else {
-    const TensorList weights(1, weight);
-    dispatch(weights, [&](auto element) {
+    dispatch(weight, "weight", [&](auto element) {
       using T = decltype(element);
       const BitsOf<T>* w = input<T>(weight);
       make([w](int64_t i) { return (w[i] & kMagnitude<BitsOf<T>>) != 0; });

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../memory.h"
 #include "../plan.h"
 #include "element.h"
 #include "machine.h"
@@ -39,14 +40,18 @@ inline bool torch_fuses() {
   return fuses;
 }
 
-inline std::string at(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
-
 [[noreturn]] inline void fail(const std::string& what, const std::string& expected, const std::string& got) {
   throw std::runtime_error(what + ": expected " + expected + ", got " + got);
 }
 
-inline void check_tensor(const Tensor& t, const std::string& name, ScalarType dtype, int64_t numel) {
+// What the kernels read or write of a tensor is there.
+inline void check_memory(const Tensor& t, Argument name) {
   if (!t.is_cpu()) fail(name, "a CPU tensor", "one on another device");
+  if (!is_whole(t)) fail(name, "memory for all its elements", "a storage that was made smaller");
+}
+
+inline void check_tensor(const Tensor& t, Argument name, ScalarType dtype, int64_t numel) {
+  check_memory(t, name);
   if (t.scalar_type() != dtype) fail(name, toString(dtype), toString(t.scalar_type()));
   if (t.numel() != numel) fail(name, std::to_string(numel) + " elements", std::to_string(t.numel()));
   if (!t.is_contiguous()) fail(name, "a contiguous tensor", "a strided one");
@@ -55,7 +60,7 @@ inline void check_tensor(const Tensor& t, const std::string& name, ScalarType dt
 // `list` has a tensor for each of `like`, of the same size and of the dtype of the first.
 inline void check_list(const TensorList& list, const char* name, const TensorList& like) {
   if (list.size() != like.size()) fail(name, std::to_string(like.size()) + " tensors", std::to_string(list.size()));
-  for (size_t i = 0; i < list.size(); ++i) check_tensor(list[i], at(name, i), like[0].scalar_type(), like[i].numel());
+  for (size_t i = 0; i < list.size(); ++i) check_tensor(list[i], {name, static_cast<int64_t>(i)}, like[0].scalar_type(), like[i].numel());
 }
 
 inline void check_table(const Tensor& t, const char* name, ScalarType dtype, size_t layers, int64_t columns) {
@@ -71,12 +76,12 @@ inline std::vector<Pattern> patterns_of(const std::vector<int64_t>& numbers, con
   }
   for (size_t i = 0; i < scores.size(); ++i) {
     const int64_t* p = numbers.data() + i * kPatternNumbers;
+    if (p[0] == kWeight) continue;  // which has no size
     patterns[i] = {p[0], p[1], p[2]};
-    if (p[0] == kWeight) continue;
     const int64_t n = scores[i].numel();
     const bool divides = p[1] >= 1 && p[2] >= 1 && n > 0 && n % p[1] == 0 && n / p[1] % p[2] == 0;
     if ((p[0] != kGroup && p[0] != kWindow) || !divides || (p[0] == kWindow && p[1] > kLargestWindow)) {
-      fail(at("patterns", i), "a known kind and size * block that divides " + std::to_string(n) + " elements",
+      fail(Argument("patterns", static_cast<int64_t>(i)), "a known kind and size * block that divides " + std::to_string(n) + " elements",
            "kind " + std::to_string(p[0]) + ", " + std::to_string(p[1]) + " * " + std::to_string(p[2]));
     }
   }
@@ -90,7 +95,7 @@ inline const int64_t* counts(const Tensor& kept, const TensorList& scores, const
   for (size_t i = 0; i < scores.size(); ++i) {
     const int64_t most = patterns[i].kind == kWeight ? scores[i].numel() : patterns[i].size;
     if (count[i] < 0 || count[i] > most) {
-      fail(at("kept", i), "a count in [0, " + std::to_string(most) + "]", std::to_string(count[i]));
+      fail(Argument("kept", static_cast<int64_t>(i)), "a count in [0, " + std::to_string(most) + "]", std::to_string(count[i]));
     }
   }
   return count;
@@ -106,17 +111,26 @@ BitsOf<T>* output(const Tensor& t) {
   return static_cast<BitsOf<T>*>(t.mutable_data_ptr());
 }
 
-// Calls f with the element type of `scores`.
+// Calls f with the element type of a tensor.
 template <class F>
-void dispatch(const TensorList& scores, const F& f) {
-  if (scores.empty()) return;
-  switch (scores[0].scalar_type()) {
+void dispatch(const Tensor& t, Argument name, const F& f) {
+  switch (t.scalar_type()) {
     case ScalarType::Float: return f(float{});
     case ScalarType::Double: return f(double{});
     case ScalarType::Half: return f(Half{});
     case ScalarType::BFloat16: return f(BFloat16{});
-    default: fail("scores[0]", "float32, float64, float16 or bfloat16", toString(scores[0].scalar_type()));
+    default: fail(name, "float32, float64, float16 or bfloat16", toString(t.scalar_type()));
   }
+}
+
+// The same with that of the scores, if there are any.
+template <class F>
+void dispatch(const TensorList& scores, const F& f) {
+  if (!scores.empty()) dispatch(scores[0], {"scores", 0}, f);
+}
+inline void check_scores(const TensorList& scores) {
+  dispatch(scores, [](auto) {});
+  check_list(scores, "scores", scores);
 }
 
 }  // namespace s2ap

@@ -7,11 +7,16 @@ namespace s2ap {
 
 void update_cpu(const TensorList& scores, const TensorList& grads, const TensorList& momentum_buffers, double lr, double momentum,
                 double dampening, double weight_decay, bool nesterov) {
+  check_scores(scores);
+  check_list(grads, "grads", scores);
+  if (!momentum_buffers.empty()) check_list(momentum_buffers, "momentum_buffers", scores);
+  Memory memory;
+  memory.reads("grads", grads);
+  memory.writes("scores", scores);
+  memory.writes("momentum_buffers", momentum_buffers);
+  memory.check();
   dispatch(scores, [&](auto element) {
     using T = decltype(element);
-    check_list(scores, "scores", scores);
-    check_list(grads, "grads", scores);
-    if (!momentum_buffers.empty()) check_list(momentum_buffers, "momentum_buffers", scores);
     std::vector<UpdateLayer<T>> layers;
     for (size_t i = 0; i < scores.size(); ++i) {
       BitsOf<T>* buffer = momentum_buffers.empty() ? nullptr : output<T>(momentum_buffers[i]);

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../memory.h"
 #include "number.cuh"
 #include "table.cuh"
 
@@ -38,6 +39,7 @@ inline void check_list(const char* op, const char* name, const std::vector<Tenso
                     "]: expected a tensor on CUDA device ", first.get_device_index());
     STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": ", name, "[", i, "]: expected the dtype of the first tensor");
     STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, "[", i, "]: expected a contiguous tensor");
+    STD_TORCH_CHECK(is_whole(tensor), op, ": ", name, "[", i, "]: expected memory for all its elements");
     STD_TORCH_CHECK(tensor.numel() == like[i].numel(), op, ": ", name, "[", i, "]: expected ", like[i].numel(), " elements, got ",
                     tensor.numel());
     STD_TORCH_CHECK(tensor.numel() <= UINT32_MAX, op, ": ", name, "[", i, "]: expected at most 2**32 - 1 elements, got ", tensor.numel());

@@ -1,8 +1,8 @@
-// perturb: the masked weights of all layers at the perturbed scores s + z, z = gamma * ||s|| * g / (||g|| + eps) per layer, and how
-// many mask entries and signs that changes.
+// perturb: the masked weights of all layers at the perturbed scores s + z, z = gamma * ||s|| * g / (||g|| + eps) per layer, each with its
+// own gamma, and how many mask entries and signs that changes.
 //
-// Given the layer's scale a = gamma * ||s|| / (||g|| + eps), s + z is a function of s and g alone. So it is worked out anew wherever it
-// is read and never stored, and the scores need no restoring. Product and sum are rounded apart (no fused
+// Given the layer's scale a = gamma * ||s|| / (||g|| + eps), or 0 where g or gamma is 0, s + z is a function of s and g alone. So it is
+// worked out anew wherever it is read and never stored, and the scores need no restoring. Product and sum are rounded apart (no fused
 // multiply-add), as in the reference.
 //
 // Where the gradients are those of the masked weights (straight_through), the scores' own, g * w * sign(s), are formed likewise wherever
@@ -57,7 +57,8 @@ struct PerturbArgs {
   Selection<T> selection;
   const int64_t* cuts_now;  // [layers, kCutColumns]; may be selection.cuts
   const double* squares;    // [layers], the sums of squares of the scores; null where they must be taken
-  double gamma, eps;
+  const double* gammas;     // [layers]
+  double eps;
   bool straight_through;
   double* scales;  // [layers]
   // Workspace, not initialised.
@@ -69,7 +70,8 @@ struct PerturbArgs {
     const Table<Layer<T>>& table = selection.table;
     double norm_g = square_root(sum_of_squares(table, sums, layer, 0));
     double norm_s = square_root(squares != nullptr ? squares[layer] : sum_of_squares(table, sums, layer, 1));
-    if (norm_g == 0) return 0;
+    double gamma = gammas[layer];  // 0 gives 0 even where a norm is infinite
+    if (gamma == 0 || norm_g == 0) return 0;
     return static_cast<Compute<T>>(divide(multiply(gamma, norm_s), add(norm_g, eps)));
   }
   template <int kind>
@@ -171,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 }
 
 void perturb_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor kept,
-                  std::vector<int64_t> pattern_numbers, Tensor cuts, std::optional<Tensor> squares, double gamma, double eps,
+                  std::vector<int64_t> pattern_numbers, Tensor cuts, std::optional<Tensor> squares, Tensor gamma, double eps,
                   bool straight_through, std::vector<Tensor> masked, Tensor new_cuts, Tensor scales) {
   if (scores.empty()) return;
   int64_t layers = static_cast<int64_t>(scores.size());
@@ -182,14 +184,22 @@ void perturb_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::ve
   check_array("perturb", "kept", kept, scores[0], layers, ScalarType::Long);
   check_array("perturb", "cuts", cuts, scores[0], layers * kCutColumns, ScalarType::Long);
   check_array("perturb", "new_cuts", new_cuts, scores[0], layers * kCutColumns, ScalarType::Long);
+  check_array("perturb", "gamma", gamma, scores[0], layers, ScalarType::Double);
   check_array("perturb", "scales", scales, scores[0], layers, ScalarType::Double);
   if (squares) check_array("perturb", "squares", *squares, scores[0], layers, ScalarType::Double);
   std::vector<Pattern> patterns = patterns_of("perturb", pattern_numbers, scores);
-  for (int64_t i = 0; straight_through && i < layers; ++i) {
-    // s + z is worked out from the weights to the very end.
-    STD_TORCH_CHECK(masked[i].numel() == 0 || masked[i].data_ptr() != weights[i].data_ptr(), "perturb: masked[", i,
-                    "]: expected memory of its own with straight_through, got that of weights[", i, "]");
-  }
+  Memory memory;
+  memory.reads("scores", scores);
+  memory.reads("grads", grads);
+  memory.reads("weights", weights);
+  memory.reads("kept", kept);
+  if (cuts.data_ptr() != new_cuts.data_ptr()) memory.reads("cuts", cuts);  // they may be one: the kernel saves them first
+  if (squares) memory.reads("squares", *squares);
+  memory.reads("gamma", gamma);
+  memory.writes("masked", masked);
+  memory.writes("new_cuts", new_cuts);
+  memory.writes("scales", scales);
+  memory.check("perturb: ");
   int device = scores[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
 
@@ -206,7 +216,7 @@ void perturb_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::ve
       args.cuts_now = data<int64_t>(cuts) + begin * kCutColumns;
       args.squares = squares ? data<double>(*squares) + begin : nullptr;
       args.straight_through = straight_through;
-      args.gamma = gamma;
+      args.gammas = data<double>(gamma) + begin;
       args.eps = eps;
       args.scales = data<double>(scales) + begin;
       args.plan();

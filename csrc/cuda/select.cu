@@ -73,6 +73,13 @@ void select_cuda(std::vector<Tensor> scores, std::vector<Tensor> weights, Tensor
   check_array("select", "kept", kept, scores[0], layers, ScalarType::Long);
   check_array("select", "cuts", cuts, scores[0], layers * kCutColumns, ScalarType::Long);
   std::vector<Pattern> patterns = patterns_of("select", pattern_numbers, scores);
+  Memory memory;
+  memory.reads("scores", scores);
+  memory.reads("weights", weights);
+  memory.reads("kept", kept);
+  memory.writes("masked", masked);
+  memory.writes("cuts", cuts);
+  memory.check("select: ");
   int device = scores[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
 

@@ -72,6 +72,11 @@ void update_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, std::vec
   check_list("update", "scores", scores, scores);
   check_list("update", "grads", grads, scores);
   if (has_momentum) check_list("update", "momentum_buffers", momentum_buffers, scores);
+  Memory memory;
+  memory.reads("grads", grads);
+  memory.writes("scores", scores);
+  memory.writes("momentum_buffers", momentum_buffers);
+  memory.check("update: ");
   int device = scores[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
 

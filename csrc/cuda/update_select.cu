@@ -248,6 +248,19 @@ void update_select_cuda(std::vector<Tensor> scores, std::vector<Tensor> grads, s
   check_array("update_select", "new_cuts", new_cuts, scores[0], layers * kCutColumns, ScalarType::Long);
   check_array("update_select", "squares", squares, scores[0], layers, ScalarType::Double);
   std::vector<Pattern> patterns = patterns_of("update_select", pattern_numbers, scores);
+  Memory memory;
+  memory.reads("grads", grads);
+  memory.reads("ascent_grads", ascent_grads);
+  if (has_ascent) memory.reads("scales", scales);
+  memory.reads("weights", weights);
+  memory.reads("kept", kept);
+  if (cuts.data_ptr() != new_cuts.data_ptr()) memory.reads("cuts", cuts);  // they may be one: the kernel saves them first
+  memory.writes("scores", scores);
+  memory.writes("momentum_buffers", momentum_buffers);
+  memory.writes("masked", masked);
+  memory.writes("new_cuts", new_cuts);
+  memory.writes("squares", squares);
+  memory.check("update_select: ");
   int device = scores[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
 

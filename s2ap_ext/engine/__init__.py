@@ -1,8 +1,8 @@
 """Networks that compute with their kept weights only, on the CPU: for deployment, and under attacks."""
 
-from .attack import disabled, for_attack
+from .attack import for_attack
 from .choice import Layer
 from .lowering import DensePart
 from .network import SparseNetwork, compile_sparse
 
-__all__ = ["DensePart", "Layer", "SparseNetwork", "compile_sparse", "disabled", "for_attack"]
+__all__ = ["DensePart", "Layer", "SparseNetwork", "compile_sparse", "for_attack"]

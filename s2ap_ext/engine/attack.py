@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import weakref
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from .._library import backend
-from ..nn import sparse_layers
+from ..nn import pruned_layers
+from ..nn.execution import takes
 from .network import SparseNetwork, compile_model
-
-SELECTION = ("_selection", "_masked", "_move", "_collect")  # of pruned layers: what :meth:`SparseNetwork.is_current` looks at
-
-_enabled = contextvars.ContextVar("s2ap_ext.engine", default=True)
 
 # For each model what it looked like, with the size of the images, and the network compiled for it; None where there is none to use.
 # Kept beside the models and not on them, so that nothing is copied, pickled or found in a state_dict.
 _compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple | None, SparseNetwork | None]] = weakref.WeakKeyDictionary()
 
 
-@contextlib.contextmanager
-def disabled() -> Iterator[None]:
-    """Within it attacks call the models themselves, in this thread."""
-    token = _enabled.set(False)
-    try:
-        yield
-    finally:
-        _enabled.reset(token)
-
-
 def for_attack(model: nn.Module, x: Tensor) -> SparseNetwork | None:
     """A network that gives the logits of ``model`` in evaluation mode, with the gradient with respect to ``x``; or None.
 
     There is one where the compiled kernels run, for float32 images [N, C, H, W] and a float32 model on the CPU with pruned layers, of
-    which at least one convolution runs sparse; no module has hooks, autocast is off, and the engine has a step for everything in the
-    model. It is made at the first call and takes the model's weights and masks again whenever they have changed.
+    which at least one convolution runs sparse; no module has hooks, autocast and :func:`s2ap_ext.nn.dense_kernels` are off, and the
+    engine has a step for everything in the model. It is made at the first call and takes the model's weights and masks again whenever
+    they have changed.
     """
     if not _applies(model, x):
         return None
@@ -62,15 +46,13 @@ def _looks(model: nn.Module) -> list[tuple]:
 
 
 def _is_setting(name: str, value: object) -> bool:
-    return isinstance(value, (bool, int, float, str, tuple, type(None))) and name not in ("training", "_sparsity", *SELECTION)
+    return isinstance(value, (bool, int, float, str, tuple, type(None))) and name != "training"
 
 
 def _applies(model: nn.Module, x: Tensor) -> bool:
-    if not (_enabled.get() and backend().cpu == "C++" and isinstance(model, nn.Module)) or isinstance(model, SparseNetwork):
+    if not isinstance(model, nn.Module) or isinstance(model, SparseNetwork) or not takes(x):
         return False
-    if x.dim() != 4 or not len(x) or x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return False
-    if not sparse_layers(model) or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
+    if not pruned_layers(model) or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         return False
     return not any(_hooks(module) for module in model.modules()) and not _hooks_of_all()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .._library import backend
 from ..nn import cost
+from ..nn.execution import sparse_kernels_run
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def cheapest(layers: Sequence[Layer]) -> dict[str, str]:
     A convolution is sparse where that is faster, counting that a dense one among sparse ones has to take its activations out of their
     blocks and to put them back. If the whole network is faster dense, all of it is dense.
     """
-    if backend().cpu != "C++":
+    if not sparse_kernels_run():
         return {layer.name: "dense" for layer in layers}
     costs = {layer.name: _seconds(layer) for layer in layers if len(layer.weight) == 4}
     sparse = {name for name, (on_kept, dense, moved) in costs.items() if on_kept < dense + moved}

@@ -11,13 +11,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from ..nn import S2APConv2d, S2APLinear
-from ..nn.layout import PLAIN
 from .choice import Layer
 from .steps import Add, Affine, DenseConv, Flatten, Linear, Part, Pool, Relu, SparseConv, Step
-from .trace import BATCH, Graph, changed_by
+from .trace import BATCH, Graph, changed_by, computes_as
 from .weights import PartSource, Source, tensor_of, weight_of
 
 
@@ -323,14 +321,6 @@ class _Lowering:
         if len(shape) != 3:
             raise Unsupported(f"expected images (N, C, H, W), got {len(shape) + 1} dimensions")
         return self.emit(node, Flatten, input)
-
-
-def computes_as(module: nn.Module, cls: type) -> bool:
-    """Whether ``module`` is a ``cls``, perhaps parametrized or of a subclass, with the very forward of ``cls``."""
-    own = parametrize.type_before_parametrizations(module)
-    own = PLAIN.get(own, own)  # the same, but for the memory layout
-    inherits = issubclass(own, cls) and own.forward is cls.forward
-    return inherits and getattr(own, "_conv_forward", None) is getattr(cls, "_conv_forward", None)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import nn as pruned_nn
-from ..nn.selection import Snapshot
+from ..nn.mask_state import Snapshot
 from .arena import Arenas
 from .choice import Layer, cheapest, in_blocks, lanes
 from .lowering import DensePart, Lowered, lower
@@ -69,21 +69,21 @@ def compile_model(
     pruned_nn.refresh(model)
     with evaluating(model):
         graph = trace(model, example.detach())
-        many, few = (_lowered(graph, choose, batch) for batch in (chunk, 1))
-    steps, sources = fuse(many)
-    few_steps = steps
-    if few.layers != many.layers:
-        few_steps, sources = joined(sources, *fuse(few))
+        large, small = (_lowered(graph, choose, batch) for batch in (chunk, 1))
+    steps, sources = fuse(large)
+    small_batch_steps = steps
+    if small.layers != large.layers:
+        small_batch_steps, sources = joined(sources, *fuse(small))
     network = SparseNetwork(
         steps,
-        few_steps,
-        many.shapes,
-        many.output,
+        small_batch_steps,
+        large.shapes,
+        large.output,
         sources,
         chunk=chunk,
-        layers=many.layers,
-        few_layers=few.layers,
-        dense_parts=many.dense_parts,
+        layers=large.layers,
+        small_batch_layers=small.layers,
+        dense_parts=large.dense_parts,
     )
     network._owner, network._constants = weakref.ref(model) if weak else lambda: model, graph.constants
     network.refresh()
@@ -117,28 +117,28 @@ class SparseNetwork(nn.Module):
     Attributes:
         dense_parts: what runs as it is in the model, by name, with the reason.
         layers: ``"sparse"`` or ``"dense"``, for each convolution and linear layer that the engine runs.
-        few_layers: the same, for images that are too few to fill a block.
+        small_batch_layers: the same, for images that are too few to fill a block.
         chunk: so many images run through the network together.
     """
 
     def __init__(
         self,
         steps: Sequence[Step],
-        few_steps: Sequence[Step],
+        small_batch_steps: Sequence[Step],
         shapes: Sequence[tuple[int, ...]],
         output: int,
         sources: Sequence[Source | PartSource],
         *,
         chunk: int,
         layers: dict[str, str],
-        few_layers: dict[str, str],
+        small_batch_layers: dict[str, str],
         dense_parts: Sequence[DensePart] = (),
     ) -> None:
         super().__init__()
-        self._steps, self._few_steps, self._shapes, self._output, self._sources = steps, few_steps, shapes, output, sources
-        self._blocks, self._images = lay_out(steps, shapes, output, blocks=True), lay_out(few_steps, shapes, output, blocks=False)
+        self._steps, self._small_batch_steps, self._shapes, self._output, self._sources = steps, small_batch_steps, shapes, output, sources
+        self._blocks, self._images = lay_out(steps, shapes, output, blocks=True), lay_out(small_batch_steps, shapes, output, blocks=False)
         self._lanes = lanes()
-        self.chunk, self.layers, self.few_layers, self.dense_parts = chunk, layers, few_layers, list(dense_parts)
+        self.chunk, self.layers, self.small_batch_layers, self.dense_parts = chunk, layers, small_batch_layers, list(dense_parts)
         self._weights: tuple = ()
         self._arenas = Arenas()
         self._owner: Callable[[], nn.Module | None] = lambda: None
@@ -201,9 +201,9 @@ class SparseNetwork(nn.Module):
         return storage.load(path)
 
     def extra_repr(self) -> str:
-        kinds = [Counter(layers.values()) for layers in (self.layers, self.few_layers)]
-        many, few = (f"{kind['sparse']} sparse, {kind['dense']} dense" for kind in kinds)
-        lines = [f"layers: {many}; for few images: {few}; lanes={self._lanes}, halo={self._blocks.halo}, chunk={self.chunk}"]
+        kinds = [Counter(layers.values()) for layers in (self.layers, self.small_batch_layers)]
+        large, small = (f"{kind['sparse']} sparse, {kind['dense']} dense" for kind in kinds)
+        lines = [f"layers: {large}; for small batches: {small}; lanes={self._lanes}, halo={self._blocks.halo}, chunk={self.chunk}"]
         lines += [f"dense part {part.name}: {part.reason}" for part in self.dense_parts]
         return "\n".join([*lines, *describe(self._blocks, self._sources)])
 
@@ -216,7 +216,7 @@ class SparseNetwork(nn.Module):
             raise RuntimeError("network: there is no model to look at; it was loaded from a file, or the model is gone")
         return model
 
-    def _cuts(self, n: int) -> Iterator[slice]:
+    def _pieces(self, n: int) -> Iterator[slice]:
         """Pieces of at most ``chunk`` images; those at the end that fill too little of a block are one of their own."""
         rest = 0 if in_blocks(n % self._lanes) else n % self._lanes
         for first in range(0, n - rest, self.chunk):
@@ -234,7 +234,7 @@ class SparseNetwork(nn.Module):
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
             x = x.detach()
             out = torch.empty(len(x), *self._blocks.slots[self._blocks.output].shape)
-            for chunk in self._cuts(len(x)):
+            for chunk in self._pieces(len(x)):
                 program, run = self._start(chunk.stop - chunk.start)
                 if runs is not None:
                     run.graphs = {}
@@ -273,8 +273,8 @@ def _described(t: Tensor) -> str:
 def _versions(model: nn.Module) -> list:
     """What tells whether a model has changed: its tensors' versions, and what the masks of its pruned layers were made from."""
     tensors = [t for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    layers = pruned_nn.sparse_layers(model).values()
-    return [*(None if t.is_inference() else Snapshot(t) for t in tensors), *((layer._selection, layer._move) for layer in layers)]
+    states = [layer.mask_state for layer in pruned_nn.pruned_layers(model).values()]
+    return [*(None if t.is_inference() else Snapshot(t) for t in tensors), *((state.selection, state.perturbation) for state in states)]
 
 
 def _same(before: Snapshot | tuple | None, now: Snapshot | tuple | None) -> bool:

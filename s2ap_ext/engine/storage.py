@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from .. import _files
+from ..nn.kept_weights import KeptWeights
 from .network import SparseNetwork
-from .steps import STEPS, Step
-from .weights import Dense, Scale, Source, Sparse
+from .steps import Step
+from .validation import check_program, layers_of, of_type, shape_of, source_of, step_of
+from .weights import Dense, Scale
 
 KIND = "sparse network"
-VERSION = 3
-WEIGHTS = {cls.__name__: cls for cls in (Sparse, Dense, Scale)}
+VERSION = 4
+WEIGHTS = {cls.__name__: cls for cls in (KeptWeights, Dense, Scale)}
 
 
 def save(network: SparseNetwork, path: str | Path) -> None:
@@ -34,13 +36,13 @@ def save(network: SparseNetwork, path: str | Path) -> None:
         "kind": KIND,
         "version": VERSION,
         "steps": _described(network._steps),
-        "few_steps": _described(network._few_steps),
+        "small_batch_steps": _described(network._small_batch_steps),
         "shapes": network._shapes,
         "output": network._output,
         "weights": weights,
         "sources": [dataclasses.asdict(source) for source in network._sources],
         "layers": network.layers,
-        "few_layers": network.few_layers,
+        "small_batch_layers": network.small_batch_layers,
         "chunk": network.chunk,
     }
     _files.save(path, tensors, about)
@@ -48,20 +50,33 @@ def save(network: SparseNetwork, path: str | Path) -> None:
 
 def load(path: str | Path) -> SparseNetwork:
     tensors, about = _files.load(path)
-    if about.get("kind") != KIND:
+    if not isinstance(about, Mapping) or about.get("kind") != KIND:
         raise ValueError(f"network {path}: not a file that SparseNetwork.save wrote")
-    if about["version"] != VERSION:
-        raise ValueError(f"network {path}: of version {about['version']}, this program reads version {VERSION}")
+    if about.get("version") != VERSION:
+        raise ValueError(f"network {path}: of version {about.get('version')!r:.100}, this program reads version {VERSION}")
     try:
-        steps, few_steps = (
-            [STEPS[described.pop("step")](**_tuples(described)) for described in about[which]] for which in ("steps", "few_steps")
-        )
-        shapes, sources = _tuples(about["shapes"]), [Source(**_tuples(source)) for source in about["sources"]]
-        layers = {"layers": about["layers"], "few_layers": about["few_layers"]}
-        network = SparseNetwork(steps, few_steps, shapes, about["output"], sources, chunk=about["chunk"], **layers)
-        network._weights = tuple(_weights(WEIGHTS[kind], i, tensors) for i, kind in enumerate(about["weights"]))
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+        return _network(tensors, about)
+    except (KeyError, ValueError) as error:
         raise ValueError(f"network {path}: damaged ({type(error).__name__}: {error})") from None
+
+
+def _network(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> SparseNetwork:
+    """What the file describes, all of it checked."""
+    weights = [_weights(kind, i, tensors) for i, kind in enumerate(of_type(about["weights"], list, "weights"))]
+    sources = [source_of(source, f"sources[{i}]") for i, source in enumerate(of_type(about["sources"], list, "sources"))]
+    shapes = [shape_of(shape, f"shapes[{i}]") for i, shape in enumerate(of_type(about["shapes"], list, "shapes"))]
+    output, chunk = of_type(about["output"], int, "output"), of_type(about["chunk"], int, "chunk")
+    if chunk < 1 or len(sources) != len(weights):
+        raise ValueError(f"expected a chunk of at least 1 and as many sources as weights, got {chunk}, {len(sources)}, {len(weights)}")
+    steps, small_batch_steps = (
+        [step_of(step, f"{which}[{i}]") for i, step in enumerate(of_type(about[which], list, which))]
+        for which in ("steps", "small_batch_steps")
+    )
+    check_program(steps, shapes, output, weights, "steps")
+    check_program(small_batch_steps, shapes, output, weights, "small_batch_steps")
+    layers = {which: layers_of(about[which], which) for which in ("layers", "small_batch_layers")}
+    network = SparseNetwork(steps, small_batch_steps, shapes, output, sources, chunk=chunk, **layers)
+    network._weights = tuple(weights)
     return network
 
 
@@ -69,25 +84,11 @@ def _described(steps: Sequence[Step]) -> list[dict[str, Any]]:
     return [{"step": type(step).__name__, **dataclasses.asdict(step)} for step in steps]
 
 
-def _weights(cls: type, index: int, tensors: dict[str, Tensor]) -> Sparse | Dense | Scale:
+def _weights(kind: Any, index: int, tensors: Mapping[str, Tensor]) -> KeptWeights | Dense | Scale:
+    if of_type(kind, str, f"weights[{index}]") not in WEIGHTS:
+        raise ValueError(f"weights[{index}]: expected one of {', '.join(WEIGHTS)}, got {kind!r:.100}")
+    cls = WEIGHTS[kind]
     weights = cls(**{field.name: tensors.get(f"{index}.{field.name}") for field in dataclasses.fields(cls)})
-    if isinstance(weights, Dense) and weights.weight.dim() == 4:  # files hold tensors without their memory format
+    if isinstance(weights, Dense) and weights.weight is not None and weights.weight.dim() == 4:  # files hold no memory formats
         return dataclasses.replace(weights, weight=weights.weight.contiguous(memory_format=torch.channels_last))
-    if isinstance(weights, Sparse):
-        # The kernels look at the first and the last column of a row and rely on those between.
-        for starts, columns in ((weights.starts, weights.columns), (weights.input_starts, weights.input_columns)):
-            ascends = columns.diff() > 0
-            firsts = starts[1:-1].long() - 1  # steps from one row to the next
-            ascends[firsts[(firsts >= 0) & (firsts < len(ascends))]] = True
-            if not ascends.all() or (starts.diff() < 0).any():
-                raise ValueError(f"weights {index}: columns do not ascend")
-        if not torch.equal(weights.order.sort().values.long(), torch.arange(len(weights.values))):
-            raise ValueError(f"weights {index}: order is no permutation")
     return weights
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 
 from ..nn import Pruned
-from ..nn.layout import PLAIN
+from ..nn.pruned_weight import class_before
 
 BATCH = 3  # images of the run that finds the shapes
 
@@ -73,9 +72,8 @@ class _Tracer(fx.Tracer):
     failed = ""  # the innermost module whose forward raised
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        own = parametrize.type_before_parametrizations(module)
-        of_torch = own.forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-        return of_torch or own in PLAIN or isinstance(module, Pruned)
+        of_torch = class_before(module).forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+        return of_torch or isinstance(module, Pruned)
 
     def call_module(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         try:
@@ -96,6 +94,13 @@ class _Values(fx.Interpreter):
         value = super().run_node(node)
         self.found[node] = (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
         return value
+
+
+def computes_as(module: nn.Module, cls: type) -> bool:
+    """Whether ``module`` is a ``cls``, perhaps with pruned or parametrized weights or of a subclass, with the very forward of ``cls``."""
+    own = class_before(module)
+    inherits = issubclass(own, cls) and own.forward is cls.forward
+    return inherits and getattr(own, "_conv_forward", None) is getattr(cls, "_conv_forward", None)
 
 
 def changed_by(model: nn.Module, node: fx.Node) -> fx.Node | None:

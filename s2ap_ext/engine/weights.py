@@ -6,32 +6,14 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..modes import evaluation_mode
 from ..nn import S2APConv2d, S2APLinear
-from ..nn.convolution import Convolution
+from ..nn.kept_weights import Convolution, KeptWeights
 from ..sparse_reference import rows_of
-
-
-@dataclass(frozen=True)
-class Sparse:
-    """The kept weights of a convolution or linear layer, as :mod:`s2ap_ext.sparse_reference` describes them."""
-
-    starts: Tensor
-    columns: Tensor
-    values: Tensor
-    bias: Tensor | None
-    input_starts: Tensor
-    input_columns: Tensor
-    order: Tensor
-
-    @cached_property
-    def input_values(self) -> Tensor:
-        """The values in the order of input channels. Only gradients read it."""
-        return self.values.index_select(0, self.order)
 
 
 @dataclass(frozen=True)
@@ -71,7 +53,7 @@ class Source:
     def followed_by(self, later: Source) -> Source:
         return replace(self, changes=self.changes + later.changes)
 
-    def take(self, model: nn.Module) -> Sparse | Dense | Scale:
+    def take(self, model: nn.Module) -> KeptWeights | Dense | Scale:
         """The weights as they are in ``model`` now; nothing of them shares memory with it."""
         scale, shift = _scale_and_shift(model, self.changes, self.channels)
         if self.layer is None:
@@ -86,12 +68,9 @@ class Source:
             factor = scale.float().view(-1, *[1] * (weight.dim() - 1))
             weight = self._finite(weight * factor if self.changes else weight.clone())
             return Dense(weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight, bias)
-        starts, columns, input_starts, input_columns, order = torch.ops.s2ap.sparse_pattern(weight, None, *self.convolution)
-        rows = rows_of(starts, len(weight))
-        values = weight.view(-1).index_select(0, rows * weight[0].numel() + columns)
-        if self.changes:
-            values *= scale.float().index_select(0, rows)
-        return Sparse(starts, columns, self._finite(values), bias, input_starts, input_columns, order)
+        kept = KeptWeights.of(weight, None, self.convolution)
+        values = kept.values * scale.float().index_select(0, rows_of(kept.starts, len(weight))) if self.changes else kept.values
+        return replace(kept, values=self._finite(values), bias=bias, flat=None)
 
     def _finite(self, tensor: Tensor) -> Tensor:
         """``tensor``, checked: a ReLU in the kernels makes 0 of NaN, so none may come into being."""
@@ -147,13 +126,6 @@ def tensor_of(model: nn.Module, name: str) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it all modules are in evaluation mode and autograd is off."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Within it all modules are in evaluation mode, and autograd and autocast are off."""
+    with evaluation_mode(model, freeze=False), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield

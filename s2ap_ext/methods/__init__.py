@@ -1,13 +1,12 @@
-"""Ways to search a mask, one small file each: what is scored, what trains, and what follows a step.
+"""Ways to search a mask, one small file each: what is scored, what trains, how many weights stay where, and what follows a step.
 
-How many weights are kept is the recipe's ``prune.sparsity``, the loss its ``prune.loss``; whether the gradient is taken at perturbed
-scores (S2AP) is independent of the method.
+A method is chosen by name: ``prune.method`` in a recipe. The loss, the allocation and the perturbation of the scores (S2AP) are chosen
+beside it, and each goes with every method. A method of your own is a class in a file of your own (``docs/your-own-method.md``).
 """
 
-from .base import Method
-from .hydra import Hydra
-from .magnitude import Magnitude
+from ..parts import import_all
+from .base import Method, batchnorm_parameters, listen, scores_of, train_only
 
-METHODS: dict[str, type[Method]] = {"hydra": Hydra, "magnitude": Magnitude}
+import_all(__name__, __path__)
 
-__all__ = ["METHODS", "Hydra", "Magnitude", "Method"]
+__all__ = ["Method", "batchnorm_parameters", "listen", "scores_of", "train_only"]

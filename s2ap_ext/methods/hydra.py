@@ -6,18 +6,15 @@ Source: Sehwag et al., NeurIPS 2020, arXiv 2002.10509.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..nn import sparse_layers
-from .base import Method
+from ..parts import register
+from .base import Method, batchnorm_parameters, scores_of, train_only
 
 
+@register("hydra")
 class Hydra(Method):
-    def prepare(self, model: nn.Module, *, s2ap: bool) -> list[nn.Parameter]:
-        model.requires_grad_(False)
-        trained = [layer.scores for layer in sparse_layers(model).values()]
-        trained += [p for module in model.modules() if isinstance(module, _BatchNorm) for p in module.parameters()]
-        for p in trained:
-            p.requires_grad_(True)
-        return list(dict.fromkeys(trained))  # shared scores once
+    def parameters(self, model: nn.Module, *, perturbed: bool) -> list[dict[str, Any]]:
+        return [{"params": train_only(model, [*scores_of(model), *batchnorm_parameters(model)])}]

@@ -8,22 +8,26 @@ epochs this is least-weight-magnitude pruning of the pretrained model (Han et al
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from ..nn import sparse_layers
-from .base import Method
+from ..nn import pruned_layers
+from ..parts import register
+from .base import Method, scores_of
 
 
+@register("magnitude")
 class Magnitude(Method):
-    def prepare(self, model: nn.Module, *, s2ap: bool) -> list[nn.Parameter]:
+    def parameters(self, model: nn.Module, *, perturbed: bool) -> list[dict[str, Any]]:
         model.requires_grad_(True)
-        scores = {layer.scores for layer in sparse_layers(model).values()}
+        scores = set(scores_of(model))
         for s in scores:
-            s.requires_grad_(s2ap)  # wanted for the perturbation only; the optimizer does not hold them
-        return [p for p in model.parameters() if p not in scores]
+            s.requires_grad_(perturbed)  # wanted for the perturbation only; the optimizer does not hold them
+        return [{"params": [p for p in model.parameters() if p not in scores]}]
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:
-        for layer in sparse_layers(model).values():
+        for layer in pruned_layers(model).values():
             layer.scores.copy_(layer.weight)

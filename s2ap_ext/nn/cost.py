@@ -81,7 +81,7 @@ def seconds(terms: Terms, rates: Rates | None = None) -> float:
     return 1e-9 * sum(amount / getattr(rates, name) for name, amount in terms.items())
 
 
-def prefers_sparse(shape: Shape, density: float) -> bool:
+def is_faster_sparse(shape: Shape, density: float) -> bool:
     """Of a layer that trains."""
     if shape.multiply_adds < SMALLEST or shape.batch < 8:
         return False

@@ -1,4 +1,4 @@
-"""Layers whose weights are masked by learned scores, and the conversion of whole models.
+"""Layers whose weights are masked by learned scores.
 
 A pruned layer computes with ``w * m``, where the mask ``m`` keeps the entries with the largest ``|scores|``. The gradient passes
 straight through the mask: ``dL/dscores = dL/d(w*m) * w * sign(scores)`` for every entry, kept or not, and
@@ -6,8 +6,9 @@ straight through the mask: ``dL/dscores = dL/d(w*m) * w * sign(scores)`` for eve
 
 **One selection per change.** A layer remembers its masked weight and selects anew only when ``scores``, ``weight`` or ``kept`` has
 changed, which it sees by autograd's version counters and the address of the data. The ten forwards of a PGD attack select
-nothing. Writes that bypass the counters (in place through ``.data`` or ``.numpy()``) cannot be seen: call
-``layer.invalidate()`` after them. Assigning a new tensor to ``.data`` is seen.
+nothing, and the first forward after a step selects for all layers of the model in one call. Writes that bypass the counters (in
+place through ``.data`` or ``.numpy()``) cannot be seen: call ``layer.invalidate()`` after them. Assigning a new tensor to ``.data``
+is seen. Any number of threads may call a model at once while nobody changes it.
 
 Under ``torch.compile`` the selection is part of the compiled graph and runs in every forward.
 """
@@ -22,43 +23,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..reference import CUT_COLUMNS, PLAIN, WEIGHT, Pattern, score_grad
-from ..sparsity import check_sparsity, kept_in_pattern, pattern_for, score_init
-from .convolution import Entries, convolution_of, pays, sparse_conv2d
-from .selection import Move, Selection, select_stale
+from ..reference import CUT_COLUMNS, SINGLE_WEIGHTS, Pattern, score_grad
+from ..sparsity import kept_in_pattern, pattern_for, score_init, sparsity_of, units
+from .convolution import prefers_sparse, sparse_conv2d
+from .kept_weights import KeptWeights, convolution_of
+from .mask_state import MaskGroup, MaskState, Selection, can_remember
+from .selection import mask_of, select_stale, selection_of
 
 
 class _StraightThrough(torch.autograd.Function):
     """Gives the masked weight its straight-through gradients with respect to scores and weight."""
 
     @staticmethod
-    def forward(scores, weight, masked, mask, move, collect):
+    def forward(scores, weight, masked, mask, perturbation, state):
         return masked.detach()  # an alias with the same version counter, but no view in the eyes of autograd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        scores, weight, _, mask, ctx.move, ctx.collect = inputs
+        scores, weight, _, mask, ctx.perturbation, ctx.state = inputs
         ctx.save_for_backward(scores, weight, mask)
 
     @staticmethod
     def backward(ctx, grad):
         scores, weight, mask = ctx.saved_tensors
+        collected = ctx.state is not None and ctx.state.tell(scores, grad)
         grad_scores = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            if ctx.collect is not None:
-                ctx.collect(scores, grad)
-            else:
-                grad_scores = score_grad(grad, weight, scores if ctx.move is None else ctx.move.position(scores, weight))
+        if ctx.needs_input_grad[0] and not collected:
+            grad_scores = score_grad(grad, weight, scores if ctx.perturbation is None else ctx.perturbation.position(scores, weight))
         if ctx.needs_input_grad[1]:
             grad_weight = torch.where(mask, grad, 0)
         return grad_scores, grad_weight, None, None, None, None
-
-
-def _has_identity(tensor: Tensor) -> bool:
-    """Whether version and address of ``tensor`` mean anything: not for fake, inference and functorch tensors."""
-    return (
-        type(tensor) in (nn.Parameter, Tensor) and not tensor.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
 
 
 class Pruned:
@@ -67,39 +61,48 @@ class Pruned:
     weight: Tensor
     scores: nn.Parameter
     kept: Tensor
+    mask_state: MaskState
 
     def _start_pruning(
-        self, sparsity: float, pattern: Pattern = PLAIN, scores: nn.Parameter | None = None, kept: Tensor | None = None
+        self,
+        sparsity: float,
+        pattern: Pattern = SINGLE_WEIGHTS,
+        scores: nn.Parameter | None = None,
+        kept: Tensor | None = None,
+        group: MaskGroup | None = None,
     ) -> None:
-        self._sparsity = check_sparsity(sparsity)
-        self._pattern = pattern  # what kept counts
-        self._label = type(self).__name__  # what errors call this layer; sparsify sets its name within the model
-        self._masked: Tensor | None = None  # the masked weight; selections write into the same memory again and again
-        self._selection: Selection | None = None  # what it was made from; None: out of date
-        self._move: Move | None = None  # while the layer stands at s + z
-        self._collect: Callable[[Tensor, Tensor], None] | None = None  # takes (scores, masked weight's gradient) in place of scores.grad
+        self._begin_mask(MaskState(type(self).__name__, pattern, group))  # sparsify labels it with the layer's name within the model
         self.scores = nn.Parameter(score_init(self.weight)) if scores is None else scores
         if kept is None:
             kept = torch.tensor(kept_in_pattern(pattern, self.weight.numel(), sparsity), device=self.weight.device)
         self.register_buffer("kept", kept)
 
+    def _begin_mask(self, state: MaskState) -> None:
+        self.mask_state = state
+        state.group.add(self)
+
     @property
     def sparsity(self) -> float:
-        """The fraction of weights (or of channels, heads, each window's weights) removed. Assigning it changes ``kept``."""
-        return self._sparsity
+        """The fraction of weights (or of channels, heads, each window's weights) that ``kept`` removes. Assigning it changes ``kept``.
+
+        Reading it waits for a CUDA device.
+        """
+        return sparsity_of(self.mask_state.pattern, self.weight.numel(), int(self.kept))
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
-        self._sparsity = check_sparsity(value)
-        self.kept.fill_(kept_in_pattern(self._pattern, self.weight.numel(), value))
+        self.kept.fill_(kept_in_pattern(self.mask_state.pattern, self.weight.numel(), value))
+
+    def _density(self) -> float:
+        """The fraction of weights that stay, of a layer on the CPU that has weights."""
+        return int(self.kept) / units(self.mask_state.pattern, self.weight.numel())
 
     @property
     def mask(self) -> Tensor:
         """The mask in force, bool, of weight's shape. A fresh tensor is made for each selection."""
-        if not self._can_remember():
+        if not can_remember(self):
             return self._select_functionally()[1]
-        select_stale([self])
-        return self._mask()
+        return mask_of(self, selection_of(self))
 
     @property
     def masked_weight(self) -> Tensor:
@@ -118,78 +121,53 @@ class Pruned:
 
     def invalidate(self) -> None:
         """Forgets the selection, after a change that autograd cannot see (in place through ``.data`` or ``.numpy()``)."""
-        self._selection = None
-
-    def _can_remember(self) -> bool:
-        return _has_identity(self.scores) and _has_identity(self.weight)
-
-    def _stale(self) -> bool:
-        stale = self._selection is None or not self._selection.matches(self)
-        if stale and self._move is not None:
-            raise RuntimeError(f"{self._label}: scores, weight or kept changed between ascend() and descend()")
-        return stale
-
-    def _mask(self) -> Tensor:
-        made = self._selection
-        if made.mask is None:
-            with torch.inference_mode(False), torch.no_grad():
-                made.mask = ops.mask_from_cut(self._position(), made.cut, self._pattern)
-        return made.mask
-
-    def _position(self) -> Tensor:
-        """The scores the mask is taken at: ``s``, or ``s + z`` between ascend() and descend()."""
-        return self.scores.detach() if self._move is None else self._move.position(self.scores.detach(), self.weight.detach())
-
-    def _selects(self) -> bool:
-        """Makes the selection of the present scores, if there is not one already; False if a selection cannot be remembered here."""
-        if torch.compiler.is_compiling() or not self._can_remember():
-            return False
-        select_stale([self])
-        return True
+        self.mask_state.selection = None
 
     def _masked_weight(self) -> Tensor:
         """The masked weight as the forward uses it. It shares memory with the next selection's: use it and let it go."""
         scores, weight = self.scores, self.weight
-        masked, mask = (self._masked, None) if self._selects() else self._select_functionally()
+        made, mask = None, None
+        if torch.compiler.is_compiling() or not can_remember(self):
+            masked, mask = self._select_functionally()
+        else:
+            made = selection_of(self)
+            masked = made.masked
         if not (torch.is_grad_enabled() and (scores.requires_grad or weight.requires_grad)):
             return masked
         if not weight.requires_grad:
             mask = None  # not needed then
         elif mask is None:
-            mask = self._mask()
-        collect = None if torch.compiler.is_compiling() else self._collect
-        return _StraightThrough.apply(scores, weight, masked, mask, self._move, collect)
+            mask = mask_of(self, made)
+        state = None if torch.compiler.is_compiling() else self.mask_state
+        return _StraightThrough.apply(scores, weight, masked, mask, self.mask_state.perturbation, state)
 
     def _select_functionally(self) -> tuple[Tensor, Tensor]:
         """Masked weight and mask without remembering anything, in ops that a compiler can trace."""
-        at, weight = self._position().contiguous(), self.weight.detach().contiguous()
+        state, weight = self.mask_state, self.weight.detach()
+        at, weight = state.position(self.scores, weight).contiguous(), weight.contiguous()
         masked = torch.empty_like(weight)
         cuts = torch.zeros(1, CUT_COLUMNS, dtype=torch.int64, device=weight.device)
-        torch.ops.s2ap.select([at], [weight], self.kept.view(1), list(self._pattern), [masked], cuts)
-        return masked, ops.mask_from_cut(at, cuts[0], self._pattern)
+        torch.ops.s2ap.select([at], [weight], self.kept.view(1), list(state.pattern), [masked], cuts)
+        return masked, ops.mask_from_cut(at, cuts[0], state.pattern)
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, (super().extra_repr(), f"sparsity={self._sparsity:g}")))
+        has_value = type(self.kept) is Tensor and not self.kept.is_meta
+        return ", ".join(filter(None, (super().extra_repr(), f"sparsity={self.sparsity:.4g}" if has_value else "")))
 
     # What follows keeps the remembered selection out of everything that moves, copies or stores a layer.
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        self._selection = self._masked = None
+        self.mask_state.forget()
         return super()._apply(fn, recurse)
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_selection": None, "_masked": None, "_move": None, "_collect": None}
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._begin_mask(self.mask_state.fresh(self.mask_state.group))
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
-        replica._selection = replica._masked = None
+        replica._begin_mask(self.mask_state.fresh())
         return replica
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        units = self.weight.numel() if self._pattern.kind == WEIGHT else self._pattern.size
-        if units and int(self.kept) != kept_in_pattern(self._pattern, self.weight.numel(), self._sparsity):
-            self._sparsity = 1 - int(self.kept) / units
 
 
 class S2APConv2d(Pruned, nn.Conv2d):
@@ -219,26 +197,26 @@ class S2APConv2d(Pruned, nn.Conv2d):
         self._start_pruning(sparsity, pattern_for(granularity, self.weight.shape, sparsity))
 
     def forward(self, input: Tensor) -> Tensor:
-        density = 1 - self._sparsity  # near enough; with learned counts too, since it only decides what is faster
-        if pays(self, input, density) and self._selects():
-            every_weight = self.scores.requires_grad
+        if not torch.compiler.is_compiling() and can_remember(self) and prefers_sparse(self, input, self._density):
+            every_weight = self.scores.requires_grad or self.mask_state.has_listeners
             # Gradients at the kept weights alone need no mask: they are the weight's own.
             weight = self._masked_weight() if every_weight else self.weight
-            return sparse_conv2d(self, input, weight, self._entries(), every_weight=every_weight)
+            return sparse_conv2d(self, input, weight, self._kept_weights(selection_of(self)), every_weight=every_weight)
         return self._conv_forward(input, self._masked_weight(), self.bias)
 
-    def _entries(self) -> Entries:
-        """Of the present selection, made once for each; only their values where only the weights have changed."""
-        made = self._selection
-        if made.entries is None:
-            earlier = made.same_mask.entries if made.same_mask is not None else None
+    def _kept_weights(self, made: Selection) -> KeptWeights:
+        """Of the layer's selection, made once for each; only their values where only the weights have changed."""
+        if made.kept_weights is None:
+            earlier = made.same_mask  # read once: another thread may be here too
             with torch.no_grad():
-                if earlier is not None:
-                    made.entries = earlier.refreshed(self._masked)
+                if earlier is not None and earlier.kept_weights is not None:
+                    made.kept_weights = earlier.kept_weights.with_values_of(made.masked)
                 else:  # where weights train, a kept one that happens to be 0 needs its gradient too
-                    made.entries = Entries.of(self._masked, self._mask() if self.weight.requires_grad else None, convolution_of(self))
+                    made.kept_weights = KeptWeights.of(
+                        made.masked, mask_of(self, made) if self.weight.requires_grad else None, convolution_of(self)
+                    )
             made.same_mask = None
-        return made.entries
+        return made.kept_weights
 
     @classmethod
     def from_dense(cls, module: nn.Conv2d, *, sparsity: float = 0.9, granularity: str = "weight") -> S2APConv2d:
@@ -247,7 +225,7 @@ class S2APConv2d(Pruned, nn.Conv2d):
 
     def to_dense(self) -> nn.Conv2d:
         """A plain ``nn.Conv2d`` with the zeros baked in; it shares nothing with this layer."""
-        return bake(copy.deepcopy(self))
+        return to_dense_class(copy.deepcopy(self))
 
 
 class S2APLinear(Pruned, nn.Linear):
@@ -274,29 +252,13 @@ class S2APLinear(Pruned, nn.Linear):
 
     def to_dense(self) -> nn.Linear:
         """A plain ``nn.Linear`` with the zeros baked in; it shares nothing with this layer."""
-        return bake(copy.deepcopy(self))
-
-
-class PrunedWeight(Pruned, nn.Module):
-    """The same for any other module's weight, as a ``torch.nn.utils.parametrize`` parametrization.
-
-    :func:`sparsify` uses it where a subclass of a convolution or linear layer, or ``nn.MultiheadAttention``, reads its weight by name.
-    """
-
-    def __init__(self, weight: Tensor, *, sparsity: float = 0.9, pattern: Pattern = PLAIN) -> None:
-        super().__init__()
-        self.__dict__["weight"] = weight  # the owner registers it; here it is only looked at
-        self._start_pruning(sparsity, pattern)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        self.__dict__["weight"] = weight if weight.is_leaf else weight.detach()
-        return self._masked_weight()
+        return to_dense_class(copy.deepcopy(self))
 
 
 DENSE_TO_PRUNED: dict[type, type] = {nn.Conv2d: S2APConv2d, nn.Linear: S2APLinear}
 
 
-def sparse_layers(model: nn.Module) -> dict[str, Pruned]:
+def pruned_layers(model: nn.Module) -> dict[str, Pruned]:
     """The pruned layers of ``model`` by name, in module order, each once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Pruned)}
 
@@ -304,7 +266,7 @@ def sparse_layers(model: nn.Module) -> dict[str, Pruned]:
 def refresh(layers: nn.Module | Iterable[Pruned]) -> None:
     """Brings the masked weights of all given layers up to date, in one fused call for those whose scores changed.
 
-    Layers do this by themselves, one by one, in their forward. At the start of a training step ``refresh(model)`` does it for all at once.
+    Layers do this by themselves in their forward, those that one :func:`sparsify` has made all at once.
 
     Args:
         layers: a model, or pruned layers.
@@ -313,22 +275,29 @@ def refresh(layers: nn.Module | Iterable[Pruned]) -> None:
         ValueError: NaN in the scores of a layer that is on the CPU. On CUDA looking would wait for the
             device; :class:`s2ap_ext.S2AP` looks at the end of a step.
     """
-    select_stale(sparse_layers(layers).values() if isinstance(layers, nn.Module) else layers)
+    select_stale(pruned_layers(layers).values() if isinstance(layers, nn.Module) else layers)
 
 
-def bake(layer, baked: dict | None = None):
-    """Changes ``layer`` into its dense class; ``baked`` keeps shared weights shared."""
-    if layer._move is not None:
-        raise RuntimeError(f"{layer._label}: the layer stands at perturbed scores; call descend() first")
-    baked = {} if baked is None else baked
+def baked_weight(layer: Pruned, baked: dict[tuple[int, int], nn.Parameter]) -> nn.Parameter:
+    """The masked weight as a parameter; layers that share weight and scores share it too, by way of ``baked``.
+
+    Raises:
+        RuntimeError: the layer stands at perturbed scores.
+    """
+    if layer.mask_state.perturbation is not None:
+        raise RuntimeError(f"{layer.mask_state.label}: the layer stands at perturbed scores; call descend() first")
     key = (id(layer.weight), id(layer.scores))
     if key not in baked:
         with torch.no_grad():
             baked[key] = nn.Parameter(layer.masked_weight, requires_grad=layer.weight.requires_grad)
-    layer.weight = baked[key]
-    del layer.scores, layer.kept
-    for name in ("_sparsity", "_pattern", "_label", "_masked", "_selection", "_move", "_collect"):
-        del layer.__dict__[name]
+    return baked[key]
+
+
+def to_dense_class(layer, baked: dict[tuple[int, int], nn.Parameter] | None = None):
+    """Changes ``layer`` into its dense class, with the zeros baked into its weight (:func:`baked_weight`)."""
+    layer.weight = baked_weight(layer, {} if baked is None else baked)
+    layer.mask_state.group.discard(layer)
+    del layer.scores, layer.kept, layer.mask_state
     layer.__class__ = next(dense for dense, pruned in DENSE_TO_PRUNED.items() if isinstance(layer, pruned))
     return layer
 

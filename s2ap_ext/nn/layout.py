@@ -7,12 +7,13 @@ look at the same memory in a way that torch's own kernels are good at, and :func
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
 def empty_batch_innermost(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    n, c, h, w = shape
-    return like.new_empty(c, h, w, n).permute(3, 0, 1, 2)
+    """A new tensor of this logical shape, no view of another, so that it may be changed in place where it is the output of a function."""
+    return torch.empty_permuted(shape, (1, 2, 3, 0), dtype=like.dtype, device=like.device)
 
 
 def is_batch_innermost(x: Tensor) -> bool:
@@ -59,7 +60,7 @@ KEEPING = {
 }
 
 
-PLAIN = {keeping: given for given, keeping in KEEPING.items()}
+TORCH_CLASSES = {keeping: given for given, keeping in KEEPING.items()}
 
 
 def keep_layout(model: nn.Module) -> None:
@@ -71,4 +72,4 @@ def keep_layout(model: nn.Module) -> None:
 def forget_layout(model: nn.Module) -> None:
     """Undoes :func:`keep_layout`."""
     for module in model.modules():
-        module.__class__ = PLAIN.get(type(module), type(module))
+        module.__class__ = TORCH_CLASSES.get(type(module), type(module))

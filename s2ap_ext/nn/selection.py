@@ -1,105 +1,146 @@
 """When the masked weights of pruned layers are made, and from what.
 
-A layer remembers its :class:`Selection`, which tells when it is out of date, and where it stands: at its scores ``s``, or after
-:func:`ascend` at ``s + z``, which is never written. All functions here work on lists of layers (:mod:`s2ap_ext.nn.layers`) and make one
-fused call for all of one device and dtype.
+A layer's :class:`~s2ap_ext.nn.mask_state.MaskState` tells when its selection is out of date, and where the layer stands: at its scores
+``s``, or after :func:`ascend` at ``s + z``, which is never written. All functions here work on lists of layers and make one fused call
+for all of one device and dtype.
+
+**Threads.** Any number of threads may run the forwards of a model at once. Whoever finds a layer out of date selects under a lock, and
+who comes later finds it done. A selection appears in the layer when its memory is complete; that memory is written again only after
+scores, weight or ``kept`` have changed, and changing them during a forward is as wrong as it is for any other module. On CUDA the
+threads have to use one stream, as with everything that one of them writes and another reads.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..reference import FLIPS, NANS, perturbed, score_grad
+from ..reference import FLIPS, NANS, Pattern
+from .mask_state import Origin, Perturbation, PrunedLayer, Selection, can_remember
 
-if TYPE_CHECKING:
-    from .convolution import Entries
-    from .layers import Pruned
-
-
-class Snapshot:
-    """Tells whether a tensor is still what it was. Holds its storage, so that no later tensor can take the same address."""
-
-    __slots__ = ("alias", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.alias = tensor.detach()
-        self.version = tensor._version
-
-    def matches(self, tensor: Tensor) -> bool:
-        return tensor._version == self.version and tensor.data_ptr() == self.alias.data_ptr()
+# Held while masked weights are written. There is one for all models, since they rarely select and never wait for each other while they do.
+_writing = threading.RLock()
 
 
-class Selection:
-    """What a layer's masked weight was made from."""
-
-    __slots__ = ("cut", "entries", "kept", "mask", "same_mask", "scores", "square", "weight")
-
-    def __init__(self, layer: Pruned, cut: Tensor, mask: Tensor | None = None, square: Tensor | None = None) -> None:
-        self.scores, self.weight, self.kept = Snapshot(layer.scores), Snapshot(layer.weight), Snapshot(layer.kept)
-        self.cut = cut  # int64 [5], see reference.py
-        self.mask = mask  # bool, made from the cut when first asked for
-        self.square = square  # float64, the scores' sum of squares where update_select has returned it
-        self.entries: Entries | None = None  # the kept weights as a list, made by convolutions that compute with it
-        self.same_mask: Selection | None = None  # an earlier selection that may have entries with this mask
-
-    def matches(self, layer: Pruned) -> bool:
-        return self.mask_matches(layer) and self.weight.matches(layer.weight)
-
-    def mask_matches(self, layer: Pruned) -> bool:
-        return self.scores.matches(layer.scores) and self.kept.matches(layer.kept)
+def _renew_lock() -> None:
+    """In a forked process the thread that held the lock is gone, and what it was writing never appeared."""
+    global _writing
+    _writing = threading.RLock()
 
 
-class Move(NamedTuple):
-    """How a layer came to stand at ``s + z``, ``z = scale * g``."""
-
-    grad: Tensor  # g, or with straight_through the gradient of the masked weight that g is formed from
-    scale: Tensor  # float64
-    straight_through: bool
-    cut: Tensor  # that of s
-
-    def position(self, scores: Tensor, weight: Tensor) -> Tensor:
-        """``s + z``"""
-        return perturbed(scores, score_grad(self.grad, weight, scores) if self.straight_through else self.grad, self.scale)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
-def select_stale(layers: Iterable[Pruned]) -> None:
-    """Brings the masked weights of all layers up to date; those whose scores changed are selected anew.
+def selection_of(layer: PrunedLayer) -> Selection:
+    """The selection at the layer's present scores. If there is none, all layers of its group are brought up to date.
 
     Raises:
-        ValueError: NaN in the scores of a layer that is on the CPU.
+        ValueError: NaN in the scores of the layer, if it is on the CPU.
+        RuntimeError: the layer has changed between :func:`ascend` and :func:`descend`.
     """
-    stale = [layer for layer in layers if layer._can_remember() and layer._stale()]
-    if not stale:
+    made = layer.mask_state.selection
+    if made is None or not made.origin.matches(layer):
+        with _writing:
+            select_stale([layer])
+            made = layer.mask_state.selection
+    return made
+
+
+def mask_of(layer: PrunedLayer, made: Selection) -> Tensor:
+    """The mask of the layer's selection ``made``, bool; it is kept there."""
+    if made.mask is None:
+        with torch.inference_mode(False), torch.no_grad():
+            at = layer.mask_state.position(layer.scores, layer.weight)
+            made.mask = ops.mask_from_cut(at, made.cut, layer.mask_state.pattern)
+    return made.mask
+
+
+def select_stale(layers: Iterable[PrunedLayer]) -> None:
+    """Brings the masked weights of all layers up to date; those whose scores changed are selected anew.
+
+    So are the other layers in the groups of those that are out of date, as far as they fit into the same calls.
+
+    Raises:
+        ValueError: NaN in the scores of one of ``layers`` that is on the CPU. All others are up to date then.
+        RuntimeError: one of ``layers`` has changed between :func:`ascend` and :func:`descend`.
+    """
+    layers = [layer for layer in layers if can_remember(layer)]
+    if not any(_is_stale(layer) for layer in layers):
         return
     # What is remembered outlives this call, so it must not be born as inference tensors.
-    with torch.inference_mode(False), torch.no_grad():
-        reweighted = [layer for layer in stale if layer._selection is not None and layer._selection.mask_matches(layer)]
-        for layer in reweighted:  # only the weights changed: the mask stands
-            mask, made = layer._mask(), layer._selection
-            layer._masked = torch.where(mask, layer.weight, 0)
-            layer._selection = Selection(layer, made.cut, mask, made.square)
-            layer._selection.same_mask = made if made.entries is not None else made.same_mask
-        for group in _groups(layer for layer in stale if layer not in reweighted):
-            _, cuts = ops.select(*_operands(group), patterns=_patterns(group), out=_memory(group))
-            if cuts.device.type == "cpu":
-                ops.check_finite(cuts, [layer._label for layer in group])
-            for layer, cut in zip(group, cuts, strict=True):
-                layer._selection = Selection(layer, cut)
+    with _writing, torch.inference_mode(False), torch.no_grad():
+        stale = [layer for layer in layers if _is_stale(layer)]  # asked again: another thread may have been here first
+        kinds = {_kind(layer) for layer in stale}
+        groups = dict.fromkeys(layer.mask_state.group for layer in stale)
+        others = [layer for group in groups for layer in group.layers() if _can_join(layer) and _kind(layer) in kinds]
+        anew = []
+        for layer in dict.fromkeys(stale + others):
+            made = layer.mask_state.selection
+            if made is not None and made.origin.mask_matches(layer):
+                _reweight(layer, made)
+            else:
+                anew.append(layer)
+        try:
+            with_nans = _select(anew)
+        except (TypeError, ValueError):  # one of the others cannot be selected: whoever asks for it is told
+            with_nans = _select([layer for layer in anew if layer in stale])
+    asked = [layer for layer in stale if layer in with_nans]
+    if asked:
+        ops.check_finite(torch.stack([with_nans[layer] for layer in asked]), _labels(asked))
+
+
+def _is_stale(layer: PrunedLayer) -> bool:
+    state = layer.mask_state
+    stale = state.selection is None or not state.selection.origin.matches(layer)
+    if stale and state.perturbation is not None:
+        raise RuntimeError(f"{state.label}: scores, weight or kept changed between ascend() and descend()")
+    return stale
+
+
+def _can_join(layer: PrunedLayer) -> bool:
+    """Whether a layer that nobody has asked for is out of date and can be selected."""
+    return layer.mask_state.perturbation is None and can_remember(layer) and _is_stale(layer)
+
+
+def _reweight(layer: PrunedLayer, made: Selection) -> None:
+    """Only the weights have changed since the selection was made: its mask stands."""
+    state, mask, origin = layer.mask_state, mask_of(layer, made), Origin.of(layer)
+    state.memory = torch.where(mask, layer.weight, 0)
+    now = Selection(origin, state.memory, made.cut, mask=mask, square=made.square)
+    now.same_mask = made if made.kept_weights is not None else made.same_mask
+    state.selection = now
+
+
+def _select(layers: Sequence[PrunedLayer]) -> dict[PrunedLayer, Tensor]:
+    """Selects in one call for each device and dtype. Returns the cuts of layers with NaN on the CPU, which stay out of date."""
+    with_nans = {}
+    for together in _in_calls(layers):
+        origins = [Origin.of(layer) for layer in together]
+        masked, cuts = ops.select(*_operands(together), patterns=_patterns(together), out=_memory(together))
+        nans = cuts[:, NANS].tolist() if cuts.device.type == "cpu" else [0] * len(together)
+        for layer, origin, out, cut, count in zip(together, origins, masked, cuts, nans, strict=True):
+            if count:
+                with_nans[layer] = cut
+            else:
+                layer.mask_state.selection = Selection(origin, out, cut)
+    return with_nans
 
 
 @torch.no_grad()
 def ascend(
-    layers: Iterable[Pruned], grads: Mapping[nn.Parameter, Tensor], *, gamma: float, eps: float, straight_through: bool
+    layers: Iterable[PrunedLayer], grads: Mapping[nn.Parameter, Tensor], *, gamma: Tensor, eps: float, straight_through: bool
 ) -> list[tuple[list[str], Tensor]]:
     """Moves the layers to ``s + z``: masks, masked weights and gradients are those there.
 
     Args:
         grads: for the scores of each layer their gradient, or with ``straight_through`` that of the masked weight.
+        gamma: float64 [L], of each layer the size of the perturbation relative to the scores.
 
     Returns:
         ``(names, cuts)`` for each fused call; ``cuts``, int64 [L, 5], hold the counts of NaN, of flipped mask entries and of changed signs.
@@ -108,29 +149,13 @@ def ascend(
         ValueError: NaN at ``s + z`` in a layer that is on the CPU; no layer has moved then.
     """
     layers = list(layers)
+    gammas = dict(zip(layers, gamma, strict=True))
     select_stale(layers)
     seen = []
-    for group in _groups(layers):
-        along = [grads[layer.scores] for layer in group]
-        scores, weights, kept = _operands(group)
-        squares = [layer._selection.square for layer in group]
-        _, cuts, scales = ops.perturb(
-            scores,
-            along,
-            weights,
-            kept,
-            torch.stack([layer._selection.cut for layer in group]),
-            gamma=gamma,
-            eps=eps,
-            patterns=_patterns(group),
-            straight_through=straight_through,
-            squares=None if any(square is None for square in squares) else torch.stack(squares),
-            out=_memory(group),
-        )
-        for layer, cut, grad, scale in zip(group, cuts, along, scales, strict=True):
-            layer._move = Move(grad, scale, straight_through, layer._selection.cut)
-            layer._selection = Selection(layer, cut)
-        seen.append(([layer._label for layer in group], cuts))
+    with _writing:
+        for together in _in_calls(layers):
+            gamma_there = torch.stack([gammas[layer] for layer in together]).to(together[0].scores.device)
+            seen.append((_labels(together), _ascend(together, grads, gamma=gamma_there, eps=eps, straight_through=straight_through)))
     for names, cuts in seen:
         if cuts.device.type == "cpu" and cuts[:, NANS].any():
             descend(layers)
@@ -138,17 +163,42 @@ def ascend(
     return seen
 
 
-def descend(layers: Iterable[Pruned]) -> dict[Pruned, Move]:
+def _ascend(
+    layers: Sequence[PrunedLayer], grads: Mapping[nn.Parameter, Tensor], *, straight_through: bool, **sizes: Tensor | float
+) -> Tensor:
+    """:func:`ascend` for layers of one device and dtype, in one call; the cuts at ``s + z``."""
+    along, origins = [grads[layer.scores] for layer in layers], [Origin.of(layer) for layer in layers]
+    cuts_now, squares = _cuts(layers), [layer.mask_state.selection.square for layer in layers]
+    scores, weights, kept = _operands(layers)
+    masked, cuts, scales = ops.perturb(
+        scores,
+        along,
+        weights,
+        kept,
+        cuts_now,
+        patterns=_patterns(layers),
+        straight_through=straight_through,
+        squares=None if any(square is None for square in squares) else torch.stack(squares),
+        out=_memory(layers),
+        **sizes,
+    )
+    for layer, origin, out, cut, grad, scale, now in zip(layers, origins, masked, cuts, along, scales, cuts_now, strict=True):
+        layer.mask_state.perturbation = Perturbation(grad, scale, straight_through, now)
+        layer.mask_state.selection = Selection(origin, out, cut)
+    return cuts
+
+
+def descend(layers: Iterable[PrunedLayer]) -> dict[PrunedLayer, Perturbation]:
     """Moves the layers back to ``s``, which was never overwritten. Returns how those that had moved stood at ``s + z``."""
-    moves = {layer: layer._move for layer in layers if layer._move is not None}
-    for layer in moves:
-        layer._move = layer._selection = None
-    return moves
+    stood = {layer: layer.mask_state.perturbation for layer in layers if layer.mask_state.perturbation is not None}
+    for layer in stood:
+        layer.mask_state.perturbation = layer.mask_state.selection = None
+    return stood
 
 
 @torch.no_grad()
 def step(
-    layers: Sequence[Pruned], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], moves: Sequence[Move] | None, **how
+    layers: Sequence[PrunedLayer], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], moves: Sequence[Perturbation] | None, **how
 ) -> Tensor:
     """One SGD step on the scores of ``layers``, of one device and dtype, and their masked weights at the new scores, in one fused call.
 
@@ -160,54 +210,60 @@ def step(
         int64 scalar tensor: how many mask entries the step has flipped.
     """
     scores, weights, kept = _operands(layers)
-    at_scores = [layer._selection for layer in layers] if moves is None else moves
+    cuts_now = _cuts(layers) if moves is None else torch.stack([move.cut for move in moves])
     ascent = None
     if moves is not None and how["straight_through"]:
         ascent = ([move.grad for move in moves], torch.stack([move.scale for move in moves]))
-    _, cuts, squares = ops.update_select(
-        scores,
-        grads,
-        momentum_buffers,
-        weights,
-        kept,
-        torch.stack([selection.cut for selection in at_scores]),
-        patterns=_patterns(layers),
-        ascent=ascent,
-        out=_memory(layers),
-        **how,
-    )
-    for layer, cut, square in zip(layers, cuts, squares, strict=True):
-        layer._selection = Selection(layer, cut, square=square)
+    with _writing:
+        masked, cuts, squares = ops.update_select(
+            scores, grads, momentum_buffers, weights, kept, cuts_now, patterns=_patterns(layers), ascent=ascent, out=_memory(layers), **how
+        )
+        for layer, out, cut, square in zip(layers, masked, cuts, squares, strict=True):
+            layer.mask_state.selection = Selection(Origin.of(layer), out, cut, square=square)
     return cuts[:, FLIPS].sum()
 
 
-def check_scores(layers: Iterable[Pruned]) -> None:
+def check_scores(layers: Iterable[PrunedLayer]) -> None:
     """Raises ValueError naming the layers whose last selection met NaN. Waits for a CUDA device."""
-    for group in _groups(layer for layer in layers if layer._selection is not None):
-        ops.check_finite(torch.stack([layer._selection.cut for layer in group]), [layer._label for layer in group])
+    for together in _in_calls(layer for layer in layers if layer.mask_state.selection is not None):
+        ops.check_finite(_cuts(together), _labels(together))
 
 
-def _groups(layers: Iterable[Pruned]) -> list[list[Pruned]]:
+def _kind(layer: PrunedLayer) -> tuple[torch.device, torch.dtype]:
+    return layer.scores.device, layer.scores.dtype
+
+
+def _in_calls(layers: Iterable[PrunedLayer]) -> list[list[PrunedLayer]]:
     """The layers by device and dtype: what one call of an op can take."""
-    groups: dict[tuple, list[Pruned]] = {}
+    calls: dict[tuple, list[PrunedLayer]] = {}
     for layer in layers:
-        groups.setdefault((layer.scores.device, layer.scores.dtype), []).append(layer)
-    return list(groups.values())
+        calls.setdefault(_kind(layer), []).append(layer)
+    return list(calls.values())
 
 
-def _operands(layers: Sequence[Pruned]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _operands(layers: Sequence[PrunedLayer]) -> tuple[list[Tensor], list[Tensor], Tensor]:
     return [layer.scores for layer in layers], [layer.weight for layer in layers], torch.stack([layer.kept for layer in layers])
 
 
-def _patterns(layers: Sequence[Pruned]) -> list[ops.Pattern]:
-    return [layer._pattern for layer in layers]
+def _patterns(layers: Sequence[PrunedLayer]) -> list[Pattern]:
+    return [layer.mask_state.pattern for layer in layers]
 
 
-def _memory(layers: Sequence[Pruned]) -> list[Tensor]:
-    """The memory for the layers' masked weights, in the layout of their weights."""
+def _labels(layers: Sequence[PrunedLayer]) -> list[str]:
+    return [layer.mask_state.label for layer in layers]
+
+
+def _cuts(layers: Sequence[PrunedLayer]) -> Tensor:
+    """Those of the layers' selections, int64 [L, 5]."""
+    return torch.stack([layer.mask_state.selection.cut for layer in layers])
+
+
+def _memory(layers: Sequence[PrunedLayer]) -> list[Tensor]:
+    """The memory for the layers' masked weights, in the layout of their weights. What was selected there before ends here."""
     for layer in layers:
-        buffer, weight = layer._masked, layer.weight
-        like = buffer is not None and (buffer.shape, buffer.dtype, buffer.device) == (weight.shape, weight.dtype, weight.device)
-        if not like or buffer.stride() != weight.stride():
-            layer._masked = torch.empty_like(weight, requires_grad=False)
-    return [layer._masked for layer in layers]
+        state, weight = layer.mask_state, layer.weight
+        state.selection, memory = None, state.memory
+        like = memory is not None and (memory.shape, memory.dtype, memory.device) == (weight.shape, weight.dtype, weight.device)
+        if not like or memory.stride() != weight.stride():
+            state.memory = torch.empty_like(weight, requires_grad=False)
+    return [layer.mask_state.memory for layer in layers]

@@ -1,8 +1,13 @@
 """The whole job as readable functions: recipes, stages, and the folder of a run."""
 
-from .recipe import Recipe, known_recipes, load_recipe
+from .model_file import check_prunable, load_model, new_model, pick_device, start_from
+from .plan import STAGES, plan
+from .recipe import known_recipes, load_recipe, override
 from .run_folder import RunFolder
-from .stages import STAGES, Session, Stopped, evaluate, finetune, load_model, new_model, open_data, pretrain, prune, run
+from .runner import describe_attack, evaluate, open_data, reproducible, run
+from .sections import Recipe
+from .stages import finetune, pretrain, prune
+from .trainer import Session, Stopped
 
 __all__ = [
     "STAGES",
@@ -10,6 +15,8 @@ __all__ = [
     "RunFolder",
     "Session",
     "Stopped",
+    "check_prunable",
+    "describe_attack",
     "evaluate",
     "finetune",
     "known_recipes",
@@ -17,7 +24,12 @@ __all__ = [
     "load_recipe",
     "new_model",
     "open_data",
+    "override",
+    "pick_device",
+    "plan",
     "pretrain",
     "prune",
+    "reproducible",
     "run",
+    "start_from",
 ]

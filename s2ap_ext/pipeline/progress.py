@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 from .extras import optional
@@ -40,7 +42,7 @@ class Lines(Silent):
         self.say(describe(record, epochs))
 
     def say(self, line: str) -> None:
-        print(line, flush=True)
+        say(line)
 
 
 class Bars(Silent):
@@ -69,7 +71,16 @@ class Bars(Silent):
             self._bar = None
 
     def say(self, line: str) -> None:
+        say(line)
+
+
+def say(line: str) -> None:
+    """Prints ``line``. Nobody may be reading any more (``s2ap run ... | head -1``): training goes on all the same."""
+    try:
         print(line, flush=True)
+    except BrokenPipeError:
+        # What is still in the buffer, and all that comes, goes nowhere: Python would raise again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def for_this_terminal() -> Silent:

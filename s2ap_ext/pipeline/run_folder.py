@@ -6,24 +6,33 @@ metrics.jsonl          one JSON object for each training epoch and each evaluati
 dense.safetensors      the models after pretrain, prune and finetune
 pruned.safetensors
 finetuned.safetensors
-state.safetensors      while a stage trains: model, optimizer and place in the stage
+state.safetensors      while a stage trains: model, optimizer and place in the stage;
+state-before.safetensors  and the last one before it, for the case that it gets damaged
 results.json           the table
 *.png                  the plots
 events.out.tfevents.*  TensorBoard
+.lock                  while a process works here: its number
 =====================  =====================================================================
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from torch import Tensor
 
 from . import checkpoint
 from .extras import optional
-from .recipe import Recipe, load_recipe, to_toml
+from .recipe import load_recipe, to_toml
+from .sections import Recipe
 
-CONFIG, METRICS, STATE, RESULTS = "config.toml", "metrics.jsonl", "state.safetensors", "results.json"
+CONFIG, METRICS, RESULTS, LOCK = "config.toml", "metrics.jsonl", "results.json", ".lock"
+STATE, STATE_BEFORE = "state.safetensors", "state-before.safetensors"
 
 
 class RunFolder:
@@ -34,26 +43,40 @@ class RunFolder:
         records: what metrics.jsonl holds.
     """
 
-    def __init__(self, path: Path, records: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path, lock: IO[str], records: list[dict[str, Any]]) -> None:
         self.path = path
         self.records = records
+        self._lock = lock
+        for left_over in path.glob(f".*{checkpoint.TEMPORARY}"):  # of a process that was killed while it wrote
+            left_over.unlink()
         self._writer = optional("torch.utils.tensorboard").SummaryWriter(str(path))
 
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe) -> RunFolder:
-        """Makes the folder with its config.toml; raises ValueError if ``path`` is there and not an empty folder."""
+        """Makes the folder with its config.toml.
+
+        Raises:
+            ValueError: ``path`` is there and is not an empty folder, or another process works in it.
+        """
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # What a process left that was killed before its config.toml was in place is nothing to lose.
+        if path.exists() and (not path.is_dir() or any(not _is_left_over(entry) for entry in path.iterdir())):
             raise ValueError(f"out: {path} exists already; choose another folder, or go on with: s2ap run --resume {path}")
         path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
         checkpoint.write_text(path / CONFIG, to_toml(recipe))
-        return cls(path, [])
+        return cls(path, lock, [])
 
     @classmethod
     def resume(cls, path: str | Path) -> RunFolder:
-        """Opens the folder of a run that was stopped; errors as :func:`read_recipe`."""
+        """Opens the folder of a run that was stopped.
+
+        Raises:
+            ValueError: as :func:`read_recipe` and :func:`read_metrics`; another process works in it.
+        """
         read_recipe(path)
-        return cls(Path(path), read_metrics(path))
+        lock = _lock(Path(path))
+        return cls(Path(path), lock, read_metrics(path))
 
     def __enter__(self) -> RunFolder:
         return self
@@ -62,8 +85,10 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Ends the TensorBoard file."""
+        """Ends the TensorBoard file and lets other processes work here."""
         self._writer.close()
+        (self.path / LOCK).unlink(missing_ok=True)
+        self._lock.close()
 
     def log(self, record: dict[str, Any]) -> None:
         """Adds ``record`` (with a ``stage``, and an ``epoch`` in a training stage) to metrics.jsonl and to TensorBoard.
@@ -78,27 +103,117 @@ class RunFolder:
                 self._writer.add_scalar(f"{record.get('model', record['stage'])}/{name}", value, record.get("epoch", 0))
         self._writer.flush()
 
+    def save_state(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Writes state.safetensors; the one before it is kept beside it."""
+        state, before = self.path / STATE, self.path / STATE_BEFORE
+        if state.exists():
+            with checkpoint.replacing(before) as temporary:
+                os.link(state, temporary)
+        checkpoint.save(state, tensors, about)
+
+    def load_state(self, run: str, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+        """The last good state, ``(tensors, about, path)``; nothing in ``about`` where there is none.
+
+        Args:
+            run: the identity of the run.
+            say: takes a line that says so where the last state is damaged and the one before it is used.
+
+        Raises:
+            ValueError: a state of another run, or none that is good.
+        """
+        state, before = self.path / STATE, self.path / STATE_BEFORE
+        if not state.exists():
+            return {}, {}, state
+        path = state
+        try:
+            tensors, about = checkpoint.load(state)
+        except ValueError as error:
+            if not before.exists():
+                raise
+            say(f"{error}; going on from {before.name}, which is a little older")
+            path = before
+            tensors, about = checkpoint.load(before)
+        if not {"stage", "progress", "run"} <= about.keys():
+            raise ValueError(f"checkpoint {path}: expected the state of a stage, found something else")
+        check_run(path, about, run)
+        return tensors, about, path
+
+    def remove_state(self) -> None:
+        """The stage is over."""
+        for name in (STATE, STATE_BEFORE):
+            (self.path / name).unlink(missing_ok=True)
+
     def find(self, stage: str, **values: Any) -> list[dict[str, Any]]:
         """The records of ``stage`` that hold ``values``."""
         return [r for r in self.records if r["stage"] == stage and all(r.get(k) == v for k, v in values.items())]
 
 
+def check_run(path: Path, about: dict[str, Any], run: str) -> None:
+    """Raises ValueError unless the file ``path`` was written by the run of this identity."""
+    if about.get("run") != run:
+        raise ValueError(
+            f"checkpoint {path}: belongs to another run (another recipe, seed or data); was {CONFIG} edited, or the file put here by hand?"
+        )
+
+
 def read_recipe(path: str | Path) -> Recipe:
     """The recipe of the run in folder ``path``; raises ValueError if it is not the folder of a run."""
     if not (Path(path) / CONFIG).is_file():
-        raise ValueError(f"{path}: not the folder of a run (no {CONFIG} in it)")
-    return load_recipe(Path(path) / CONFIG)
+        again = "; nothing was done in it yet: start the run again with --out" if _holds_nothing(Path(path)) else ""
+        raise ValueError(f"{path}: not the folder of a run (no {CONFIG} in it){again}")
+    recipe = load_recipe(Path(path) / CONFIG)
+    if to_toml(recipe) != (Path(path) / CONFIG).read_text(encoding="utf-8"):
+        raise ValueError(f"{Path(path) / CONFIG}: not as the run wrote it; start a run of your own from it: s2ap run {Path(path) / CONFIG}")
+    return recipe
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, none if it has not got that far; raises ValueError naming a line that is not JSON."""
+    """The records of a run's metrics.jsonl, none if it has not got that far; raises ValueError naming a line that is no record."""
     file = Path(path) / METRICS
     if not file.is_file():
         return []
     records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict) or not isinstance(record.get("stage"), str):
+            raise ValueError(f"{file}, line {number}: expected an object with a stage, got {line[:80]}")
+        records.append(record)
     return records
+
+
+def _lock(path: Path) -> IO[str]:
+    """Locks the folder ``path`` for this process, until the file that is returned is closed or the process ends, however it ends."""
+    while True:
+        file = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip()
+            file.close()
+            raise ValueError(f"{path}: another process works in this folder{f' (process {owner})' if owner else ''}") from None
+        if _is_still(file, path / LOCK):
+            break
+        file.close()  # its owner has just removed it
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _is_still(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _is_left_over(entry: Path) -> bool:
+    return entry.name == LOCK or (entry.name.startswith(".") and entry.name.endswith(checkpoint.TEMPORARY))
+
+
+def _holds_nothing(path: Path) -> bool:
+    return path.is_dir() and all(_is_left_over(entry) for entry in path.iterdir())

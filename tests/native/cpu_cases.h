@@ -275,7 +275,7 @@ std::vector<BitsOf<T>> oracle_score_grad(const std::vector<BitsOf<T>>& grad, con
 template <class T>
 ComputeOf<T> oracle_scale(const std::vector<BitsOf<T>>& scores, const std::vector<BitsOf<T>>& grad, double gamma, double eps) {
   const double norm_s = std::sqrt(oracle_sum_of_squares<T>(scores)), norm_g = std::sqrt(oracle_sum_of_squares<T>(grad));
-  return static_cast<ComputeOf<T>>(norm_g == 0 ? 0 : gamma * norm_s / (norm_g + eps));
+  return static_cast<ComputeOf<T>>(gamma == 0 || norm_g == 0 ? 0 : gamma * norm_s / (norm_g + eps));
 }
 
 template <class T>

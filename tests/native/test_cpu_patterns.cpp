@@ -98,9 +98,9 @@ void expect_right(const std::vector<Case<T>>& all, const std::vector<int>& threa
           {{stepped[l].data(), c.grad.data(), nullptr, n}, nullptr, c.weight.data(), masked[2][l].data(), c.kept, c.pattern});
     }
     std::vector<int64_t> cuts(all.size() * kCutColumns, -1), moved_cuts = cuts, new_cuts = cuts;
-    std::vector<double> scales(all.size()), sums(all.size());
+    std::vector<double> gammas(all.size(), kGamma), scales(all.size()), sums(all.size());
     select(machine, layers, cuts.data());
-    perturb(machine, moved_layers, {kGamma, kEps}, cuts.data(), moved_cuts.data(), scales.data());
+    perturb(machine, moved_layers, {gammas.data(), kEps}, cuts.data(), moved_cuts.data(), scales.data());
     update_select(machine, stepped_layers, {kSgd, true}, cuts.data(), new_cuts.data(), sums.data());
     for (size_t l = 0; l < all.size(); ++l) {
       const Case<T>& c = all[l];

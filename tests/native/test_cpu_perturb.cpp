@@ -1,6 +1,9 @@
 // The CPU perturbation against a naive one: sums in the specified order, s + z stored and sorted, flips and signs counted one by one.
 #include "cpu/perturb.h"
 
+#include <array>
+#include <limits>
+
 #include "cpu_cases.h"
 
 using namespace cases;
@@ -38,14 +41,15 @@ void expect_right(const std::vector<Case<T>>& all, const std::vector<int>& threa
     auto masked = unwritten<T>(all);
     std::vector<PerturbLayer<T>> layers;
     std::vector<int64_t> cuts, new_cuts(all.size() * kCutColumns, -1);
-    std::vector<double> scales(all.size(), -1);
+    std::vector<double> gammas, scales(all.size(), -1);
     for (size_t l = 0; l < all.size(); ++l) {
       const Case<T>& c = all[l];
       const auto n = static_cast<int64_t>(c.scores.size());
       layers.push_back({c.scores.data(), c.grad.data(), c.weight.data(), masked[l].data(), n, c.kept});
       cuts.insert(cuts.end(), {c.now.key, c.now.index, 0, 0, 0});
+      gammas.push_back(c.gamma);
     }
-    perturb(machine, layers, {all[0].gamma, kEps}, cuts.data(), new_cuts.data(), scales.data());
+    perturb(machine, layers, {gammas.data(), kEps}, cuts.data(), new_cuts.data(), scales.data());
     for (size_t l = 0; l < all.size(); ++l) {
       EXPECT(same_number(scales[l], all[l].scale), "%s: scale %a, not %a", all[l].what.c_str(), scales[l], all[l].scale);
       expect_outcome(all[l].expected, &new_cuts[l * kCutColumns], masked[l], machine, all[l].what);
@@ -59,17 +63,17 @@ void test_ways(const std::string& what, const std::vector<double>& hard) {
   const auto n = static_cast<int64_t>(hard.size());
   const auto scores = stored<T>(hard), grad = stored<T>(normal(n, 2, 1e-3)), weight = stored<T>(normal(n, 7));
   const Case<T> formed = make_case<T>(what, scores, oracle_score_grad<T>(grad, weight, scores), 4000, 0.5);
-  double four = 4 * oracle_sum_of_squares<T>(scores);
+  const double half = 0.5, quarter = 0.25, four = 4 * oracle_sum_of_squares<T>(scores);
   const int64_t cuts[kCutColumns] = {formed.now.key, formed.now.index};
   for_each_machine({2}, [&](const Machine& machine) {
-    for (const Ascent& how : {Ascent{0.5, kEps}, Ascent{0.5, kEps, true}, Ascent{0.25, kEps, true, &four}}) {
+    for (const Ascent& how : {Ascent{&half, kEps}, Ascent{&half, kEps, true}, Ascent{&quarter, kEps, true, &four}}) {
       std::vector<BitsOf<T>> masked(n, 0x55);
       int64_t row[kCutColumns];
       double scale;
       const auto* given = how.straight_through ? grad.data() : formed.grad.data();
       perturb<T>(machine, {{scores.data(), given, weight.data(), masked.data(), n, 4000}}, how, cuts, row, &scale);
-      EXPECT(same_number(scale, formed.scale), "%s, %s, gamma %g: scale", name<T>().c_str(), what.c_str(), how.gamma);
-      expect_outcome(formed.expected, row, masked, machine, what + ", gamma " + std::to_string(how.gamma));
+      EXPECT(same_number(scale, formed.scale), "%s, %s, gamma %g: scale", name<T>().c_str(), what.c_str(), *how.gammas);
+      expect_outcome(formed.expected, row, masked, machine, what + ", gamma " + std::to_string(*how.gammas));
     }
   });
 }
@@ -83,13 +87,20 @@ void test_dtype() {
       for (int64_t kept : hard_counts(n)) expect_right<T>({make_case<T>(what, stored<T>(scores), random(n, n + 2, 1e-3), kept, 0.05)}, {2});
     }
   }
-  for (auto [threads, gamma] : {std::pair(1, 0.5), std::pair(2, 1e-3), std::pair(5, 0.0)}) {
+  for (int threads : {1, 2, 5}) {
     std::vector<Case<T>> many;
     for (int64_t i = 0; i < 30; ++i) {
+      const double gamma = std::array{0.5, 1e-3, 0.0}[i % 3];
       many.push_back(make_case<T>("one of many", random(i * i * 29, i), random(i * i * 29, i + 1), 3 * i * i, gamma));
     }
-    many.push_back(make_case<T>("no gradient", random(30000, 1), std::vector<BitsOf<T>>(30000), 3000, gamma));
-    many.push_back(make_case<T>("no scores", std::vector<BitsOf<T>>(30000), random(30000, 1), 3000, gamma));
+    many.push_back(make_case<T>("no gradient", random(30000, 1), std::vector<BitsOf<T>>(30000), 3000, 0.5));
+    many.push_back(make_case<T>("no scores", std::vector<BitsOf<T>>(30000), random(30000, 1), 3000, 0.5));
+    for (double gamma : {-0.5, std::nan(""), 0.0}) {
+      const double largest = std::numeric_limits<double>::infinity();
+      auto scores = random(30000, 1);
+      if (gamma == 0) scores[7] = stored<T>({largest})[0];  // whose norm times 0 is no number
+      many.push_back(make_case<T>("gamma " + std::to_string(gamma), scores, random(30000, 2), 3000, gamma));
+    }
     expect_right(many, {threads});
   }
   for (const auto& [what, scores] : hard_scores(40001, 1)) test_ways<T>(what, scores);

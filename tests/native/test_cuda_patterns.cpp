@@ -103,7 +103,9 @@ void check_perturb(const Problem<T>& problem, GridSize size, uint64_t seed, cons
   args.selection.cuts = cuts.data();
   args.cuts_now = cuts_now.data();
   args.squares = how.squares ? squares.data() : nullptr;
-  args.gamma = problem.gamma;
+  std::vector<double> gammas;
+  for (size_t l = 0; l < layers; ++l) gammas.push_back(problem.gamma * (l % 3 + 1));
+  args.gammas = gammas.data();
   args.eps = problem.eps;
   args.straight_through = how.straight_through;
   args.scales = scales.data();
@@ -116,7 +118,7 @@ void check_perturb(const Problem<T>& problem, GridSize size, uint64_t seed, cons
     std::vector<T> g = problem.grads[l], moved(s.size());
     for (size_t i = 0; how.straight_through && i < s.size(); ++i) g[i] = cases::score_grad(g[i], problem.weights[l][i], s[i]);
     double norm_s = how.squares ? std::sqrt(squares[l]) : norm(s), norm_g = norm(g);
-    double scale = norm_g == 0 ? 0 : static_cast<Wide<T>>(problem.gamma * norm_s / (norm_g + problem.eps));
+    double scale = norm_g == 0 ? 0 : static_cast<Wide<T>>(gammas[l] * norm_s / (norm_g + problem.eps));
     EXPECT(same_number(scales[l], scale), "%s %s, layer %zu: scale %.17g, got %.17g", kName<T>, what.c_str(), l, scale, scales[l]);
     for (size_t i = 0; i < s.size(); ++i) moved[i] = cases::perturbed(s[i], g[i], scale);
     CutRow row = cut(moved, problem.clamped(l), problem.patterns[l]);

@@ -10,12 +10,14 @@ template <class T>
 struct Problem {
   std::vector<std::vector<T>> scores, grads, weights;
   std::vector<int64_t> kept;
-  double gamma = 0.05, eps = 1e-12;
+  std::vector<double> gammas;
+  double gamma = 0.05, eps = 1e-12;  // gamma: of the layers to come, each third of them as it is
 
   void add(std::vector<T> s, std::vector<T> g, int64_t count, Random& random) {
     weights.push_back(numbers<T>(0, static_cast<int64_t>(s.size()), random));
     scores.push_back(std::move(s));
     grads.push_back(std::move(g));
+    gammas.push_back(gamma * (gammas.size() % 3 + 1));
     kept.push_back(count);
   }
 };
@@ -23,7 +25,7 @@ struct Problem {
 template <class T>
 double oracle_scale(const std::vector<T>& s, const std::vector<T>& g, double gamma, double eps) {
   double norm_g = norm(g);
-  if (norm_g == 0) return 0;
+  if (gamma == 0 || norm_g == 0) return 0;
   double scale = gamma * norm(s) / (norm_g + eps);
   return static_cast<Wide<T>>(scale);
 }
@@ -53,7 +55,7 @@ void check(const Problem<T>& problem, GridSize size, uint64_t seed, bool coopera
   args.selection.kept = problem.kept.data();
   args.selection.cuts = cuts.data();
   args.cuts_now = cuts_now.data();
-  args.gamma = problem.gamma;
+  args.gammas = problem.gammas.data();
   args.eps = problem.eps;
   args.scales = scales.data();
   args.squares = nullptr;
@@ -73,7 +75,7 @@ void check(const Problem<T>& problem, GridSize size, uint64_t seed, bool coopera
   for (size_t l = 0; !kOnlySharing && l < layers; ++l) {
     const std::vector<T>&s = problem.scores[l], &g = problem.grads[l];
     int64_t n = static_cast<int64_t>(s.size());
-    double scale = oracle_scale(s, g, problem.gamma, problem.eps);
+    double scale = oracle_scale(s, g, problem.gammas[l], problem.eps);
     EXPECT(same_bits(scales[l], scale), "%s %s, layer %zu, n %lld: scale %.17g, got %.17g", kName<T>, what.c_str(), l, (long long)n, scale,
            scales[l]);
     std::vector<T> moved(n);
@@ -122,9 +124,10 @@ void test_edges(Random& random) {
   problem.add(constant(5000, 3e38f), constant(5000, 1e-30f), 2500, random);   // the scale overflows float32
   problem.add(numbers<float>(0, 100, random), constant(100, -0.0f), 30, random);
   check(problem, kGrids[1], 3, true, false, "edges");
-  problem.gamma = 0;
+  problem.gammas = {0, 0, 0, 0, 0};
+  problem.scores.back()[7] = std::numeric_limits<float>::infinity();  // whose norm times 0 is no number
   check(problem, kGrids[2], 4, true, false, "gamma 0");
-  problem.gamma = 0.3;
+  problem.gammas = {0.3, -0.3, 0.3, 0, 0.6};
   problem.eps = 10;
   check(problem, kGrids[3], 5, true, false, "large eps");
 }

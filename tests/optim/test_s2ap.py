@@ -1,4 +1,4 @@
-"""S2AP and AWP against independent computations, their invariants, and their errors."""
+"""S2AP against independent computations, the invariants that it shares with AWP, and their errors."""
 
 import copy
 import math
@@ -6,26 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Selections, images, oracle_mask, small_net
+from helpers import LABELS, Selections, assert_same_state, closure_for, images, oracle_mask, small_net
 from torch import nn
 
-from s2ap_ext import AWP, S2AP, S2APConv2d, S2APLinear, sparsify
-from s2ap_ext.nn import sparse_layers, train_scores, train_weights
+from s2ap_ext import AWP, S2AP, S2APLinear, sparsify
+from s2ap_ext.nn import pruned_layers, train_scores
 from s2ap_ext.sparsity import kept_count
-
-LABELS = torch.tensor([0, 1, 2, 3])
-
-
-def closure_for(net, optimizer, x=None):
-    x = images() if x is None else x
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(net(x), LABELS)
-        loss.backward()
-        return loss
-
-    return closure
 
 
 def toy(restore="before", gamma=0.5):
@@ -160,8 +146,7 @@ def test_gamma_0_and_warmup_are_the_plain_step_bit_for_bit(make, how):
         optimizer.step(closure_for(net, optimizer, x))
         closure_for(plain, reference, x)()
         reference.step()
-    for (name, a), (_, b) in zip(net.state_dict().items(), plain.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
+    assert_same_state(net, plain)
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
@@ -178,8 +163,7 @@ def test_step_with_a_closure_is_ascend_and_descend(base):
         F.cross_entropy(two(images()), LABELS).backward()
         b.descend()
         assert a.flips == b.flips > 0
-    for (name, x), (_, y) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
-        assert torch.equal(x, y), name
+    assert_same_state(one, two)
 
 
 @pytest.mark.parametrize("settings", [{"momentum": 0.9, "weight_decay": 1e-2}, {"momentum": 0.9, "nesterov": True}, {"weight_decay": 1e-2}])
@@ -199,8 +183,7 @@ def test_fused_update_gives_the_bits_of_torchs_sgd(settings):
     assert seen.calls["update_select"] == (3 if "momentum" in settings else 4)
     for seed in range(4):
         b.step(closure_for(two, b, images(seed=seed)))
-    for (name, x), (_, y) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
-        assert torch.equal(x, y), name
+    assert_same_state(one, two)
 
 
 def test_a_step_selects_exactly_twice_per_layer():
@@ -218,7 +201,7 @@ def test_a_step_selects_exactly_twice_per_layer():
         with Selections() as seen:
             train_step()
         assert seen.layers == expected
-        assert seen.calls == dict.fromkeys(expected, 1) | ({"select": 3} if "select" in expected else {})  # the layers' own, one by one
+        assert seen.calls == dict.fromkeys(expected, 1)
     optimizer.gamma = 0
     with Selections() as seen:
         train_step()
@@ -235,11 +218,6 @@ def run_steps(net, base, steps=4, **how):
         optimizer.step(closure_for(net, optimizer, images(seed=seed)))
         flips.append(optimizer.flips)
     return flips
-
-
-def same_state(one, two):
-    for (name, x), (_, y) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
-        assert torch.equal(x, y), name
 
 
 @pytest.mark.parametrize("restore", ["before", "after"])
@@ -260,7 +238,7 @@ def test_deferred_gradients_change_no_bit(base, restore):
     with Selections() as seen:
         assert run_steps(two, base(two.parameters()), restore=restore, defer_grads=True) == flips
     assert sum(flips) > 0
-    same_state(one, two)
+    assert_same_state(one, two)
     assert seen.calls["perturb"] == 4
     F.cross_entropy(two(images()), LABELS).backward()  # after the step the layers are as ever
     assert two[0].scores.grad is not None
@@ -276,7 +254,7 @@ def test_deferred_gradients_in_plain_steps_and_where_weights_train():
             optimizer.set_epoch(epoch)
             for seed in range(3):
                 optimizer.step(closure_for(net, optimizer, images(seed=seed)))
-    same_state(one, two)
+    assert_same_state(one, two)
 
 
 def test_deferred_gradients_leave_none_on_the_scores():
@@ -288,40 +266,49 @@ def test_deferred_gradients_leave_none_on_the_scores():
         optimizer.zero_grad()
         loss = F.cross_entropy(net(images()), LABELS)
         loss.backward()
-        seen.append([layer.scores.grad for layer in sparse_layers(net).values()])
+        seen.append([layer.scores.grad for layer in pruned_layers(net).values()])
         return loss
 
     optimizer.step(closure)
     assert seen == [[None] * 3] * 2
 
 
-def test_a_part_that_does_not_defer():
-    one = train_scores(sparsify(nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 5)), 0.7))
+@pytest.mark.parametrize("gamma", [0.2, 1.0])  # the larger one changes signs
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_part_that_does_not_defer(gamma, tied):
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20))
+    if tied:
+        one[2].weight = one[0].weight
+    train_scores(sparsify(one, 0.7))
     two = copy.deepcopy(one)
-    x, y = torch.randn(8, 20), torch.randint(5, (8,))
+    x, y = torch.randn(8, 20), torch.randint(20, (8,))
+    signs = 0
     for net, defer in ((one, False), (two, True)):
-        optimizer = S2AP(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), gamma=0.2, defer_grads=defer)
+        optimizer = S2AP(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), gamma=gamma, defer_grads=defer)
 
         def closure(net=net, optimizer=optimizer, defer=defer):
             optimizer.zero_grad()
             if defer:
-                net[0]._collect = None
+                net[0].mask_state._collectors.clear()
             loss = F.cross_entropy(net(x), y)
             loss.backward()
             return loss
 
-        for _ in range(3):
+        for _ in range(6):
             optimizer.step(closure)
-    same_state(one, two)
+            signs += int(optimizer.changes()[:, 1].sum())
+    assert_same_state(one, two)
+    assert signs > 0 or gamma < 1
 
 
 def test_step_flips_counts_what_the_step_itself_flips():
     net = train_scores(sparsify(small_net(), 0.9))
     optimizer = S2AP(net, torch.optim.SGD(net.parameters(), lr=0.3), gamma=0.01)
     for seed in range(3):
-        before = [layer.mask for layer in sparse_layers(net).values()]
+        before = [layer.mask for layer in pruned_layers(net).values()]
         optimizer.step(closure_for(net, optimizer, images(seed=seed)))
-        after = [layer.mask for layer in sparse_layers(net).values()]
+        after = [layer.mask for layer in pruned_layers(net).values()]
         flips = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
         assert optimizer.step_flips == flips > 0
     optimizer.gamma = 0
@@ -331,12 +318,12 @@ def test_step_flips_counts_what_the_step_itself_flips():
 
 def test_scores_are_restored_to_the_bit():
     net = train_scores(sparsify(small_net(), 0.9))
-    optimizer = S2AP(net, torch.optim.SGD([layer.scores for layer in sparse_layers(net).values()], lr=0.0), gamma=0.5)
-    before = {name: layer.scores.detach().clone() for name, layer in sparse_layers(net).items()}
-    masks = {name: layer.mask for name, layer in sparse_layers(net).items()}
+    optimizer = S2AP(net, torch.optim.SGD([layer.scores for layer in pruned_layers(net).values()], lr=0.0), gamma=0.5)
+    before = {name: layer.scores.detach().clone() for name, layer in pruned_layers(net).items()}
+    masks = {name: layer.mask for name, layer in pruned_layers(net).items()}
     optimizer.step(closure_for(net, optimizer))
     assert optimizer.flips > 0
-    for name, layer in sparse_layers(net).items():
+    for name, layer in pruned_layers(net).items():
         assert torch.equal(layer.scores, before[name])
         assert torch.equal(layer.mask, masks[name])
 
@@ -395,8 +382,7 @@ def test_state_dict_resumes_bit_for_bit():
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for o, n in ((optimizer, net), (resumed, other)):
         o.step(closure_for(n, o))
-    for (name, a), (_, b) in zip(net.state_dict().items(), other.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
+    assert_same_state(net, other)
 
 
 def test_tied_scores_are_stepped_once():
@@ -452,46 +438,7 @@ def test_distributed_data_parallel(tmp_path):
             assert optimizer.flips > 0
     finally:
         torch.distributed.destroy_process_group()
-    for (name, a), (_, b) in zip(net.state_dict().items(), twin.state_dict().items(), strict=True):
-        assert torch.equal(a, b), name
-
-
-# AWP
-
-
-def test_awp_perturbs_the_kept_weights_and_restores_them():
-    torch.manual_seed(0)
-    layer = S2APConv2d(3, 4, 3, sparsity=0.7)
-    net = nn.Sequential(layer, nn.Flatten(), nn.Linear(4 * 36, 10))
-    train_weights(net)
-    optimizer = AWP(net, torch.optim.SGD(net.parameters(), lr=0.0), gamma=0.1)
-    before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    F.cross_entropy(net(images()), LABELS).backward()
-    w, g, bias = layer.weight.detach().clone(), layer.weight.grad.clone(), layer.bias.detach().clone()
-    d, dg = net[2].weight.detach().clone(), net[2].weight.grad.clone()
-    optimizer.ascend()
-    v = 0.1 * (w * layer.mask).norm() * (g * layer.mask) / ((g * layer.mask).norm() + 1e-12)
-    torch.testing.assert_close(layer.weight.detach(), w + v)
-    torch.testing.assert_close(net[2].weight.detach(), d + 0.1 * d.norm() * dg / dg.norm())
-    assert torch.equal(layer.bias, bias)
-    assert not layer.masked_weight[~layer.mask].any()
-    F.cross_entropy(net(images()), LABELS).backward()
-    optimizer.descend()
-    for name, p in net.named_parameters():
-        assert torch.equal(p, before[name]), name
-
-
-def test_awp_finetuning_keeps_pruned_weights_at_zero():
-    net = train_weights(sparsify(small_net(), 0.9))
-    masks = {name: layer.mask for name, layer in sparse_layers(net).items()}
-    optimizer = AWP(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4), gamma=0.01)
-    with Selections() as seen:
-        for _ in range(3):
-            optimizer.step(closure_for(net, optimizer))
-    assert not seen.calls  # the masks were made above and stand
-    for name, layer in sparse_layers(net).items():
-        assert torch.equal(layer.mask, masks[name])
-        assert not layer.masked_weight[~masks[name]].any()
+    assert_same_state(net, twin)
 
 
 # Errors

@@ -1,0 +1,36 @@
+"""What every attack offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from ..parts import Part
+
+
+class Attack(Part, ABC):
+    """A way to make adversarial examples, with its settings: what training and evaluation call."""
+
+    kind = "attack"
+
+    @abstractmethod
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor | None, *, loss: str = "ce", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Adversarial examples for ``x``.
+
+        Args:
+            model: gives logits [N, K] for images [N, ...]. It is left as found.
+            x: images [N, ...], floating point, in [0, 1].
+            y: classes, int64 [N]; may be None where ``loss`` does not use them.
+            loss: what the attack maximises, ``"ce"`` or ``"kl"`` as in :func:`s2ap_ext.attacks.pgd`.
+            generator: source of random numbers, on the device of ``x``; torch's default one if None.
+
+        Returns:
+            x_adv, a new tensor of x's shape and dtype, within [0, 1].
+
+        Raises:
+            ValueError: images, classes or logits that make no sense; a ``loss`` that this attack cannot maximise.
+        """

@@ -1,0 +1,158 @@
+"""Projected gradient descent, as a function and as an attack."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import engine
+from ..modes import evaluation_mode
+from ..parts import register
+from ..settings import key
+from .balls import BALLS
+from .base import Attack
+
+LOSSES = ("ce", "kl")
+
+
+@register("pgd")
+class Pgd(Attack):
+    """Projected gradient descent from a random start (:func:`pgd`)."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        norm: str = key("linf", "the norm of the ball", choices=BALLS)
+        eps: float = key(8 / 255, "radius of the ball, in units where images lie in [0, 1]", low=0)
+        step_size: float = key(2 / 255, "length of one step, in the same norm", low=0)
+        steps: int = key(10, "number of gradient steps", low=0)
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor | None, *, loss: str = "ce", generator: torch.Generator | None = None
+    ) -> Tensor:
+        return pgd(model, x, y, **asdict(self.settings), loss=loss, generator=generator)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    norm: str = "linf",
+    loss: str = "ce",
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Adversarial examples by projected gradient ascent on the loss.
+
+    Args:
+        model: gives logits [N, K] for images [N, ...]. It is called ``steps`` times, and once more for ``loss="kl"``.
+        x: images [N, ...], floating point, in [0, 1].
+        y: classes, int64 [N]. Not used by ``loss="kl"``, where it may be None.
+        eps: radius of the ball around each image.
+        step_size: length of a step, in the same norm.
+        steps: number of gradient steps; 0 returns the starting point.
+        norm: ``"linf"`` (steps along the sign of the gradient), ``"l2"`` (along the gradient of each image, scaled to length 1) or
+            ``"l1"`` (spread evenly over the 1 % of the pixels with the largest gradients, of those that can still move).
+        loss: ``"ce"``, cross entropy with ``y``; or ``"kl"``, KL(p(x) || p(x_adv)) with p(x) evaluated once, as in TRADES. The
+            gradient of the latter is zero at ``x`` itself, so it needs the random start (there is a warning without).
+        random_start: start from a uniformly random point of the ball, clipped to [0, 1], and not from ``x``.
+        generator: source of the random start, on the device of ``x``; torch's default one if None.
+
+    Returns:
+        x_adv, a new tensor of x's shape and dtype, within [0, 1] and within the ball. Rounding is always towards
+        ``x``, so this also holds exactly, in half precision too.
+
+    Raises:
+        TypeError: ``x`` is not floating point.
+        ValueError: a setting that makes no sense; ``x`` outside [0, 1]; ``y`` of the wrong shape or dtype; logits of the wrong shape;
+            a NaN loss or gradient; a loss that does not depend on ``x``.
+
+    Source: Madry et al., arXiv 1706.06083; KL: Zhang et al. (TRADES), arXiv 1901.08573; l1: :class:`s2ap_ext.attacks.balls.L1`.
+
+    Equivalent to (linf, CE)::
+
+        x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            g, = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
+            x_adv = (x_adv.detach() + step_size * g.sign()).clamp(x - eps, x + eps).clamp(0, 1)
+    """
+    _check(eps, step_size, steps, norm, loss)
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected floating point images in [0, 1], got {x.dtype}")
+    if loss == "ce" and (y is None or y.shape != x.shape[:1] or y.dtype != torch.int64):
+        got = "None" if y is None else f"{y.dtype} of shape {tuple(y.shape)}"
+        raise ValueError(f"y: expected int64 classes of shape {tuple(x.shape[:1])}, got {got}")
+    if loss == "kl" and not random_start:
+        warnings.warn("pgd: the KL loss has no gradient at x, so without random_start the first step follows rounding errors", stacklevel=2)
+
+    if x.numel() == 0:
+        return x.detach().clone()
+    # Autograd must be on, and nothing may be an inference tensor, whatever mode the caller is in.
+    with torch.inference_mode(False), evaluation_mode(model, freeze=True):
+        x = x.detach().clone()
+        model = engine.for_attack(model, x) or model  # the same on the kept weights only, where that is faster
+        outside = ((x < 0) | (x > 1) | x.isnan()).any()
+        ball = BALLS[norm](x, eps, step_size)
+        with torch.no_grad():
+            objective = _cross_entropy(y.clone()) if loss == "ce" else _divergence(_logits(model, x))
+            x_adv = ball.random_start(generator) if random_start else x.clone()
+        nans = torch.zeros(2, dtype=torch.int64, device=x.device)  # steps with NaN in the loss, in the gradient
+        with torch.enable_grad():
+            for _ in range(steps):
+                x_adv.requires_grad_(True)
+                value = objective(_logits(model, x_adv))
+                if not value.requires_grad:
+                    raise ValueError("model: the logits do not depend on x in a way that autograd can differentiate")
+                (gradient,) = torch.autograd.grad(value, x_adv)
+                nans += torch.stack([value.detach().isnan(), gradient.isnan().any()])
+                x_adv = x_adv.detach()
+                ball.step(x_adv, gradient)
+        # One look at the end, and not one per step: each would wait for the device.
+        outside, *nans = torch.cat([outside.view(1), nans]).tolist()
+    if outside:
+        raise ValueError(f"x: expected images in [0, 1], got values in [{x.min().item():g}, {x.max().item():g}]")
+    for what, count in zip(("loss", "gradient"), nans, strict=True):
+        if count:
+            raise ValueError(f"{what}: NaN in {count} of {steps} steps of the attack; look at the model's weights")
+    return x_adv
+
+
+def _check(eps: float, step_size: float, steps: int, norm: str, loss: str) -> None:
+    """Raises ValueError naming the first setting that makes no sense."""
+    for name, value in {"eps": eps, "step_size": step_size}.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"steps: expected an integer >= 0, got {steps}")
+    for name, value, known in (("norm", norm, BALLS), ("loss", loss, LOSSES)):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def _logits(model: Callable, x: Tensor) -> Tensor:
+    """The logits in at least float32, where sums over a batch do not overflow."""
+    logits = model(x)
+    if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
+        raise ValueError(f"model: expected logits of shape ({x.shape[0]}, classes), got {tuple(logits.shape)}")
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+# Sums and not means: an image's gradient must not shrink with the batch, least of all in half precision.
+
+
+def _cross_entropy(y: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda logits: F.cross_entropy(logits, y, reduction="sum")
+
+
+def _divergence(clean_logits: Tensor) -> Callable[[Tensor], Tensor]:
+    clean = F.log_softmax(clean_logits, dim=1)
+    return lambda logits: F.kl_div(F.log_softmax(logits, dim=1), clean, reduction="sum", log_target=True)

@@ -1,0 +1,44 @@
+"""scikit-learn's handwritten digits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .._extras import optional
+from ..parts import register
+from .base import Data, Dataset, Split
+
+DIGITS_SPLIT_SEED = 0  # the split belongs to the data: runs with different seeds are measured on the same test images
+
+
+def load_digits() -> Dataset:
+    """scikit-learn's 1797 handwritten digits, 8x8 pixels with 17 grey levels, as float32 in [0, 1]: 1438 to train on, 359 to test.
+
+    A fixed split in which every class has its share, each part in a fixed random order.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (its test part).
+    """
+    bunch = optional("sklearn.datasets").load_digits()
+    images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target).long()
+    generator = torch.Generator().manual_seed(DIGITS_SPLIT_SEED)
+    order = torch.randperm(len(labels), generator=generator)
+    # An image's rank among those of its class decides: the first fifth of every class is for testing.
+    one_hot = F.one_hot(labels[order])
+    rank = (one_hot.cumsum(0) * one_hot).sum(1) - 1
+    share = (one_hot.sum(0).float() / 5).round().long()
+    test = rank < share[labels[order]]
+    splits = [Split(images[index], labels[index]) for index in (order[~test], order[test])]
+    return Dataset("digits", *splits, classes=tuple("0123456789"))
+
+
+@register("digits")
+class Digits(Data):
+    """:func:`load_digits`."""
+
+    def load(self, *, limit: int | None = None, test_limit: int | None = None) -> Dataset:
+        return load_digits().limited(limit, test_limit)

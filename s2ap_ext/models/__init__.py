@@ -1,0 +1,47 @@
+"""Networks by name, one file each.
+
+All take images as floating point in [0, 1], [N, C, H, W], and have no normalisation layer in front, as robustness benchmarks expect
+it: the attack's ball is then the one in pixels. BatchNorm after the first convolution does what normalising the input would.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..parts import import_all, make
+from .base import Model
+from .digits_cnn import DigitsCNN
+from .resnet18 import ResNet18
+from .vgg16 import VGG16
+from .wide_resnet import WideResNet
+
+__all__ = ["VGG16", "DigitsCNN", "Model", "ResNet18", "WideResNet", "build_model"]
+
+import_all(__name__, __path__)
+
+
+def build_model(name: str, *, num_classes: int, in_channels: int | None = None, seed: int | None = None, **options: object) -> nn.Module:
+    """The model called ``name``, with torch's default initial weights.
+
+    Args:
+        name: such as ``"resnet18"`` (``s2ap_ext.parts.names("model")`` lists them), or ``"package.module:attribute"`` for a class derived
+            from :class:`Model`, or a function ``(num_classes=, in_channels=) -> nn.Module``, of a module of your own.
+        num_classes: size of the output.
+        in_channels: channels of the images; None takes those of the images that the model is usual for (1 for ``"digits_cnn"``, else 3).
+        seed: of the initial weights; torch's random state is then neither used nor moved. None draws from that state.
+        options: the model's settings, such as ``width``.
+
+    Raises:
+        ValueError: an unknown name or option, a size below 1, or an attribute of your own that gives no model.
+
+    >>> sum(p.numel() for p in build_model("resnet18", num_classes=10, width=16).parameters() if p.dim() > 1)
+    699056
+    """
+    part = make("model", name, **options)
+    sizes = {"num_classes": num_classes, "in_channels": part.usual_channels if in_channels is None else in_channels}
+    if seed is None:
+        return part.build(**sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return part.build(**sizes)

@@ -1,0 +1,27 @@
+"""exact: every step ascends along the gradient of its own first backward, as in the papers of SAM and S2AP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ...parts import register
+from .base import Ascent
+
+if TYPE_CHECKING:
+    from ..perturbed import Perturbed
+
+
+@register("exact")
+class Exact(Ascent):
+    """Two backward passes: the first gives the direction, the second, at the perturbed point, the gradient to step with.
+
+    Source: Foret et al., arXiv 2010.01412; S2AP, arXiv 2510.18381.
+    """
+
+    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+        backward()
+        at.move()
+        backward()

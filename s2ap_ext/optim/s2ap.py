@@ -1,0 +1,214 @@
+"""S2AP: the step for the mask search, with the gradient at perturbed scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..nn.layers import Pruned, pruned_layers
+from ..nn.mask_state import Perturbation
+from ..nn.selection import ascend, descend
+from ..reference import CUT_COLUMNS, FLIPS
+from . import fused_sgd
+from .ascents import Ascent
+from .deferred import Deferred
+from .gammas import Gamma, gamma_per_layer
+from .perturbed import Perturbed
+
+
+class S2AP(Perturbed):
+    """Score-space sharpness-aware step for the mask search: the gradient is taken at the perturbed scores ``s + z``.
+
+    Per layer, ``z = gamma * ||s|| * g / (||g|| + eps)`` with ``g = dL/ds``, and 0 where ``g`` is 0. ``s + z`` is never
+    written: the layers' masked weights are made at ``s + z`` in one fused call, so restoring is free and exact.
+
+    Args:
+        model: a model with pruned layers (:func:`s2ap_ext.sparsify`).
+        base_optimizer: steps on whatever it holds, as a rule the scores and the BatchNorm parameters. Only scores are perturbed.
+        gamma: size of the perturbation relative to the scores, >= 0. One for all layers; or by patterns of layer names, such as
+            ``{"layer1.*": 0, "*": 1e-3}``, where the first that fits counts; or float64 [L], in the order of
+            :func:`s2ap_ext.nn.pruned_layers`. 0 everywhere gives the plain step, bit for bit.
+        ascent: when to perturb, along which gradient and how far: the name of a registered ascent, or an :class:`Ascent`.
+        eps: added to ``||g||``.
+        warmup_epochs: plain steps in so many first epochs; :meth:`set_epoch` tells which it is.
+        restore: ``"before"`` the step, as SAM does it; ``"after"``, as AWP does it: step at ``s + z``, then take ``z`` off.
+        defer_grads: within :meth:`step`, the backward leaves the gradients of the masked weights with this object, and the kernels
+            form those of the scores where they read them. This saves some passes over the scores; but ``scores.grad`` stays None, so
+            leave it off where something looks at it: gradient clipping, ``DistributedDataParallel``, hooks.
+
+    Attributes:
+        gamma: float64 [L], on the layers' device; every form of the argument can be assigned.
+        step_flips: how many mask entries the last step of the base optimizer flipped, a scalar tensor. None where that did not fall out
+            of a fused step, which needs torch's SGD, momentum buffers (its first step makes them), and ``restore="before"``; plain steps
+            are fused only with ``defer_grads``.
+
+    Raises:
+        ValueError: ``gamma``, ``eps`` or ``warmup_epochs`` negative or not finite; a ``gamma`` that does not fit the layers; an unknown
+            ``ascent`` or ``restore``; a model without pruned layers. In :meth:`step` and :meth:`descend`: NaN scores, named by layer.
+        TypeError: ``base_optimizer`` is not a ``torch.optim.Optimizer``, or ``ascent`` neither a text nor an :class:`Ascent`.
+
+    Source: S2AP, arXiv 2510.18381.
+
+    Equivalent to::
+
+        z = {s: gamma * s.norm() * s.grad / (s.grad.norm() + eps) for s in scores}
+        for s in scores: s.add_(z[s])
+        zero_grad(); loss(model, x_adv, y).backward()
+        for s in scores: s.copy_(saved[s])
+        base_optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        gamma: Gamma = 1e-3,
+        ascent: str | Ascent = "exact",
+        eps: float = 1e-12,
+        warmup_epochs: int = 0,
+        restore: str = "before",
+        defer_grads: bool = False,
+    ) -> None:
+        super().__init__(model, base_optimizer, ascent=ascent, eps=eps, warmup_epochs=warmup_epochs)
+        if restore not in ("before", "after"):
+            raise ValueError(f"restore: expected 'before' or 'after', got {restore!r}")
+        if not pruned_layers(model):
+            raise ValueError("model: expected pruned layers, found none; call s2ap_ext.sparsify(model, sparsity) first")
+        self.gamma = gamma
+        self.restore = restore
+        self.defer_grads = defer_grads
+        self.step_flips: Tensor | None = None
+        self._deferred = Deferred()
+        self._layers: list[Pruned] = []  # those that stand at s + z
+        self._straight_through = False  # whether they went there along deferred gradients
+        self._seen: list[tuple[list[str], Tensor]] = []  # names and cuts at s + z of the layers of each fused call
+        self._cuts: dict[Pruned, Tensor] = {}  # the same cuts by layer
+
+    @property
+    def gamma(self) -> Tensor:
+        device = next(iter(self._pruned())).scores.device
+        if self._gamma.device != device:
+            self._gamma = self._gamma.to(device)
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, gamma: Gamma) -> None:
+        values = gamma_per_layer(gamma, pruned_layers(self.model))
+        self._still = not any(values)  # known on the host, so that no step waits for the device
+        self._gamma = torch.tensor(values, dtype=torch.float64)
+
+    @property
+    def flips(self) -> int:
+        """Mask entries that the last perturbation flipped, over all layers; 0 after a plain step. Reading it waits for the device."""
+        return int(self.changes()[:, 0].sum())
+
+    def changes(self) -> Tensor:
+        """What the last perturbation changed, int64 [L, 2] on the layers' device: flipped mask entries, and scores of another sign.
+
+        Where a layer's are both 0, its masked weight and the gradient with respect to its scores are the same at ``s`` and ``s + z``.
+        """
+        none = torch.zeros(CUT_COLUMNS, dtype=torch.int64, device=self.gamma.device)
+        return torch.stack([self._cuts[layer].to(none.device) if layer in self._cuts else none for layer in self._pruned()])[:, FLIPS:]
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self._deferred.clear()
+
+    def perturbed_parameters(self) -> dict[str, nn.Parameter]:
+        """The scores of the pruned layers."""
+        scores = {layer.scores for layer in self._pruned()}
+        return {name: p for name, p in self.model.named_parameters() if p in scores}
+
+    def gradients(self) -> dict[str, Tensor]:
+        self._deferred.form(self._pruned())
+        return super().gradients()
+
+    gradients.__doc__ = Perturbed.gradients.__doc__
+
+    def _pruned(self) -> list[Pruned]:
+        return list(pruned_layers(self.model).values())
+
+    def _begin(self) -> None:
+        self._seen, self._cuts = [], {}
+
+    def _take(self, backward: Callable[[], Tensor]) -> None:
+        with self._deferred.collecting(self._pruned() if self.defer_grads else []):
+            super()._take(backward)
+
+    def _check_scores(self) -> None:
+        for names, cuts in self._seen:
+            ops.check_finite(cuts, names)
+        super()._check_scores()
+
+    def _gamma_is_zero(self) -> bool:
+        return self._still
+
+    def _move(self, along: dict[nn.Parameter, Tensor] | None, gamma: Tensor) -> None:
+        layers = self._pruned()
+        if gamma.shape != (len(layers),):
+            raise ValueError(f"gamma: expected float64 of shape ({len(layers)},), got shape {tuple(gamma.shape)}")
+        self._straight_through = False
+        if along is None:
+            if any(layer.scores.grad is not None for layer in layers):  # a part of the model did not defer: compiled, for example
+                self._deferred.form(layers)
+            self._straight_through = bool(self._deferred.grads)
+            along = self._deferred.grads or {layer.scores: layer.scores.grad for layer in layers if layer.scores.grad is not None}
+        moved = {layer: own for layer, own in zip(layers, gamma, strict=True) if layer.scores in along}
+        if not moved:
+            raise RuntimeError("no layer's scores have a gradient to ascend along; call loss.backward() first")
+        # In the order of the fused calls, each of which takes the layers of one device and dtype.
+        kinds = list(dict.fromkeys((layer.scores.device, layer.scores.dtype) for layer in moved))
+        ordered = sorted(moved, key=lambda layer: kinds.index((layer.scores.device, layer.scores.dtype)))
+        how = {"gamma": torch.stack([moved[layer] for layer in ordered]), "eps": self.eps}
+        self._seen = ascend(ordered, along, straight_through=self._straight_through, **how)
+        self._layers = ordered
+        self._cuts = dict(zip(ordered, (cut for _, cuts in self._seen for cut in cuts), strict=True))
+
+    def _return(self) -> None:
+        descend(self._layers)
+        self._layers = []
+
+    def _return_and_step(self) -> None:
+        layers = self._pruned()
+        # Two kinds of deferred gradients are none that a kernel can form: a part of one, whose rest autograd has given, and one taken at an
+        # s + z where z came from the scores' gradient.
+        along_scores = () if self._straight_through else self._layers
+        self._deferred.form(layer for layer in layers if layer.scores.grad is not None or layer in along_scores)
+        calls = self._fused_calls(layers)
+        taken = {scores for call in calls for scores in call.scores}
+        self._deferred.form(layers, keep=taken)
+        moves = descend(self._layers)
+        self._layers = []
+        flips = [fused_sgd.take(call, self.base_optimizer, layers, self._deferred.grads, moves) for call in calls]
+        every = {layer.scores for layer in layers if layer.scores.grad is not None} | taken
+        self.step_flips = torch.stack(flips).sum() if flips and taken == every else None
+
+        hidden = {scores: scores.grad for scores in taken}
+        for scores in taken:
+            scores.grad = None  # so that the optimizer passes over it
+        added = self._move_for_good(moves) if self.restore == "after" else {}
+        self.base_optimizer.step()
+        for scores, z in added.items():
+            scores.sub_(z)
+        for scores, grad in hidden.items():
+            scores.grad = grad
+
+    def _fused_calls(self, layers: list[Pruned]) -> list[fused_sgd.Call]:
+        """The steps of torch's SGD that end a perturbation, or that have deferred gradients."""
+        if type(self.base_optimizer) is not torch.optim.SGD or self.restore == "after" or not (self._layers or self._deferred.grads):
+            return []
+        return fused_sgd.calls(self.base_optimizer, layers, self._deferred.grads, self._layers)
+
+    def _move_for_good(self, moves: dict[Pruned, Perturbation]) -> dict[nn.Parameter, Tensor]:
+        """Writes ``s + z`` into the scores; returns what that added."""
+        added = {}
+        for layer, move in moves.items():
+            if layer.scores not in added:
+                at = move.position(layer.scores, layer.weight)
+                added[layer.scores] = at - layer.scores
+                layer.scores.copy_(at)
+        return added

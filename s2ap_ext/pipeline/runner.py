@@ -1,0 +1,167 @@
+"""A whole run: the stages one after the other, the evaluation of each model, and the results."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._library import backend
+from ..analysis import layer_masks
+from ..attacks import accuracy
+from ..data import Batches, Dataset
+from ..nn import pruned_layers, sparsity_table
+from ..speed import latency
+from . import checkpoint, progress
+from .model_file import load_model, new_model, pick_device, save_model
+from .plan import STAGES, plan, stage_before
+from .run_folder import RESULTS, check_run
+from .sections import Recipe
+from .stages import TRAIN
+from .trainer import Session, Stopped, evaluation_attack, seed
+
+
+def open_data(recipe: Recipe) -> Dataset:
+    """The recipe's images; errors as :func:`s2ap_ext.data.load_data`."""
+    data = recipe.data
+    return data.source.make().load(limit=data.train_size or None, test_limit=data.test_size or None)
+
+
+def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """Runs the training stages that are not done yet, evaluates the models, and writes results.json.
+
+    A model whose checkpoint is in the folder is taken from there; so a stopped run goes on where it was, and a stage can start
+    from a checkpoint that was put there.
+
+    Args:
+        stages: which of the recipe's stages to run; None: all of its plan.
+
+    Returns:
+        one row for each model: what :func:`evaluate` gives, and the ``seconds`` of training.
+
+    Raises:
+        Stopped: ``session.stop`` said so.
+        ValueError: a stage without the model it starts from; a checkpoint that cannot be read; NaN in images or scores.
+        FloatingPointError: a loss or parameter that is not finite.
+    """
+    recipe, folder = session.recipe, session.folder
+    stages = plan(recipe) if stages is None else tuple(stages)
+    model, rows = None, []
+    with reproducible(recipe):
+        for stage in plan(recipe):
+            name = STAGES[stage]
+            file = folder.path / f"{name}.safetensors"
+            if file.exists():
+                model = _own_model(session, file, name)
+            elif stage not in stages:
+                continue
+            else:
+                if stage_before(recipe, stage) is None:
+                    model = new_model(recipe, session.data)
+                elif model is None:
+                    raise ValueError(f"{stage}: expected a model to start from, found no checkpoint in {folder.path}")
+                TRAIN[stage](session, model)
+                save_model(file, model, name, recipe, session.identity, session.data)
+                folder.remove_state()
+            if not folder.find("evaluate", model=name):
+                seconds = sum(record["seconds"] for record in folder.find(stage))
+                row = evaluate(recipe, session.data, model, name, show=session.show, stop=session.stop)
+                folder.log({"stage": "evaluate", **row, "seconds": seconds})
+            rows += folder.find("evaluate", model=name)
+        layers = {name: int(mask.sum()) / mask.numel() for name, mask in layer_masks(model).items()}
+        results = {"recipe": recipe.name, "attack": describe_attack(recipe), "images": rows[-1]["images"], "rows": rows, "density": layers}
+        if pruned_layers(model) and next(model.parameters()).device.type == "cpu" and backend().cpu == "C++":
+            results["latency"] = [asdict(row) for row in latency(model, session.data.shape)]
+    checkpoint.write_json(folder.path / RESULTS, results)
+    return rows
+
+
+def _own_model(session: Session, path: Path, name: str) -> nn.Module:
+    """The model of this run called ``name``; raises ValueError if the file at its place is another's, or another model."""
+    _, about = checkpoint.load(path)
+    check_run(path, about, session.identity)
+    if about.get("model") != name:
+        raise ValueError(f"checkpoint {path}: expected the {name} model, found the {about.get('model')} one")
+    return load_model(path, data=session.data, device=pick_device(session.recipe.device))[0]
+
+
+def evaluate(
+    recipe: Recipe,
+    data: Dataset,
+    model: nn.Module,
+    name: str = "model",
+    *,
+    run: nn.Module | None = None,
+    show: progress.Silent | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Clean and robust accuracy on the test images under the recipe's attack, and how sparse ``model`` is.
+
+    Args:
+        run: what computes the logits in ``model``'s place, such as what :func:`s2ap_ext.engine.compile_sparse` made of it.
+
+    Returns:
+        its name (``model``), ``clean`` and ``robust`` in [0, 1], the number of ``images``, and of the weights of more than one
+        dimension: ``weights``, how many are ``kept``, and ``sparsity``.
+
+    Raises:
+        Stopped: ``stop``, asked before each batch, said so.
+    """
+    show = show or progress.Silent()
+    batches = Batches(data.test, recipe.evaluate.batch_size, device=next(model.parameters()).device)
+    table = sparsity_table(model)
+
+    def shown() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches:
+            if stop():
+                raise Stopped
+            yield batch
+            show.advance(f"test {name}", "")
+
+    seed(recipe.seed, 0)
+    show.start(f"test {name}", len(batches))
+    note = ""
+    try:
+        found = accuracy(model if run is None else run, shown(), evaluation_attack(recipe))
+        note = f"clean {progress.percent(found.clean)}  robust {progress.percent(found.robust)}"
+    finally:
+        show.stop(note)
+    counts = {"images": found.images, "weights": table.weights, "kept": table.kept, "sparsity": table.sparsity}
+    return {"model": name, "clean": found.clean, "robust": found.robust, **counts}
+
+
+@contextlib.contextmanager
+def reproducible(recipe: Recipe) -> Iterator[None]:
+    """Within it torch uses the recipe's number of threads and, on CUDA, deterministic algorithms wherever there is one.
+
+    Afterwards these settings and torch's random state are the caller's again.
+    """
+    algorithms, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    fill, threads = torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a workspace of its own
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.deterministic = True
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and makes no difference here
+        torch.set_num_threads(recipe.threads or threads)
+        with torch.random.fork_rng():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(algorithms)
+        torch.backends.cudnn.deterministic = cudnn
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def describe_attack(recipe: Recipe) -> str:
+    """The attack on the test images in a few words."""
+    eps = recipe.attack.eps
+    radius = f"{255 * eps:g}/255" if math.isclose(255 * eps, round(255 * eps)) else f"{eps:g}"
+    return f"PGD-{recipe.evaluate.steps}, {recipe.attack.norm}, eps {radius}"

@@ -1,0 +1,134 @@
+"""What a recipe says: its sections, every key with its type, default, range and meaning.
+
+A key that names a part (:mod:`s2ap_ext.parts`) holds it as :class:`Chosen`: its name and its settings. Recipes are read and written by
+:mod:`.recipe`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import parts
+from ..settings import key
+
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A part that a recipe names, with its settings. Attributes that it has not itself are those of the settings.
+
+    Attributes:
+        kind, name: what :func:`s2ap_ext.parts.find` finds the part by.
+        settings: an object of the part's ``Settings``.
+    """
+
+    kind: str
+    name: str
+    settings: Any
+
+    @classmethod
+    def of(cls, kind: str, name: str, **options: Any) -> Chosen:
+        """The part called ``name``; errors as in :func:`s2ap_ext.parts.make`."""
+        return cls(kind, name, parts.make(kind, name, **options).settings)
+
+    def make(self, **arguments: Any) -> Any:
+        """A new object of the part."""
+        return parts.find(self.kind, self.name)(self.settings, **arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "settings":  # asked for by copy and pickle before there are settings
+            raise AttributeError(name)
+        return getattr(self.settings, name)
+
+
+def part(kind: str, name: str, help: str, *, flat: bool = False) -> Any:
+    """A key that names a part: its kind, its default name, what it means.
+
+    Args:
+        flat: the part's name is the section's key ``name``, and its options are keys of the section itself.
+    """
+    return field(default_factory=lambda: Chosen.of(kind, name), metadata={"kind": kind, "default": name, "help": help, "flat": flat})
+
+
+@dataclass(frozen=True)
+class Data:
+    source: Chosen = part("data", "digits", "the images: a data set known by name, or one of the hub such as uoft-cs/cifar10", flat=True)
+    train_size: int = key(0, "train on the first so many images; 0: all", low=0)
+    test_size: int = key(0, "test on the first so many images; 0: all", low=0)
+    shift: int = key(0, "training images move by up to so many pixels", low=0, high=1024)
+    flip: bool = key(False, "training images are mirrored left to right, each with probability 1/2")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the training stages share: SGD on a robust loss."""
+
+    epochs: int = key(100, "passes over the training images", low=0, high=10**6)
+    batch_size: int = key(128, "images per step", low=1, high=10**7)
+    lr: float = key(0.1, "learning rate at the start", low=0, high=1e6)
+    schedule: str = key("cosine", "how the learning rate falls, epoch by epoch", choices=SCHEDULES)
+    momentum: float = key(0.9, "SGD's momentum", low=0, high=1)
+    weight_decay: float = key(5e-4, "SGD's weight decay", low=0, high=1e6)
+    loss: Chosen = part("loss", "pgd_at", "what is minimised")
+    label_smoothing: float = key(0.0, "the share of each label's probability that is spread over all classes", low=0, high=1)
+    averaging: float = key(
+        0.0, "decay of the average of what trains, which the stage leaves (such as 0.9995); 0: none", low=0, high=0.999999
+    )
+    reestimate_batchnorm: bool = key(False, "BatchNorm's statistics are taken anew before each evaluation and before the model is saved")
+
+
+@dataclass(frozen=True)
+class Pretrain(Training):
+    pass
+
+
+@dataclass(frozen=True)
+class Prune(Training):
+    epochs: int = key(20, "passes over the training images", low=0, high=10**6)
+    reestimate_batchnorm: bool = key(True, Training.__dataclass_fields__["reestimate_batchnorm"].metadata["help"])
+    method: Chosen = part("method", "hydra", "how the mask is searched")
+    sparsity: float = key(0.9, "fraction of the weights removed", low=0, high=1)
+    allocation: Chosen = part("allocation", "uniform", "how the weights that stay are spread over the layers")
+    granularity: str = key("weight", "what is removed as one: weight, channel, head, or N:M such as 2:4 (N of every M inputs stay)")
+    exclude: tuple[str, ...] = key((), "layers that stay dense: names, in which * and ? match, or :first and :last")
+    s2ap: bool = key(True, "take the gradient at scores perturbed towards higher loss")
+    gamma: float = key(1e-3, "S2AP: size of the perturbation relative to the scores' norm, layer by layer", low=0, high=1e6)
+    ascent: Chosen = part("ascent", "exact", "S2AP: in which steps the scores are perturbed, and along what")
+    warmup_epochs: int = key(5, "S2AP: epochs of plain steps at the start", low=0)
+
+
+@dataclass(frozen=True)
+class Finetune(Training):
+    lr: float = key(0.01, "learning rate at the start", low=0, high=1e6)
+    awp: bool = key(True, "adversarial perturbation of the kept weights")
+    gamma: float = key(5e-3, "AWP: size of the perturbation relative to the kept weights' norm, layer by layer", low=0, high=1e6)
+    warmup_epochs: int = key(0, "AWP: epochs of plain steps at the start", low=0)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    steps: int = key(20, "steps of the attack on the test images", low=0, high=10**6)
+    step_size: float = key(2 / 255, "length of one step", low=0, high=1e6)
+    batch_size: int = key(256, "images per batch", low=1, high=10**7)
+    images_per_epoch: int = key(256, "test images for the robust accuracy after each training epoch", low=1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete, valid recipe. ``Recipe()`` holds the defaults."""
+
+    name: str = key("recipe", "what the run is called")
+    plugins: tuple[str, ...] = key((), "modules to import first, for the parts that they register")
+    seed: int = key(0, "everything random follows from it", low=0, high=2**32 - 1)
+    device: str = key("auto", "auto (CUDA where there is a device), or a torch device such as cpu or cuda:1")
+    save_every: float = key(30.0, "seconds of training after which the state is saved within an epoch", low=0)
+    threads: int = key(0, "CPU threads, on which the last bits of sums depend; 0: as many as torch takes", low=0, high=1024)
+    model: Chosen = part("model", "digits_cnn", "the architecture")
+    data: Data = field(default_factory=Data)
+    attack: Chosen = part("attack", "pgd", "the training attack; the test images are attacked with its norm and eps too")
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    prune: Prune = field(default_factory=Prune)
+    finetune: Finetune = field(default_factory=Finetune)
+    evaluate: Evaluate = field(default_factory=Evaluate)

@@ -1,0 +1,330 @@
+"""The training loop of every stage: batches, clock, records, stopping and going on.
+
+It knows a loss, a stepper, a model, and :class:`Callbacks` for what a stage does besides; it does not know which stage it trains.
+
+Randomness: every batch starts from a seed of its own, made of the recipe's seed, the stage, the epoch and the number of the batch. So the
+same recipe gives the same bits on the same machine, and a stage that was stopped between two batches goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attacks import accuracy, pgd
+from ..averaging import WeightAverage, reestimate_batchnorm
+from ..data import Batches, Dataset, Split, seeded_generator
+from ..losses import Loss
+from ..nn import refresh
+from ..optim import Stepper
+from . import checkpoint, progress
+from .model_file import identity
+from .plan import number_of
+from .run_folder import RunFolder
+from .sections import Recipe, Training
+
+RECENT = 16  # batches of images, the last of an epoch, from which BatchNorm's statistics are taken anew
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and did. All it needs to go on is in its folder."""
+
+
+@dataclass
+class Session:
+    """What the stages share.
+
+    Attributes:
+        recipe: what to do.
+        data: the images.
+        folder: where everything is written.
+        show: how progress is shown.
+        stop: asked after every batch; when it says True the run is saved and :class:`Stopped` raised.
+    """
+
+    recipe: Recipe
+    data: Dataset
+    folder: RunFolder
+    show: progress.Silent = field(default_factory=progress.Silent)
+    stop: Callable[[], bool] = lambda: False
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What tells this run from others (:func:`.model_file.identity`)."""
+        return identity(self.recipe, self.data)
+
+
+class Callbacks:
+    """What a stage does besides training; here nothing."""
+
+    def start_epoch(self) -> None:
+        """An epoch begins."""
+
+    def penalty(self, epoch: int) -> Tensor | None:
+        """A term that is added to the loss, with its graph."""
+        return None
+
+    def after_step(self) -> None:
+        """The optimizer has stepped."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the record of an epoch tells besides losses and accuracies."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be saved for the stage to go on in the middle of an epoch."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what :meth:`state` returned."""
+
+
+@dataclass
+class EpochProgress:
+    """How far a stage has come, with the sums of the epoch so far."""
+
+    epoch: int = 0  # from 0
+    batch: int = 0
+    images: int = 0
+    loss: float = 0.0  # sum over images
+    right: int = 0  # of the attacked training images
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Trains ``model`` in place, from where the session's folder says the stage stands.
+
+    Args:
+        session: what the stages share.
+        stage: the name of the stage.
+        settings: the stage's section of the recipe.
+        model: what is trained.
+        stepper: holds the parameters that train.
+        callbacks: what the stage does besides.
+    """
+
+    def __init__(
+        self, session: Session, stage: str, settings: Training, model: nn.Module, stepper: Stepper, callbacks: Callbacks | None = None
+    ) -> None:
+        recipe = session.recipe
+        self.session, self.stage, self.settings, self.model, self.stepper = session, stage, settings, model, stepper
+        self.callbacks = callbacks or Callbacks()
+        self.loss: Loss = settings.loss.make(adversary=recipe.attack.make(), label_smoothing=settings.label_smoothing)
+        self.device = next(model.parameters()).device
+        self.number = number_of(stage)
+        self.batches = Batches(
+            session.data.train,
+            settings.batch_size,
+            device=self.device,
+            seed=1000 * recipe.seed + self.number,  # the stages shuffle each in its own way
+            shift=recipe.data.shift,
+            flip=recipe.data.flip,
+        )
+        few = Split(*(t[: recipe.evaluate.images_per_epoch] for t in (session.data.test.images, session.data.test.labels)))
+        self.watched = Batches(few, recipe.evaluate.batch_size, device=self.device)
+        self.average = WeightAverage(model, settings.averaging) if settings.averaging else None
+        self.recent: deque[Tensor] = deque(maxlen=RECENT)  # images that the loss has shown the model
+        self.initial_lr = [group["lr"] for group in stepper.param_groups]
+        self.progress = EpochProgress()
+
+    def fit(self) -> None:
+        """Trains to the end of the last epoch.
+
+        Raises:
+            Stopped: ``session.stop`` said so; the state is saved.
+            ValueError: NaN in images or scores.
+            FloatingPointError: a loss or a parameter that is not finite.
+        """
+        resumed = self._restore()
+        show, epochs = self.session.show, self.settings.epochs
+        show.start(self.stage, epochs * len(self.batches), self.progress.epoch * len(self.batches) + self.progress.batch)
+        try:
+            while self.progress.epoch < epochs:
+                lr = self._set_lr()
+                self.stepper.set_epoch(self.progress.epoch)
+                if not resumed:
+                    self.callbacks.start_epoch()
+                resumed = False
+                self._train_epoch()
+                self._check_finite()
+                record = self._record(lr)
+                self.session.folder.log(record)
+                self.progress = EpochProgress(epoch=self.progress.epoch + 1)
+                self._store()
+                show.epoch(record, epochs)
+        finally:
+            show.stop()
+        if self.average is not None and epochs:
+            self.average.keep()
+            self._settle_statistics()
+
+    def _train_epoch(self) -> None:
+        done, saved = self.progress, time.monotonic()
+        self.model.train()
+        for number, (x, y) in enumerate(self.batches.epoch(done.epoch)):
+            if number < done.batch:  # done before the run was stopped
+                continue
+            started = time.perf_counter()
+            seed(self.session.recipe.seed, self.number, done.epoch, number)
+            for _ in range(self.loss.replays):
+                self._train_step(x, y)
+            done.batch += 1
+            done.seconds += time.perf_counter() - started
+            note = f"loss {done.loss / done.images:.3f}  robust {progress.percent(done.right / done.images)}"
+            self.session.show.advance(f"{self.stage} {done.epoch + 1}/{self.settings.epochs}", note)
+            stop = self.session.stop()
+            if stop or time.monotonic() - saved > self.session.recipe.save_every:
+                self._store()
+                saved = time.monotonic()
+            if stop:
+                raise Stopped
+
+    def _train_step(self, x: Tensor, y: Tensor) -> None:
+        """One step of the optimizer; the sums take the loss and the logits of the unperturbed point."""
+        done = self.progress
+        try:
+            loss, logits = self._step(x, y)
+        except (ValueError, FloatingPointError) as error:
+            kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
+            raise kind(f"{self.stage}, epoch {done.epoch + 1}, step {done.batch + 1}: {error}") from error
+        self.callbacks.after_step()
+        if self.average is not None:
+            self.average.update()
+        done.images += len(y)
+        done.loss += loss * len(y)
+        done.right += int((logits.argmax(dim=1) == y).sum())
+
+    def _step(self, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
+        refresh(self.model)
+        x_adv = self.loss.attack(self.model, x, y)
+        first_logits: list[Tensor] = []
+
+        def closure() -> Tensor:
+            self.stepper.zero_grad()
+            loss, logits = self.loss(self.model, x, x_adv, y)
+            penalty = self.callbacks.penalty(self.progress.epoch)
+            if penalty is not None:
+                loss = loss + penalty.to(loss.dtype)
+            loss.backward()
+            if not first_logits:
+                self.loss.after_backward(x, x_adv)
+                first_logits.append(logits.detach())
+            return loss
+
+        loss = self.stepper.step(closure).item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss: expected a finite number, got {loss}; lower the learning rate")
+        if self._settles:
+            self.recent.extend(images.detach() for images in self.loss.images(x, x_adv))
+        return loss, first_logits[0]
+
+    # ----------------------------------------------------------------------------------------------------------- the end of an epoch
+
+    def _record(self, lr: float) -> dict[str, Any]:
+        done = self.progress
+        with self.average.swapped() if self.average is not None else contextlib.nullcontext():
+            self._settle_statistics()
+            seed(self.session.recipe.seed, 0)
+            found = accuracy(self.model, self.watched, evaluation_attack(self.session.recipe))
+            return {
+                "stage": self.stage,
+                "epoch": done.epoch + 1,
+                "lr": lr,
+                "loss": done.loss / done.images,
+                "train_robust": done.right / done.images,
+                "clean": found.clean,
+                "robust": found.robust,
+                "seconds": done.seconds,
+                **self.callbacks.metrics(),
+            }
+
+    @property
+    def _settles(self) -> bool:
+        """Whether BatchNorm's statistics are taken anew: where the recipe says so, and for averaged weights, which have seen no batch."""
+        return self.settings.reestimate_batchnorm or self.average is not None
+
+    def _settle_statistics(self) -> None:
+        """Takes BatchNorm's statistics anew, from the last images of the epoch.
+
+        The running ones lag behind: a mask that flips changes the activations faster than the statistics follow.
+        """
+        if self._settles and self.recent:
+            reestimate_batchnorm(self.model, self.recent)
+
+    def _set_lr(self) -> float:
+        """Sets the epoch's learning rates: a function of the epoch alone, so a resumed run needs no scheduler's state."""
+        factor = 1.0
+        if self.settings.schedule == "cosine":
+            factor = 0.5 * (1 + math.cos(math.pi * self.progress.epoch / self.settings.epochs))
+        for group, lr in zip(self.stepper.param_groups, self.initial_lr, strict=True):
+            group["lr"] = lr * factor
+        return self.settings.lr * factor
+
+    def _check_finite(self) -> None:
+        """Nothing that is not finite gets into a checkpoint."""
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{self.stage}, epoch {self.progress.epoch + 1}: {name} is no longer finite; lower {self.stage}.lr"
+                )
+
+    # -------------------------------------------------------------------------------------------------------------- stopping, going on
+
+    def _keepers(self) -> dict[str, Any]:
+        """What has a state beside the model and the optimizer, by the name that its tensors have in the file."""
+        keepers = {"loss": self.loss, "stage": self.callbacks}
+        return keepers | ({"average": self.average} if self.average is not None else {})
+
+    def _store(self) -> None:
+        """Writes state.safetensors: the model, the optimizer, the place, and all else that the rest of the stage depends on."""
+        tensors = {f"model/{name}": t for name, t in self.model.state_dict().items()}
+        tensors |= {f"optimizer/{name}": t for name, t in self.stepper.state_tensors().items()}
+        for part, keeper in self._keepers().items():
+            tensors |= {f"{part}/{name}": t for name, t in keeper.state().items()}
+        tensors |= {f"recent/{i}": images for i, images in enumerate(self.recent)}
+        about = {"stage": self.stage, "progress": asdict(self.progress), "run": self.session.identity}
+        self.session.folder.save_state(tensors, about)
+
+    def _restore(self) -> bool:
+        """Puts everything where state.safetensors says the stage stands. Returns whether that is in the middle of an epoch.
+
+        Raises:
+            ValueError: a state of another run, or one that is damaged with none before it that is not.
+        """
+        tensors, about, path = self.session.folder.load_state(self.session.identity, self.session.show.say)
+        if about.get("stage") != self.stage:
+            return False
+        states: dict[str, dict[str, Tensor]] = {part: {} for part in ("model", "optimizer", "recent", *self._keepers())}
+        for name, tensor in tensors.items():
+            part, _, name = name.partition("/")
+            states[part][name] = tensor if part == "model" else tensor.to(self.device)
+        checkpoint.load_state(self.model, states["model"], path)
+        try:
+            self.stepper.load_state_tensors(states["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"checkpoint {path}: {error}") from None
+        for part, keeper in self._keepers().items():
+            keeper.load_state(states[part])
+        self.recent.extend(states["recent"][str(i)] for i in range(len(states["recent"])))
+        self.progress = EpochProgress(**about["progress"])
+        return self.progress.batch > 0
+
+
+def evaluation_attack(recipe: Recipe) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """The attack on the test images: PGD in the ball of the training attack."""
+    test = recipe.evaluate
+    return functools.partial(pgd, eps=recipe.attack.eps, norm=recipe.attack.norm, step_size=test.step_size, steps=test.steps)
+
+
+def seed(*key: int) -> None:
+    """Seeds torch, on every device, with a function of ``key``."""
+    torch.manual_seed(seeded_generator(*key).initial_seed())
