@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import nn as pruned_nn
 from ..nn.mask_state import Snapshot
+from . import storage
 from .arena import Arenas
 from .choice import Layer, cheapest, in_blocks, lanes
 from .lowering import DensePart, Lowered, lower
@@ -185,9 +186,11 @@ class SparseNetwork(nn.Module):
         Raises:
             ValueError: it has dense parts, which only the model's own code can compute.
         """
-        from . import storage
-
-        storage.save(self, path)
+        if self.dense_parts:
+            names = "; ".join(f"{part.name} ({part.reason})" for part in self.dense_parts)
+            raise ValueError(f"network: cannot be saved, for only the model's own code can compute its dense parts: {names}")
+        programs = (self._steps, self._small_batch_steps, self._shapes, self._output, self._sources)
+        storage.save(storage.Stored(*programs, self.chunk, self.layers, self.small_batch_layers, self._weights), path)
 
     @classmethod
     def load(cls, path: str | Path) -> SparseNetwork:
@@ -196,9 +199,11 @@ class SparseNetwork(nn.Module):
         Raises:
             ValueError: no such file, or not a file of this kind.
         """
-        from . import storage
-
-        return storage.load(path)
+        stored = storage.load(path)
+        layers = {"layers": stored.layers, "small_batch_layers": stored.small_batch_layers}
+        network = cls(stored.steps, stored.small_batch_steps, stored.shapes, stored.output, stored.sources, chunk=stored.chunk, **layers)
+        network._weights = tuple(stored.weights)
+        return network
 
     def extra_repr(self) -> str:
         kinds = [Counter(layers.values()) for layers in (self.layers, self.small_batch_layers)]

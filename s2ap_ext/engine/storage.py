@@ -5,29 +5,40 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _files
 from ..nn.kept_weights import KeptWeights
-from .network import SparseNetwork
 from .steps import Step
 from .validation import check_program, layers_of, of_type, shape_of, source_of, step_of
-from .weights import Dense, Scale
+from .weights import Dense, Scale, Source
 
 KIND = "sparse network"
 VERSION = 4
 WEIGHTS = {cls.__name__: cls for cls in (KeptWeights, Dense, Scale)}
 
 
-def save(network: SparseNetwork, path: str | Path) -> None:
-    if network.dense_parts:
-        names = "; ".join(f"{part.name} ({part.reason})" for part in network.dense_parts)
-        raise ValueError(f"network: cannot be saved, for only the model's own code can compute its dense parts: {names}")
+class Stored(NamedTuple):
+    """What a file holds of a network: what :class:`s2ap_ext.engine.SparseNetwork` is made from, and its weights."""
+
+    steps: Sequence[Step]
+    small_batch_steps: Sequence[Step]
+    shapes: Sequence[tuple[int, ...]]
+    output: int
+    sources: Sequence[Source]
+    chunk: int
+    layers: dict[str, str]
+    small_batch_layers: dict[str, str]
+    weights: Sequence[KeptWeights | Dense | Scale]
+
+
+def save(network: Stored, path: str | Path) -> None:
+    """Writes ``network`` to ``path``, whole or not at all."""
     tensors, weights = {}, []
-    for i, own in enumerate(network._weights):
+    for i, own in enumerate(network.weights):
         weights.append(type(own).__name__)
         for field in dataclasses.fields(own):
             if (tensor := getattr(own, field.name)) is not None:
@@ -35,12 +46,12 @@ def save(network: SparseNetwork, path: str | Path) -> None:
     about = {
         "kind": KIND,
         "version": VERSION,
-        "steps": _described(network._steps),
-        "small_batch_steps": _described(network._small_batch_steps),
-        "shapes": network._shapes,
-        "output": network._output,
+        "steps": _described(network.steps),
+        "small_batch_steps": _described(network.small_batch_steps),
+        "shapes": network.shapes,
+        "output": network.output,
         "weights": weights,
-        "sources": [dataclasses.asdict(source) for source in network._sources],
+        "sources": [dataclasses.asdict(source) for source in network.sources],
         "layers": network.layers,
         "small_batch_layers": network.small_batch_layers,
         "chunk": network.chunk,
@@ -48,20 +59,24 @@ def save(network: SparseNetwork, path: str | Path) -> None:
     _files.save(path, tensors, about)
 
 
-def load(path: str | Path) -> SparseNetwork:
+def load(path: str | Path) -> Stored:
+    """Reads what :func:`save` wrote, all of it checked.
+
+    Raises:
+        ValueError: no such file, not a file of this kind, or one whose contents do not belong together.
+    """
     tensors, about = _files.load(path)
-    if not isinstance(about, Mapping) or about.get("kind") != KIND:
+    if about.get("kind") != KIND:
         raise ValueError(f"network {path}: not a file that SparseNetwork.save wrote")
     if about.get("version") != VERSION:
         raise ValueError(f"network {path}: of version {about.get('version')!r:.100}, this program reads version {VERSION}")
     try:
-        return _network(tensors, about)
+        return _stored(tensors, about)
     except (KeyError, ValueError) as error:
         raise ValueError(f"network {path}: damaged ({type(error).__name__}: {error})") from None
 
 
-def _network(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> SparseNetwork:
-    """What the file describes, all of it checked."""
+def _stored(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Stored:
     weights = [_weights(kind, i, tensors) for i, kind in enumerate(of_type(about["weights"], list, "weights"))]
     sources = [source_of(source, f"sources[{i}]") for i, source in enumerate(of_type(about["sources"], list, "sources"))]
     shapes = [shape_of(shape, f"shapes[{i}]") for i, shape in enumerate(of_type(about["shapes"], list, "shapes"))]
@@ -75,9 +90,7 @@ def _network(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> SparseN
     check_program(steps, shapes, output, weights, "steps")
     check_program(small_batch_steps, shapes, output, weights, "small_batch_steps")
     layers = {which: layers_of(about[which], which) for which in ("layers", "small_batch_layers")}
-    network = SparseNetwork(steps, small_batch_steps, shapes, output, sources, chunk=chunk, **layers)
-    network._weights = tuple(weights)
-    return network
+    return Stored(steps, small_batch_steps, shapes, output, sources, chunk, **layers, weights=weights)
 
 
 def _described(steps: Sequence[Step]) -> list[dict[str, Any]]:
