@@ -2,11 +2,14 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from s2ap_ext.pipeline import check_prunable, load_recipe, open_data
 
 DOCS = Path(__file__).parent.parent / "docs"
 TINY = ["model.width=2", "data.train_size=64", "data.test_size=16", "attack.steps=1", "evaluate.steps=1", "evaluate.images_per_epoch=8"]
@@ -36,6 +39,20 @@ def test_a_method_of_ones_own_is_one_file(line, tmp_path):
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["dense", "pruned", "finetuned"]
     assert rows[1]["sparsity"] == pytest.approx(0.9, abs=0.03)
+
+
+COMMANDS = [line for page in ("methods.md",) for block in blocks(page, "bash") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_name_what_there_is(command):
+    """Each recipe is read and its network pruned; the tests of the pipeline train."""
+    program, verb, name, *words = shlex.split(command)
+    assert (program, verb, name) == ("s2ap", "run", "digits")
+    options = dict.fromkeys(words[0::2])
+    assert set(options) <= {"--set", "--seed"}
+    recipe = load_recipe(name, [word for option, word in zip(words[0::2], words[1::2], strict=True) if option == "--set"])
+    check_prunable(recipe, open_data(recipe))
 
 
 def test_its_settings_are_a_class_like_this_one(tmp_path):

@@ -230,7 +230,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------- the end of an epoch
 
     def _record(self, lr: float) -> dict[str, Any]:
-        done = self.progress
+        done, besides = self.progress, self.callbacks.metrics()  # of the model that trains, not of the average
         with self.average.swapped() if self.average is not None else contextlib.nullcontext():
             self._settle_statistics()
             seed(self.session.recipe.seed, 0)
@@ -244,7 +244,7 @@ class Trainer:
                 "clean": found.clean,
                 "robust": found.robust,
                 "seconds": done.seconds,
-                **self.callbacks.metrics(),
+                **besides,
             }
 
     @property
