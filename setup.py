@@ -3,11 +3,15 @@
 ``s2ap_ext._C`` (CPU kernels) wherever there is a C++ compiler, ``s2ap_ext._C_cuda`` wherever there is nvcc, GPU or not.
 A part that cannot be built is left out with one line why, which ``s2ap_ext/_build.json`` keeps for ``s2ap doctor``.
 
+CUDA kernels are built for the GPUs of this machine. Without one they are built for the oldest generation only, and go along as PTX: the
+driver of any later GPU compiles that when they are first used, which takes it a while, once.
+
 Environment:
     S2AP_NO_CUDA=1         leave the CUDA library out
     S2AP_FORCE_CUDA=1      fail where the CUDA library cannot be built
     CUDA_HOME              the CUDA toolkit (default: that of the nvcc on PATH, then /usr/local/cuda)
-    TORCH_CUDA_ARCH_LIST   e.g. "8.0;9.0+PTX" (default: the GPUs of this machine; without one, one for each generation)
+    S2AP_ALL_ARCHS=1       build the CUDA library for every generation of GPUs, so that no driver need compile it
+    TORCH_CUDA_ARCH_LIST   e.g. "8.0;9.0+PTX" (default: the GPUs of this machine; without one, the oldest generation and PTX)
     CXX, MAX_JOBS          the C++ compiler; how many run at once
 """
 
@@ -44,7 +48,7 @@ INTERFACE = re.search(r"^INTERFACE = (\d+)$", (ROOT / "s2ap_ext/_library.py").re
 COMMON = ["-O3", "-std=c++20", f"-DS2AP_INTERFACE={INTERFACE}", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CXX_FLAGS = [*COMMON, "-ffp-contract=off", "-fvisibility=hidden", "-pthread", "-g0"]
 NVCC_FLAGS = [*COMMON, "--fmad=false", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off,-pthread"]
-# One for each generation of GPUs; each runs on the later members of its own, and the last goes along as PTX for those to come.
+# One for each generation of GPUs; each runs on the later members of its own. The last one built goes along as PTX for those to come.
 GENERATIONS = ["7.5", "8.0", "9.0", "10.0", "12.0"]
 
 
@@ -88,12 +92,15 @@ def choose_architectures(nvcc: Path) -> None:
     """Sets TORCH_CUDA_ARCH_LIST, which torch reads, where the user did not."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return
-    if torch_cuda.device_count():
+    known = output_of(nvcc, "--list-gpu-arch").split()
+    generations = [a for a in GENERATIONS if f"compute_{a.replace('.', '')}" in known]
+    if enabled("S2AP_ALL_ARCHS"):
+        chosen = generations
+    elif torch_cuda.device_count():
         capabilities = {torch_cuda.get_device_capability(i) for i in range(torch_cuda.device_count())}
         chosen = [f"{major}.{minor}" for major, minor in sorted(capabilities)]
     else:
-        known = output_of(nvcc, "--list-gpu-arch").split()
-        chosen = [a for a in GENERATIONS if f"compute_{a.replace('.', '')}" in known]
+        chosen = generations[:1]
     os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen) + "+PTX"
 
 

@@ -1,5 +1,6 @@
 // The inner loops of the CPU kernels, each compiled for three instruction sets and chosen when the program runs (so one binary is
-// right for every machine and fast on new ones). The loops are in loops_body.h; everything else is ordinary code around them.
+// right for every machine and fast on new ones). Everything else is ordinary code around them, which knows them by pointer only: the loops
+// themselves, in loops_body.h, are much to compile, and loops.cpp does it once for all kernels.
 #pragma once
 
 #include <cstdint>
@@ -7,10 +8,6 @@
 #include "../plan.h"
 #include "element.h"
 #include "machine.h"
-
-#ifdef S2AP_X86
-#include <immintrin.h>
-#endif
 
 namespace s2ap {
 
@@ -83,43 +80,8 @@ struct Loops {
   void (*update)(Bits* s, const Bits* g, Bits* b, int64_t n, const SgdParameters& p, bool fused);
 };
 
-}  // namespace s2ap
-
-#define S2AP_LOOPS plain
-#define S2AP_TARGET
-#define S2AP_WIDTH 16
-#include "loops_body.h"
-#undef S2AP_LOOPS
-#undef S2AP_TARGET
-#undef S2AP_WIDTH
-
-#ifdef S2AP_X86
-#define S2AP_LOOPS avx2
-#define S2AP_TARGET __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
-#define S2AP_WIDTH 32
-#include "loops_body.h"
-#undef S2AP_LOOPS
-#undef S2AP_TARGET
-#undef S2AP_WIDTH
-
-#define S2AP_LOOPS avx512
-#define S2AP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
-#define S2AP_WIDTH 64
-#include "loops_body.h"
-#undef S2AP_LOOPS
-#undef S2AP_TARGET
-#undef S2AP_WIDTH
-#endif
-
-namespace s2ap {
-
+// The loops for an element type, compiled in loops.cpp.
 template <class T>
-const Loops<T>& loops(Isa isa) {
-#ifdef S2AP_X86
-  if (isa == Isa::kAvx512) return avx512::kLoops<T>;
-  if (isa == Isa::kAvx2) return avx2::kLoops<T>;
-#endif
-  return plain::kLoops<T>;
-}
+const Loops<T>& loops(Isa isa);
 
 }  // namespace s2ap

@@ -42,11 +42,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> sparse_pattern_cpu(const Tens
     const auto* m = static_cast<const uint8_t*>(mask->const_data_ptr());  // a view of other bytes as bool may hold any
     make([m](int64_t i) { return m[i] != 0; });
   } else {
-    dispatch(weight, "weight", [&](auto element) {
-      using T = decltype(element);
-      const BitsOf<T>* w = input<T>(weight);
-      make([w](int64_t i) { return (w[i] & kMagnitude<BitsOf<T>>) != 0; });
-    });
+    const auto make_of = [&](auto bits) {  // one for both types of 16 bits
+      using Bits = decltype(bits);
+      const auto* w = static_cast<const Bits*>(weight.const_data_ptr());
+      make([w](int64_t i) { return (w[i] & kMagnitude<Bits>) != 0; });
+    };
+    dispatch(weight, "weight", [&](auto element) { make_of(BitsOf<decltype(element)>{}); });
   }
   return {starts, columns, input_starts, input_columns, order};
 }

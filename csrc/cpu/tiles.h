@@ -14,12 +14,6 @@
 #include "element.h"
 #include "machine.h"
 
-#ifdef S2AP_X86
-#include <immintrin.h>
-#endif
-
-#define S2AP_ALL _Pragma("GCC unroll 16")
-
 namespace s2ap {
 
 // Asks for the line at p, wherever that is, into the second-level cache. (GCC deletes calls of functions that do nothing but ask, unless there
@@ -142,42 +136,7 @@ struct TileLoops {
   }
 };
 
-}  // namespace s2ap
-
-#define S2AP_LOOPS plain
-#define S2AP_TARGET
-#define S2AP_WIDTH 16
-#include "tiles_body.h"
-#undef S2AP_LOOPS
-#undef S2AP_TARGET
-#undef S2AP_WIDTH
-
-#ifdef S2AP_X86
-#define S2AP_LOOPS avx2
-#define S2AP_TARGET __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
-#define S2AP_WIDTH 32
-#include "tiles_body.h"
-#undef S2AP_LOOPS
-#undef S2AP_TARGET
-#undef S2AP_WIDTH
-
-#define S2AP_LOOPS avx512
-#define S2AP_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")))
-#define S2AP_WIDTH 64
-#include "tiles_body.h"
-#undef S2AP_LOOPS
-#undef S2AP_TARGET
-#undef S2AP_WIDTH
-#endif
-
-namespace s2ap {
-
-inline const TileLoops& tile_loops(Isa isa) {
-#ifdef S2AP_X86
-  if (isa == Isa::kAvx512) return avx512::kTileLoops;
-  if (isa == Isa::kAvx2) return avx2::kTileLoops;
-#endif
-  return plain::kTileLoops;
-}
+// Those of an instruction set, compiled in tiles.cpp.
+const TileLoops& tile_loops(Isa isa);
 
 }  // namespace s2ap

@@ -14,15 +14,6 @@
 #include "cases.h"
 #include "cpu/loops.h"
 
-namespace s2ap {
-
-extern template const Loops<float>& loops<float>(Isa);
-extern template const Loops<double>& loops<double>(Isa);
-extern template const Loops<Half>& loops<Half>(Isa);
-extern template const Loops<BFloat16>& loops<BFloat16>(Isa);
-
-}  // namespace s2ap
-
 namespace cases {
 
 using namespace s2ap;
