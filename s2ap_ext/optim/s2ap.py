@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,10 @@ class S2AP(Perturbed):
         none = torch.zeros(CUT_COLUMNS, dtype=torch.int64, device=self.gamma.device)
         return torch.stack([self._cuts[layer].to(none.device) if layer in self._cuts else none for layer in self._pruned()])[:, FLIPS:]
 
+    def unchanged(self) -> bool:
+        """Whether the move has flipped no mask entry and changed no score's sign. Reading it waits for the device."""
+        return not self.changes().any()
+
     def zero_grad(self) -> None:
         super().zero_grad()
         self._deferred.clear()
@@ -135,9 +139,9 @@ class S2AP(Perturbed):
     def _begin(self) -> None:
         self._seen, self._cuts = [], {}
 
-    def _take(self, backward: Callable[[], Tensor]) -> None:
+    def _take(self, backward: Callable[[], Tensor], along: Mapping[str, Tensor] | None) -> None:
         with self._deferred.collecting(self._pruned() if self.defer_grads else []):
-            super()._take(backward)
+            super()._take(backward, along)
 
     def _check_scores(self) -> None:
         for names, cuts in self._seen:
@@ -147,8 +151,9 @@ class S2AP(Perturbed):
     def _gamma_is_zero(self) -> bool:
         return self._still
 
-    def _move(self, along: dict[nn.Parameter, Tensor] | None, gamma: Tensor) -> None:
+    def _move(self, along: dict[nn.Parameter, Tensor] | None, gamma: Tensor | None) -> None:
         layers = self._pruned()
+        gamma = self.gamma if gamma is None else gamma
         if gamma.shape != (len(layers),):
             raise ValueError(f"gamma: expected float64 of shape ({len(layers)},), got shape {tuple(gamma.shape)}")
         self._straight_through = False

@@ -59,10 +59,11 @@ class Search(Callbacks):
     def __init__(self, method: Method, model: nn.Module, stepper: Stepper) -> None:
         self.method, self.model, self.stepper = method, model, stepper
         self.masks: dict[str, Tensor] = {}  # at the start of the epoch
-        self.steps = self.flips = 0  # of this epoch; the flips are those by perturbations
+        self.steps = self.flips = self.passes = 0  # of this epoch; the flips are those by perturbations
 
     def start_epoch(self) -> None:
-        self.masks, self.steps, self.flips = layer_masks(self.model), 0, 0
+        self.masks = layer_masks(self.model)
+        self.steps = self.flips = self.passes = 0
 
     def penalty(self, epoch: int) -> Tensor | None:
         return self.method.penalty(epoch)
@@ -70,19 +71,21 @@ class Search(Callbacks):
     def after_step(self) -> None:
         self.steps += 1
         self.flips += self.stepper.flips
+        self.passes += self.stepper.passes
         self.method.after_step(self.model)
 
     def metrics(self) -> dict[str, float]:
         now = layer_masks(self.model)
         kept = sum(int(mask.sum()) for mask in now.values())
         flips = self.flips / max(kept * self.steps, 1)  # of the kept weights, per step
-        return {"mask_distance": mask_distance(self.masks, now), "flips": flips, **self.method.metrics()}
+        passes = self.passes / max(self.steps, 1)  # backward passes per step
+        return {"mask_distance": mask_distance(self.masks, now), "flips": flips, "passes": passes, **self.method.metrics()}
 
     def state(self) -> dict[str, Tensor]:
         masks = {f"mask/{name}": mask for name, mask in self.masks.items()}
         return {
             **masks,
-            "counts": torch.tensor([self.steps, self.flips]),
+            "counts": torch.tensor([self.steps, self.flips, self.passes]),
             **{f"method/{name}": t for name, t in self.method.state().items()},
         }
 
@@ -91,7 +94,7 @@ class Search(Callbacks):
             return {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
 
         self.masks = under("mask/")
-        self.steps, self.flips = state["counts"].tolist()
+        self.steps, self.flips, self.passes = state["counts"].tolist()
         self.method.load_state(under("method/"))
 
 
