@@ -29,8 +29,9 @@ When such a step ascends, along which gradient and how far is decided by an :cla
 
 from .ascents import Ascent
 from .awp import AWP
+from .flip_budget import FlipBudget
 from .perturbed import Perturbed
 from .s2ap import S2AP
 from .stepper import Plain, Stepper
 
-__all__ = ["AWP", "S2AP", "Ascent", "Perturbed", "Plain", "Stepper"]
+__all__ = ["AWP", "S2AP", "Ascent", "FlipBudget", "Perturbed", "Plain", "Stepper"]

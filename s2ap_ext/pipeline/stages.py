@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..analysis import layer_masks, mask_distance
 from ..methods import Method
-from ..nn import train_weights
+from ..nn import pruned_layers, train_weights
 from ..optim import AWP, S2AP, Plain, Stepper
 from .model_file import make_sparse
 from .sections import Training
@@ -74,12 +75,20 @@ class Search(Callbacks):
         self.passes += self.stepper.passes
         self.method.after_step(self.model)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         now = layer_masks(self.model)
         kept = sum(int(mask.sum()) for mask in now.values())
         flips = self.flips / max(kept * self.steps, 1)  # of the kept weights, per step
         passes = self.passes / max(self.steps, 1)  # backward passes per step
-        return {"mask_distance": mask_distance(self.masks, now), "flips": flips, "passes": passes, **self.method.metrics()}
+        moved = {"mask_distance": mask_distance(self.masks, now), "flips": flips, "passes": passes}
+        return {**moved, **self._gamma(), **self.method.metrics()}
+
+    def _gamma(self) -> dict[str, dict[str, float]]:
+        """S2AP's gamma of each layer, as it stands at the end of the epoch; nothing in an epoch of plain steps."""
+        if not isinstance(self.stepper, S2AP) or self.stepper.plain:
+            return {}
+        gammas = zip(pruned_layers(self.model), self.stepper.gamma.tolist(), strict=True)
+        return {"gamma": {name: float(f"{gamma:.4g}") for name, gamma in gammas}}
 
     def state(self) -> dict[str, Tensor]:
         masks = {f"mask/{name}": mask for name, mask in self.masks.items()}

@@ -76,7 +76,7 @@ class Callbacks:
     def after_step(self) -> None:
         """The optimizer has stepped."""
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         """What the record of an epoch tells besides losses and accuracies."""
         return {}
 
