@@ -19,14 +19,7 @@ T = TypeVar("T")
 Texts = tuple[str, ...]
 SANE = 1000
 NUMBER_OR_TEXT = float | str
-WORDS = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    Texts: "a list of texts",
-    NUMBER_OR_TEXT: "a number or a text",
-}
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Texts: "a list of texts"}
 
 
 class Text(str):
@@ -60,7 +53,7 @@ def key(
         help: the meaning, in words that a help page shows.
         low, high: the smallest and the largest number allowed.
         choices: the texts allowed; none means any.
-        parse: raises ValueError, saying what was expected, for a text that a key of float | str does not take; numbers do not get there.
+        parse: for a key of float | str, what reads the texts that are no numbers. It raises ValueError, saying what was expected and got.
     """
     about = {"help": help, "low": low, "high": high, "choices": tuple(choices), "parse": parse}
     return field(default=default, metadata=about)

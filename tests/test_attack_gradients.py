@@ -42,6 +42,14 @@ def test_parameters_that_the_logits_do_not_depend_on_have_no_gradient():
     assert strange.requires_grad
 
 
+def test_no_gradients_wanted_is_the_attack_itself():
+    """A plain step wants none, and a training loop need not look whether the next one is."""
+    model = train_scores(sparsify(small_net(), 0.9))
+    x_adv, gradients = Pgd(steps=2).with_gradients(model, images(), LABELS, {}, generator=torch.Generator().manual_seed(1))
+    assert gradients == {}
+    assert torch.equal(x_adv, Pgd(steps=2)(model, images(), LABELS, generator=torch.Generator().manual_seed(1)))
+
+
 def test_no_images_have_no_gradients():
     x_adv, gradients = Pgd().with_gradients(small_net(), images()[:0], LABELS[:0], dict(small_net().named_parameters()))
     assert (x_adv.shape, gradients) == ((0, 3, 8, 8), {})

@@ -45,8 +45,8 @@ class Adaptive(Climb):
 
     def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
         backward()
-        squares = [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in at.gradients().values()]
-        q = sum(square.item() for square in squares)
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in at.gradients().values()]
+        q = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum().item()
         mean, variance = (q, 0.0) if self._running is None else self._running.tolist()
         decay = self.settings.decay
         mean = decay * mean + (1 - decay) * q

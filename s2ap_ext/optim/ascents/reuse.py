@@ -23,6 +23,8 @@ class Reuse(Ascent):
     images before the attack's last step. So the direction differs from that of ``exact`` by the last step of the attack, by the mode of
     BatchNorm, and by what the training loss adds to the attack's.
 
+    Under ``DistributedDataParallel`` each process ascends along the gradient of its own images, since no reduction has seen it.
+
     The step returns the loss at the perturbed point, which is the only one it sees. Where nothing flips that is the loss at the point
     itself: there is no second pass to skip.
 
