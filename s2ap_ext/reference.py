@@ -21,6 +21,7 @@ of threads or on the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ LANES = 64  # independent running sums within a chunk; csrc/plan.h has the same 
 # Columns of a cut, one row of int64 per layer.
 KEY, INDEX, NANS, FLIPS, SIGNS = range(5)
 CUT_COLUMNS = 5
+SMALLEST_GAMMA = 2.0**-32  # that smallest_gamma looks at
 KEEP_NONE = torch.iinfo(torch.int64).max  # a cut key that no element reaches
 
 # Kinds of patterns; csrc/plan.h has the same numbers.
@@ -216,6 +218,72 @@ def perturb(
     row[FLIPS] = (mask_from_cut(moved, row, pattern) != mask_from_cut(scores, cut_now, pattern)).sum()
     row[SIGNS] = (moved.sign() != scores.sign()).sum()
     return masked, row, scale
+
+
+def wanted_flips(share: float, kept: Tensor, numel: int) -> Tensor:
+    """The flips that a share of the kept weights stands for: ``share * kept``, but never more than a layer can flip.
+
+    Args:
+        kept: how many of ``numel`` weights stay, an int64 scalar.
+
+    Returns:
+        A float64 scalar. A product that only rounding has lifted above an integer counts as that integer.
+    """
+    possible = 2 * torch.minimum(kept, numel - kept)
+    return torch.minimum(share * kept.double() * (1 - 1e-12), possible.double())
+
+
+def gamma_at(place: Tensor) -> Tensor:
+    """The gammas that :func:`smallest_gamma` chooses among, by their place, int64 in [0, 2**32]: 2**-32 is the first and 1 the last.
+
+    They are the float64 numbers with 27 bits after the first: dense enough for every float32 number to be the scale of one of them.
+    """
+    return (place + ((1023 - 32) << 27) << 25).view(torch.float64)
+
+
+def smallest_gamma(flips_at: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
+    """For each layer the smallest gamma, up to 1, whose perturbation flips at least ``wanted`` mask entries.
+
+    It is found by bisection: at the result there are enough flips (or it is 1), and at the :func:`gamma_at` before there are not. Flips
+    mostly grow with gamma. They need not, since a score whose gradient points against it first falls and then rises again with the other
+    sign. So an even smaller gamma with enough flips cannot be ruled out, with too few at one between the two.
+
+    Args:
+        flips_at: takes gammas, float64 [L], and gives the numbers of mask entries that perturbations of that size flip, int64 [L].
+        wanted: float64 [L], on the device where the gammas shall be.
+
+    Returns:
+        float64 [L]; 0 where no flip is wanted. No step of the search waits for a device.
+    """
+    low = torch.zeros(wanted.shape, dtype=torch.int64, device=wanted.device)
+    high = torch.full_like(low, 1 << 32)
+    for _ in range(32):
+        middle = (low + high) // 2
+        enough = flips_at(gamma_at(middle)) >= wanted
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return torch.where(wanted > 0, gamma_at(high), 0)
+
+
+def flip_gamma(
+    scores: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    kept: int,
+    cut_now: Tensor,
+    share: float,
+    eps: float,
+    pattern: Pattern = SINGLE_WEIGHTS,
+    straight_through: bool = False,
+) -> float:
+    """The smallest gamma whose :func:`perturb` flips ``share`` times as many mask entries as stay (:func:`smallest_gamma`)."""
+    stay = kept if pattern.kind == WEIGHT else kept * (scores.numel() // pattern.size)
+    wanted = wanted_flips(share, torch.tensor(stay), scores.numel()).view(1)
+
+    def flips_at(gamma: Tensor) -> Tensor:
+        row = perturb(scores, grad, weight, kept, cut_now, gamma.item(), eps, pattern, straight_through)[1]
+        return row[FLIPS].view(1)
+
+    return smallest_gamma(flips_at, wanted).item()
 
 
 def update(

@@ -109,7 +109,7 @@ def _accuracy(row: dict[str, Any], dense: dict[str, Any] | None, kind: str) -> s
 
 
 def write_plots(run_dir: str | Path) -> list[Path]:
-    """Draws curves.png, and where the run pruned mask_distance.png and density.png, into ``run_dir``.
+    """Draws curves.png into ``run_dir``; where the run pruned mask_distance.png and density.png, and where with S2AP perturbation.png.
 
     Raises:
         ValueError: as :func:`read_results`; a metrics.jsonl that is not JSON.
@@ -121,6 +121,8 @@ def write_plots(run_dir: str | Path) -> list[Path]:
         figures["curves.png"] = _curves(records, results)
     if moves := [record for record in records if record["stage"] == "prune"]:
         figures["mask_distance.png"] = _mask_distance(moves)
+    if perturbed := [record for record in records if "gamma" in record]:
+        figures["perturbation.png"] = _perturbation(perturbed)
     if results["density"]:
         figures["density.png"] = _density(results["density"])
     paths = []
@@ -185,6 +187,25 @@ def _mask_distance(moves: list[dict[str, Any]]):
     ax.set_ylim(bottom=0)
     ax.set_xlabel("epoch")
     _whole_numbers(ax.xaxis)
+    return figure
+
+
+def _perturbation(perturbed: list[dict[str, Any]]):
+    """How far S2AP's perturbations go, layer by layer, and how many mask entries they flip."""
+    figure, (above, below) = _figure(7, 5, rows=2, sharex=True)
+    epochs = [record["epoch"] for record in perturbed]
+    for layer in perturbed[0]["gamma"]:
+        above.plot(epochs, [record["gamma"][layer] for record in perturbed], marker="o", markersize=3, linewidth=0.8, label=layer)
+    if len(perturbed[0]["gamma"]) <= 8:
+        above.legend(frameon=False, fontsize="small")
+    above.set_title("Perturbations of the scores, one line for each layer", loc="left", fontsize="medium")
+    above.set_ylabel("gamma")
+    above.set_ylim(bottom=0)
+    below.plot(epochs, [100 * record["flips"] for record in perturbed], color=COLOURS["prune"], marker="o", markersize=4)
+    below.set_ylabel("flips per step,\n% of the kept weights")
+    below.set_ylim(bottom=0)
+    below.set_xlabel("epoch")
+    _whole_numbers(below.xaxis)
     return figure
 
 

@@ -10,7 +10,7 @@ import difflib
 import functools
 import math
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 Texts = tuple[str, ...]
 SANE = 1000
+NUMBER_OR_TEXT = float | str
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Texts: "a list of texts"}
 
 
@@ -36,16 +37,26 @@ class Text(str):
         return made
 
 
-def key(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf, choices: Iterable[str] = ()) -> Any:
+def key(
+    default: Any,
+    help: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: Iterable[str] = (),
+    parse: Callable[[str], object] | None = None,
+) -> Any:
     """One field of a settings class: its default, what it means, and the values it may take.
 
     Args:
-        default: of the type that the field is annotated with: bool, int, float, str or tuple[str, ...].
+        default: of the type that the field is annotated with: bool, int, float, str, float | str or tuple[str, ...].
         help: the meaning, in words that a help page shows.
         low, high: the smallest and the largest number allowed.
         choices: the texts allowed; none means any.
+        parse: for a key of float | str, what reads the texts that are no numbers. It raises ValueError, saying what was expected and got.
     """
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": tuple(choices)})
+    about = {"help": help, "low": low, "high": high, "choices": tuple(choices), "parse": parse}
+    return field(default=default, metadata=about)
 
 
 @functools.cache
@@ -90,8 +101,15 @@ def value_of(cls: type, name: str, value: Any, where: str) -> Any:
         items = value.split(",") if isinstance(value, str) else value
         if all(isinstance(item, str) for item in items):
             return tuple(item.strip() for item in items if item.strip())
-    if kind is float and isinstance(value, (str, int)) and not isinstance(value, bool):
+    if kind in (float, NUMBER_OR_TEXT) and isinstance(value, (str, int)) and not isinstance(value, bool):
         value = _number(value)
+    if kind == NUMBER_OR_TEXT and isinstance(value, str):
+        try:
+            allowed["parse"](value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        return value
+    kind = float if kind == NUMBER_OR_TEXT else kind
     if kind == Texts or type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{where}: expected {WORDS[kind]}, got {_shown(got)}")
     if allowed["choices"] and value not in allowed["choices"]:

@@ -5,6 +5,7 @@ What a GPU is not needed for (every kernel against an oracle, on many grids and 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s2ap_ext import backend, ops, reference
+from s2ap_ext import S2AP, backend, ops, reference, sparsify
+from s2ap_ext.nn import refresh, train_scores
 from s2ap_ext.reference import CUT_COLUMNS, GROUP, SINGLE_WEIGHTS, WINDOW, Pattern
 
 pytestmark = [
@@ -284,6 +286,30 @@ def test_no_call_waits_for_the_gpu():
         static.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("form", ["flips", "track"])
+def test_a_flip_budget_has_the_same_bits_and_waits_for_nothing(form):
+    torch.manual_seed(0)
+    net = train_scores(sparsify(torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.Linear(300, 70)), 0.9))
+    grads = [torch.randn_like(layer.scores) for layer in net]
+    found = []
+    for device in ("cpu", "cuda"):
+        twin = copy.deepcopy(net).to(device)
+        optimizer = S2AP(twin, torch.optim.SGD(twin.parameters(), lr=0.1), gamma=f"{form}:0.01")
+        for layer, g in zip(twin, grads, strict=True):
+            layer.scores.grad = g.to(device)
+        refresh(twin)
+        assert optimizer.gamma.device.type == device  # which moves it there
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            optimizer.ascend()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append([optimizer.gamma.cpu(), optimizer.changes().cpu()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_graph_replays_on_new_data():

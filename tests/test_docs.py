@@ -132,3 +132,8 @@ class Twice(Ascent):
     assert done.returncode == 0, done.stdout + done.stderr
     density = json.loads((tmp_path / "run/results.json").read_text())["density"]
     assert density == {"0": 0.5, "4": 0.5}
+
+
+def test_the_six_weights_of_the_theory(capsys):
+    exec(blocks("theory.md", "python")[0], {})
+    assert capsys.readouterr().out == blocks("theory.md", "text")[0]

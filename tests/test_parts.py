@@ -130,6 +130,11 @@ def test_an_installed_package_brings_parts_by_an_entry_point(monkeypatch, tmp_pa
         parts._load.cache_clear()
 
 
+def finding(text):
+    if text != "find":
+        raise ValueError(f"expected a number or find, got {text!r}")
+
+
 @dataclass(frozen=True)
 class Everything:
     flag: bool = key(False, "yes or no")
@@ -137,6 +142,7 @@ class Everything:
     size: float = key(1.0, "how large", low=0, high=10)
     word: str = key("a", "which", choices=("a", "b"))
     names: tuple[str, ...] = key((), "whom")
+    either: float | str = key(0.5, "a size, or how to find one", low=0, high=1, parse=finding)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +159,10 @@ class Everything:
         ("names", ["x", "y"], ("x", "y")),
         ("names", "x, y,", ("x", "y")),
         ("names", Text("", "--set names"), ()),
+        ("either", 1, 1.0),
+        ("either", Text("1/4", "--set either"), 0.25),
+        ("either", "find", "find"),
+        ("either", Text("find", "--set either"), "find"),
     ],
 )
 def test_values_are_read_as_the_type_of_their_key(name, given, value):
@@ -175,6 +185,10 @@ def test_values_are_read_as_the_type_of_their_key(name, given, value):
         ("word", "aa", r"here: word: expected one of a, b, got 'aa'; did you mean a"),
         ("names", [1], r"here: names: expected a list of texts, got \[1\]"),
         ("names", 1, r"here: names: expected a list of texts, got 1"),
+        ("either", Text("fin", "--set either"), r"--set either: expected a number or find, got 'fin'"),
+        ("either", 2, r"here: either: expected a number in \[0, 1\], got 2"),
+        ("either", True, r"here: either: expected a number, got True"),
+        ("either", [], r"here: either: expected a number, got \[\]"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named(name, given, message):

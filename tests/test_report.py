@@ -64,6 +64,20 @@ def test_plots_are_drawn_for_what_was_trained(run_dir):
     assert not list(run_dir.glob(".*"))
 
 
+def test_what_perturbations_did_is_drawn_where_there_were_some(run_dir):
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        for number, gamma in enumerate([{"a": 1e-3, "b": 2e-3}, {"a": 2e-3, "b": 5e-4}], start=2):
+            file.write(json.dumps(epoch("prune", number, mask_distance=0.01, flips=0.003 * number, gamma=gamma)) + "\n")
+    assert (run_dir / "perturbation.png") in report.write_plots(run_dir)
+    records = [record for record in report.read_metrics(run_dir) if "gamma" in record]
+    above, below = report._perturbation(records).axes
+    assert [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in above.lines] == [
+        ("a", [2, 3], [1e-3, 2e-3]),
+        ("b", [2, 3], [2e-3, 5e-4]),
+    ]
+    assert list(below.lines[0].get_ydata()) == pytest.approx([0.6, 0.9])
+
+
 def test_curves_show_every_epoch_once():
     records = [epoch("pretrain", 1), epoch("pretrain", 2), epoch("finetune", 1)]
     figure = report._curves(records, RESULTS)

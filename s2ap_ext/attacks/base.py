@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,3 +35,28 @@ class Attack(Part, ABC):
         Raises:
             ValueError: images, classes or logits that make no sense; a ``loss`` that this attack cannot maximise.
         """
+
+    def with_gradients(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor | None,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        loss: str = "ce",
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same examples, and the gradients of parameters that the attack's last backward has given on its way.
+
+        Args:
+            parameters: parameters of ``model`` by name, which require a gradient. All else is as for the call.
+
+        Returns:
+            ``(x_adv, gradients)``, the latter by name. They are gradients of what the attack maximises, summed over the minibatch, at the
+            images before its last step, and of the model in evaluation mode. Each ``.grad`` is as it was; but what listens to the
+            gradients of masked weights (HARP's rates do) hears this backward too, so clear the gradients before the next.
+
+        Raises:
+            ValueError: what the call raises; an attack that takes no such gradient.
+        """
+        raise ValueError(f"attack {self.name or type(self).__name__}: takes no gradients of parameters")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -35,6 +35,26 @@ class Pgd(Attack):
         self, model: nn.Module, x: Tensor, y: Tensor | None, *, loss: str = "ce", generator: torch.Generator | None = None
     ) -> Tensor:
         return pgd(model, x, y, **asdict(self.settings), loss=loss, generator=generator)
+
+    def with_gradients(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor | None,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        loss: str = "ce",
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.settings.steps == 0:
+            raise ValueError("attack pgd: takes no gradients of parameters in 0 steps")
+        if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
+            raise ValueError(f"parameters: expected such as require a gradient, {frozen[0]} does not")
+        how = {"loss": loss, "random_start": True, "generator": generator}
+        x_adv, gradients = _search(model, x, y, **asdict(self.settings), **how, parameters=list(parameters.values()))
+        return x_adv, {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+
+    with_gradients.__doc__ = Attack.with_gradients.__doc__
 
 
 def pgd(
@@ -85,6 +105,25 @@ def pgd(
             g, = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
             x_adv = (x_adv.detach() + step_size * g.sign()).clamp(x - eps, x + eps).clamp(0, 1)
     """
+    how = {"eps": eps, "step_size": step_size, "steps": steps, "norm": norm}
+    return _search(model, x, y, **how, loss=loss, random_start=random_start, generator=generator)[0]
+
+
+def _search(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    norm: str,
+    loss: str,
+    random_start: bool,
+    generator: torch.Generator | None,
+    parameters: Sequence[nn.Parameter] = (),
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """:func:`pgd`, and the gradients of ``parameters`` in its last step, None for those that the logits do not depend on."""
     _check(eps, step_size, steps, norm, loss)
     if not x.is_floating_point():
         raise TypeError(f"x: expected floating point images in [0, 1], got {x.dtype}")
@@ -92,27 +131,33 @@ def pgd(
         got = "None" if y is None else f"{y.dtype} of shape {tuple(y.shape)}"
         raise ValueError(f"y: expected int64 classes of shape {tuple(x.shape[:1])}, got {got}")
     if loss == "kl" and not random_start:
-        warnings.warn("pgd: the KL loss has no gradient at x, so without random_start the first step follows rounding errors", stacklevel=2)
+        warnings.warn("pgd: the KL loss has no gradient at x, so without random_start the first step follows rounding errors", stacklevel=3)
 
     if x.numel() == 0:
-        return x.detach().clone()
+        return x.detach().clone(), [None] * len(parameters)
     # Autograd must be on, and nothing may be an inference tensor, whatever mode the caller is in.
     with torch.inference_mode(False), evaluation_mode(model, freeze=True):
         x = x.detach().clone()
-        model = engine.for_attack(model, x) or model  # the same on the kept weights only, where that is faster
+        of_parameters: Sequence[Tensor | None] = ()
+        faster = engine.for_attack(model, x) or model  # the same on the kept weights only; it has no parameters
         outside = ((x < 0) | (x > 1) | x.isnan()).any()
         ball = BALLS[norm](x, eps, step_size)
         with torch.no_grad():
-            objective = _cross_entropy(y.clone()) if loss == "ce" else _divergence(_logits(model, x))
+            objective = _cross_entropy(y.clone()) if loss == "ce" else _divergence(_logits(faster, x))
             x_adv = ball.random_start(generator) if random_start else x.clone()
         nans = torch.zeros(2, dtype=torch.int64, device=x.device)  # steps with NaN in the loss, in the gradient
         with torch.enable_grad():
-            for _ in range(steps):
+            for step in range(steps):
                 x_adv.requires_grad_(True)
-                value = objective(_logits(model, x_adv))
-                if not value.requires_grad:
+                wanted = parameters if step == steps - 1 else ()
+                for p in wanted:
+                    p.requires_grad_(True)
+                value = objective(_logits(model if wanted else faster, x_adv))
+                gradient = None
+                if value.requires_grad:
+                    gradient, *of_parameters = torch.autograd.grad(value, (x_adv, *wanted), allow_unused=True)
+                if gradient is None:
                     raise ValueError("model: the logits do not depend on x in a way that autograd can differentiate")
-                (gradient,) = torch.autograd.grad(value, x_adv)
                 nans += torch.stack([value.detach().isnan(), gradient.isnan().any()])
                 x_adv = x_adv.detach()
                 ball.step(x_adv, gradient)
@@ -123,7 +168,7 @@ def pgd(
     for what, count in zip(("loss", "gradient"), nans, strict=True):
         if count:
             raise ValueError(f"{what}: NaN in {count} of {steps} steps of the attack; look at the model's weights")
-    return x_adv
+    return x_adv, of_parameters
 
 
 def _check(eps: float, step_size: float, steps: int, norm: str, loss: str) -> None:

@@ -24,6 +24,7 @@ class Loss(Part):
 
     Attributes:
         replays: how many optimizer steps are taken on each minibatch.
+        maximised: which loss of the adversary's is maximised, ``"ce"`` or ``"kl"``.
 
     Raises:
         ValueError: an unknown option, a value outside its range, or an adversary that the loss cannot use.
@@ -32,6 +33,7 @@ class Loss(Part):
 
     kind = "loss"
     replays: int = 1
+    maximised: str = "ce"
 
     def __init__(self, settings: Any = None, *, adversary: Attack | None = None, label_smoothing: float = 0.0, **options: Any) -> None:
         super().__init__(settings, **options)
@@ -54,7 +56,21 @@ class Loss(Part):
         Raises:
             ValueError: what the adversary raises.
         """
-        return self.adversary(model, x, y, generator=generator)
+        return self.adversary(model, x, y, loss=self.maximised, generator=generator)
+
+    def attack_with_gradients(
+        self, model: nn.Module, x: Tensor, y: Tensor, parameters: Mapping[str, nn.Parameter], *, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What :meth:`attack` returns, and the gradients of ``parameters`` from the adversary's last backward.
+
+        Args and returns are those of :meth:`s2ap_ext.attacks.Attack.with_gradients`.
+
+        Raises:
+            ValueError: what the adversary raises; a loss that makes its examples in a way of its own.
+        """
+        if type(self).attack is not Loss.attack:
+            raise ValueError(f"loss {self.name or type(self).__name__}: makes its examples itself, and takes no gradients on the way")
+        return self.adversary.with_gradients(model, x, y, parameters, loss=self.maximised, generator=generator)
 
     def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """``(value, logits)``: the mean loss over the minibatch, with its graph, and the logits [N, K] of ``x_adv``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,8 +32,7 @@ class Trades(Loss):
     class Settings:
         beta: float = key(6.0, "weight of the divergence, 1 / lambda in the paper", low=0)
 
-    def attack(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        return self.adversary(model, x, y, loss="kl", generator=generator)
+    maximised = "kl"
 
     def __call__(self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         clean, logits = model(x), model(x_adv)

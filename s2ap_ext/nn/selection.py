@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -186,6 +186,41 @@ def _ascend(
         layer.mask_state.perturbation = Perturbation(grad, scale, straight_through, now)
         layer.mask_state.selection = Selection(origin, out, cut)
     return cuts
+
+
+def flips_at(
+    layers: Iterable[PrunedLayer], grads: Mapping[nn.Parameter, Tensor], *, eps: float, straight_through: bool
+) -> Callable[[Tensor], Tensor]:
+    """How many mask entries an :func:`ascend` would flip, as a function of gamma, float64 [L]; int64 [L], both on gamma's device.
+
+    The other arguments are those of :func:`ascend`. Nothing moves; there is memory for one more set of masked weights while the function
+    lives. On CUDA it waits for nothing.
+    """
+    layers = list(layers)
+    select_stale(layers)
+    calls = []
+    for together in _in_calls(layers):
+        squares = [layer.mask_state.selection.square for layer in together]
+        how = {
+            "patterns": _patterns(together),
+            "straight_through": straight_through,
+            "eps": eps,
+            "squares": None if any(square is None for square in squares) else torch.stack(squares),
+            "out": [torch.empty_like(layer.weight, requires_grad=False) for layer in together],
+        }
+        scores, weights, kept = _operands(together)
+        operands = (scores, [grads[layer.scores] for layer in together], weights, kept, _cuts(together))
+        calls.append((together, operands, how))
+
+    def flips(gamma: Tensor) -> Tensor:
+        gammas, found = dict(zip(layers, gamma, strict=True)), {}
+        for together, operands, how in calls:
+            own = torch.stack([gammas[layer] for layer in together]).to(together[0].scores.device)
+            _, cuts, _ = ops.perturb(*operands, gamma=own, **how)
+            found |= dict(zip(together, cuts[:, FLIPS].to(gamma.device), strict=True))
+        return torch.stack([found[layer] for layer in layers])
+
+    return flips
 
 
 def descend(layers: Iterable[PrunedLayer]) -> dict[PrunedLayer, Perturbation]:

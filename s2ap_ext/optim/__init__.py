@@ -24,13 +24,18 @@ driven by hand, in the shape of SAM (Foret et al., arXiv 2010.01412)::
     loss_of(model, x_adv, y).backward()
     optimizer.descend()  # back, and one step of the base optimizer with the second gradient
 
-When such a step ascends, along which gradient and how far is decided by an :class:`Ascent`, a part that is chosen by name.
+When such a step ascends, along which gradient and how far is decided by an :class:`Ascent`, a part that is chosen by name. ``reuse``
+ascends along a gradient that the attack has left on its way, which the loop hands on::
+
+    x_adv, along = Pgd(steps=10).with_gradients(model, x, y, optimizer.wanted_gradients())
+    optimizer.step(closure, along)
 """
 
 from .ascents import Ascent
 from .awp import AWP
+from .flip_budget import FlipBudget
 from .perturbed import Perturbed
 from .s2ap import S2AP
 from .stepper import Plain, Stepper
 
-__all__ = ["AWP", "S2AP", "Ascent", "Perturbed", "Plain", "Stepper"]
+__all__ = ["AWP", "S2AP", "Ascent", "FlipBudget", "Perturbed", "Plain", "Stepper"]

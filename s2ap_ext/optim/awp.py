@@ -60,7 +60,8 @@ class AWP(Perturbed):
     def _gamma_is_zero(self) -> bool:
         return self.gamma == 0
 
-    def _move(self, along: dict[nn.Parameter, Tensor] | None, gamma: float) -> None:
+    def _move(self, along: dict[nn.Parameter, Tensor] | None, gamma: float | None) -> None:
+        gamma = self.gamma if gamma is None else gamma
         if along is None:
             along = {w: w.grad for w in self.perturbed_parameters().values() if w.grad is not None}
         if not along:

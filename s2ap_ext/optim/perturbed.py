@@ -37,6 +37,7 @@ class Perturbed(Stepper):
     """
 
     gamma: Any  # the size of the perturbation relative to what is perturbed; its form is the subclass's
+    given: Mapping[str, Tensor] | None = None  # during a step, the gradients that it was given
 
     def __init__(
         self, model: nn.Module, base_optimizer: torch.optim.Optimizer, *, ascent: str | Ascent, eps: float, warmup_epochs: int
@@ -97,11 +98,16 @@ class Perturbed(Stepper):
 
     # By an ascent
 
-    def _take(self, backward: Callable[[], Tensor]) -> None:
+    def wanted_gradients(self) -> dict[str, nn.Parameter]:
+        """The perturbed parameters, where the ascent takes the direction from the caller and the next step is not a plain one."""
+        return self.perturbed_parameters() if self.ascent.wants_gradients and not self.plain else {}
+
+    def _take(self, backward: Callable[[], Tensor], along: Mapping[str, Tensor] | None) -> None:
         if self._statistics is not None:
             raise RuntimeError("step() was called between ascend() and descend(); call descend() first")
         plain = self.plain
         self._begin()
+        self.given = along
         try:
             passes = _Backward(self.model, backward)
             if plain:
@@ -114,6 +120,8 @@ class Perturbed(Stepper):
             self._moved = False
             self._return()
             raise
+        finally:
+            self.given = None
         self._finish()
 
     @torch.no_grad()
@@ -123,7 +131,7 @@ class Perturbed(Stepper):
         Args:
             along: the directions, by the names of :meth:`perturbed_parameters`; parameters without one stay. None: the gradients that
                 the last backward left.
-            gamma: in place of ``self.gamma``, and of its form.
+            gamma: in place of the optimizer's own, and of the form of ``self.gamma``.
 
         Raises:
             RuntimeError: the model has moved already, or there is no direction to move along.
@@ -137,12 +145,16 @@ class Perturbed(Stepper):
             if strange := [name for name in along if name not in known]:
                 raise ValueError(f"along: expected names of perturbed parameters, got {strange[0]!r}; there are {', '.join(known)}")
             directions = {known[name]: direction for name, direction in along.items()}
-        self._move(directions, self.gamma if gamma is None else gamma)
+        self._move(directions, gamma)
         self._moved = True
 
     @abstractmethod
     def perturbed_parameters(self) -> dict[str, nn.Parameter]:
         """What is perturbed, by the names of ``model.named_parameters()``."""
+
+    def unchanged(self) -> bool:
+        """Whether the move has for certain changed neither the loss nor its gradient. Here it never knows."""
+        return False
 
     def gradients(self) -> dict[str, Tensor]:
         """The present gradients of the perturbed parameters, by name; those without a gradient are left out.
@@ -159,8 +171,8 @@ class Perturbed(Stepper):
         """Whether nothing would move. Does not wait for the device."""
 
     @abstractmethod
-    def _move(self, along: dict[nn.Parameter, Tensor] | None, gamma: Any) -> None:
-        """Moves the model; None means along the present gradients."""
+    def _move(self, along: dict[nn.Parameter, Tensor] | None, gamma: Any | None) -> None:
+        """Moves the model; None means along the present gradients, and by the optimizer's own gamma."""
 
     @abstractmethod
     def _return(self) -> None:

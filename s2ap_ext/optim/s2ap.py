@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,11 @@ from ..reference import CUT_COLUMNS, FLIPS
 from . import fused_sgd
 from .ascents import Ascent
 from .deferred import Deferred
+from .flip_budget import FlipBudget, budget_of
 from .gammas import Gamma, gamma_per_layer
 from .perturbed import Perturbed
+
+GAMMA = "gamma"
 
 
 class S2AP(Perturbed):
@@ -30,7 +34,9 @@ class S2AP(Perturbed):
         base_optimizer: steps on whatever it holds, as a rule the scores and the BatchNorm parameters. Only scores are perturbed.
         gamma: size of the perturbation relative to the scores, >= 0. One for all layers; or by patterns of layer names, such as
             ``{"layer1.*": 0, "*": 1e-3}``, where the first that fits counts; or float64 [L], in the order of
-            :func:`s2ap_ext.nn.pruned_layers`. 0 everywhere gives the plain step, bit for bit.
+            :func:`s2ap_ext.nn.pruned_layers`. 0 everywhere gives the plain step, bit for bit. ``"flips:P"``: in each step and layer the
+            smallest with which ``P`` times as many mask entries flip as weights are kept; ``"track:P"``: the same on average, by the
+            steps before (:class:`s2ap_ext.optim.FlipBudget`).
         ascent: when to perturb, along which gradient and how far: the name of a registered ascent, or an :class:`Ascent`.
         eps: added to ``||g||``.
         warmup_epochs: plain steps in so many first epochs; :meth:`set_epoch` tells which it is.
@@ -40,7 +46,8 @@ class S2AP(Perturbed):
             leave it off where something looks at it: gradient clipping, ``DistributedDataParallel``, hooks.
 
     Attributes:
-        gamma: float64 [L], on the layers' device; every form of the argument can be assigned.
+        gamma: float64 [L], on the layers' device; every form of the argument can be assigned. With ``"flips:P"`` those of the last
+            perturbation, with ``"track:P"`` those of the next.
         step_flips: how many mask entries the last step of the base optimizer flipped, a scalar tensor. None where that did not fall out
             of a fused step, which needs torch's SGD, momentum buffers (its first step makes them), and ``restore="before"``; plain steps
             are fused only with ``defer_grads``.
@@ -66,7 +73,7 @@ class S2AP(Perturbed):
         model: nn.Module,
         base_optimizer: torch.optim.Optimizer,
         *,
-        gamma: Gamma = 1e-3,
+        gamma: Gamma | str = 1e-3,
         ascent: str | Ascent = "exact",
         eps: float = 1e-12,
         warmup_epochs: int = 0,
@@ -96,9 +103,11 @@ class S2AP(Perturbed):
         return self._gamma
 
     @gamma.setter
-    def gamma(self, gamma: Gamma) -> None:
-        values = gamma_per_layer(gamma, pruned_layers(self.model))
-        self._still = not any(values)  # known on the host, so that no step waits for the device
+    def gamma(self, gamma: Gamma | str) -> None:
+        self._budget = budget_of(gamma) if isinstance(gamma, str) else None
+        values = gamma_per_layer(gamma if self._budget is None else FlipBudget.START, pruned_layers(self.model))
+        # Known on the host, so that no step waits for the device.
+        self._still = not any(values) or (self._budget is not None and self._budget.share == 0)
         self._gamma = torch.tensor(values, dtype=torch.float64)
 
     @property
@@ -113,6 +122,10 @@ class S2AP(Perturbed):
         """
         none = torch.zeros(CUT_COLUMNS, dtype=torch.int64, device=self.gamma.device)
         return torch.stack([self._cuts[layer].to(none.device) if layer in self._cuts else none for layer in self._pruned()])[:, FLIPS:]
+
+    def unchanged(self) -> bool:
+        """Whether the move has flipped no mask entry and changed no score's sign. Reading it waits for the device."""
+        return not self.changes().any()
 
     def zero_grad(self) -> None:
         super().zero_grad()
@@ -135,9 +148,9 @@ class S2AP(Perturbed):
     def _begin(self) -> None:
         self._seen, self._cuts = [], {}
 
-    def _take(self, backward: Callable[[], Tensor]) -> None:
+    def _take(self, backward: Callable[[], Tensor], along: Mapping[str, Tensor] | None) -> None:
         with self._deferred.collecting(self._pruned() if self.defer_grads else []):
-            super()._take(backward)
+            super()._take(backward, along)
 
     def _check_scores(self) -> None:
         for names, cuts in self._seen:
@@ -147,8 +160,9 @@ class S2AP(Perturbed):
     def _gamma_is_zero(self) -> bool:
         return self._still
 
-    def _move(self, along: dict[nn.Parameter, Tensor] | None, gamma: Tensor) -> None:
-        layers = self._pruned()
+    def _move(self, along: dict[nn.Parameter, Tensor] | None, gamma: Tensor | None) -> None:
+        layers, own = self._pruned(), gamma is None
+        gamma = self.gamma if own else gamma
         if gamma.shape != (len(layers),):
             raise ValueError(f"gamma: expected float64 of shape ({len(layers)},), got shape {tuple(gamma.shape)}")
         self._straight_through = False
@@ -157,16 +171,32 @@ class S2AP(Perturbed):
                 self._deferred.form(layers)
             self._straight_through = bool(self._deferred.grads)
             along = self._deferred.grads or {layer.scores: layer.scores.grad for layer in layers if layer.scores.grad is not None}
-        moved = {layer: own for layer, own in zip(layers, gamma, strict=True) if layer.scores in along}
+        moved = [layer for layer in layers if layer.scores in along]
         if not moved:
             raise RuntimeError("no layer's scores have a gradient to ascend along; call loss.backward() first")
         # In the order of the fused calls, each of which takes the layers of one device and dtype.
         kinds = list(dict.fromkeys((layer.scores.device, layer.scores.dtype) for layer in moved))
         ordered = sorted(moved, key=lambda layer: kinds.index((layer.scores.device, layer.scores.dtype)))
-        how = {"gamma": torch.stack([moved[layer] for layer in ordered]), "eps": self.eps}
-        self._seen = ascend(ordered, along, straight_through=self._straight_through, **how)
+        how = {"eps": self.eps, "straight_through": self._straight_through}
+        budget = self._budget if own else None
+        if budget is not None and not budget.tracked:
+            self._set_gamma(moved, budget.search(moved, along, device=gamma.device, **how))
+            gamma = self._gamma
+        gammas = dict(zip(layers, gamma, strict=True))
+        self._seen = ascend(ordered, along, gamma=torch.stack([gammas[layer] for layer in ordered]), **how)
         self._layers = ordered
         self._cuts = dict(zip(ordered, (cut for _, cuts in self._seen for cut in cuts), strict=True))
+        if budget is not None and budget.tracked:
+            flips = dict(zip(layers, self.changes()[:, 0], strict=True))
+            at = torch.stack([gammas[layer] for layer in moved])
+            self._set_gamma(moved, budget.follow(at, moved, torch.stack([flips[layer] for layer in moved])))
+
+    def _set_gamma(self, layers: list[Pruned], values: Tensor) -> None:
+        """Gives ``layers`` their next gamma. Layers that share their scores have that of the first of them."""
+        found = {}
+        for layer, value in zip(layers, values, strict=True):
+            found.setdefault(layer.scores, value)
+        self._gamma = torch.stack([found.get(layer.scores, now) for layer, now in zip(self._pruned(), self._gamma, strict=True)])
 
     def _return(self) -> None:
         descend(self._layers)
@@ -202,6 +232,35 @@ class S2AP(Perturbed):
         if type(self.base_optimizer) is not torch.optim.SGD or self.restore == "after" or not (self._layers or self._deferred.grads):
             return []
         return fused_sgd.calls(self.base_optimizer, layers, self._deferred.grads, self._layers)
+
+    # State
+
+    def state_dict(self) -> dict:
+        """As :meth:`Perturbed.state_dict`, and ``gamma`` where it is not given but found."""
+        return super().state_dict() | self._found_gamma()
+
+    def load_state_dict(self, state: dict) -> None:
+        self._load_gamma(state)
+        super().load_state_dict(state)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """As :meth:`Perturbed.state_tensors`, and ``gamma`` where it is not given but found."""
+        return super().state_tensors() | self._found_gamma()
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self._load_gamma(tensors)
+        super().load_state_tensors({name: value for name, value in tensors.items() if name != GAMMA})
+
+    def _found_gamma(self) -> dict[str, Tensor]:
+        return {} if self._budget is None else {GAMMA: self.gamma}
+
+    def _load_gamma(self, state: Mapping[str, Any]) -> None:
+        expected = {name: tuple(value.shape) for name, value in self._found_gamma().items()}
+        got = {name: tuple(value.shape) for name, value in state.items() if name == GAMMA}
+        if got != expected:
+            raise ValueError(f"optimizer state: expected gamma of shape {expected.get(GAMMA)}, got {got.get(GAMMA)}")
+        if expected:
+            self._gamma = state[GAMMA].to(self._gamma)
 
     def _move_for_good(self, moves: dict[Pruned, Perturbation]) -> dict[nn.Parameter, Tensor]:
         """Writes ``s + z`` into the scores; returns what that added."""

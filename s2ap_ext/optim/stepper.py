@@ -19,6 +19,10 @@ class Stepper(ABC):
         model: the module that is trained.
         base_optimizer: steps on whatever it holds. Its parameters may also lie outside the model.
 
+    Attributes:
+        epoch, epochs: what :meth:`set_epoch` has told; None before.
+        passes: how many backward passes the last :meth:`step` made.
+
     Raises:
         TypeError: ``base_optimizer`` is not a ``torch.optim.Optimizer``.
     """
@@ -29,6 +33,8 @@ class Stepper(ABC):
         self.model = model
         self.base_optimizer = base_optimizer
         self.epoch: int | None = None
+        self.epochs: int | None = None
+        self.passes = 0
 
     @property
     def param_groups(self) -> list[dict]:
@@ -40,21 +46,27 @@ class Stepper(ABC):
         """Mask entries that the last step's perturbation flipped, over all layers; 0 where the scores are not perturbed."""
         return 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Tells which epoch it is, counted from 0."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, epochs: int | None = None) -> None:
+        """Tells which epoch it is, counted from 0, and of how many, which some ascents want to know."""
+        self.epoch, self.epochs = epoch, epochs
+
+    def wanted_gradients(self) -> dict[str, nn.Parameter]:
+        """The parameters, by name, whose gradients the next :meth:`step` has to be given as ``along``; as a rule there are none."""
+        return {}
 
     def zero_grad(self) -> None:
         """Clears the gradients of the model and of everything the base optimizer holds."""
         self.model.zero_grad()
         self.base_optimizer.zero_grad()
 
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
+    def step(self, closure: Callable[[], Tensor], along: Mapping[str, Tensor] | None = None) -> Tensor:
         """One training step.
 
         Args:
             closure: clears the gradients (:meth:`zero_grad`), computes the loss, calls backward and returns the loss. A step may call it
                 more than once, on the same minibatch, so craft the adversarial examples before.
+            along: gradients of what :meth:`wanted_gradients` names, taken before the step, such as those of
+                :meth:`s2ap_ext.attacks.Attack.with_gradients`. A step that wants none passes over them.
 
         Returns:
             The loss of the first call, detached.
@@ -75,15 +87,16 @@ class Stepper(ABC):
             return loss
 
         with torch.no_grad():
-            self._take(backward)
+            self._take(backward, along)
+            self.passes = len(losses)
             self._check_scores()
             if losses[0].device.type != "cpu":
                 _check_losses(torch.stack(losses))
         return losses[0]
 
     @abstractmethod
-    def _take(self, backward: Callable[[], Tensor]) -> None:
-        """Calls ``backward`` at least once, and the base optimizer's step."""
+    def _take(self, backward: Callable[[], Tensor], along: Mapping[str, Tensor] | None) -> None:
+        """Calls ``backward`` at least once, and the base optimizer's step. ``along`` is what :meth:`step` was given."""
 
     def _check_scores(self) -> None:
         """Looks at the NaN counts of the selections in force: on the CPU that was done already, on CUDA it waits for the device."""
@@ -144,7 +157,7 @@ class Plain(Stepper):
         base_optimizer.step()
     """
 
-    def _take(self, backward: Callable[[], Tensor]) -> None:
+    def _take(self, backward: Callable[[], Tensor], along: Mapping[str, Tensor] | None) -> None:
         backward()
         self.base_optimizer.step()
 

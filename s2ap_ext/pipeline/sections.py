@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import parts
+from ..optim import FlipBudget
 from ..settings import key
 
 SCHEDULES = ("cosine", "constant")
@@ -94,7 +95,14 @@ class Prune(Training):
     granularity: str = key("weight", "what is removed as one: weight, channel, head, or N:M such as 2:4 (N of every M inputs stay)")
     exclude: tuple[str, ...] = key((), "layers that stay dense: names, in which * and ? match, or :first and :last")
     s2ap: bool = key(True, "take the gradient at scores perturbed towards higher loss")
-    gamma: float = key(1e-3, "S2AP: size of the perturbation relative to the scores' norm, layer by layer", low=0, high=1e6)
+    gamma: float | str = key(
+        1e-3,
+        "S2AP: size of the perturbation relative to the scores' norm, layer by layer; or flips:P, such that it flips P times as many mask "
+        "entries as the layer keeps (flips:0.003), or track:P, the same by the steps before",
+        low=0,
+        high=1e6,
+        parse=FlipBudget.parse,
+    )
     ascent: Chosen = part("ascent", "exact", "S2AP: in which steps the scores are perturbed, and along what")
     warmup_epochs: int = key(5, "S2AP: epochs of plain steps at the start", low=0)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..analysis import layer_masks, mask_distance
 from ..methods import Method
-from ..nn import train_weights
+from ..nn import pruned_layers, train_weights
 from ..optim import AWP, S2AP, Plain, Stepper
 from .model_file import make_sparse
 from .sections import Training
@@ -59,10 +60,11 @@ class Search(Callbacks):
     def __init__(self, method: Method, model: nn.Module, stepper: Stepper) -> None:
         self.method, self.model, self.stepper = method, model, stepper
         self.masks: dict[str, Tensor] = {}  # at the start of the epoch
-        self.steps = self.flips = 0  # of this epoch; the flips are those by perturbations
+        self.steps = self.flips = self.passes = 0  # of this epoch; the flips are those by perturbations
 
     def start_epoch(self) -> None:
-        self.masks, self.steps, self.flips = layer_masks(self.model), 0, 0
+        self.masks = layer_masks(self.model)
+        self.steps = self.flips = self.passes = 0
 
     def penalty(self, epoch: int) -> Tensor | None:
         return self.method.penalty(epoch)
@@ -70,19 +72,29 @@ class Search(Callbacks):
     def after_step(self) -> None:
         self.steps += 1
         self.flips += self.stepper.flips
+        self.passes += self.stepper.passes
         self.method.after_step(self.model)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         now = layer_masks(self.model)
         kept = sum(int(mask.sum()) for mask in now.values())
         flips = self.flips / max(kept * self.steps, 1)  # of the kept weights, per step
-        return {"mask_distance": mask_distance(self.masks, now), "flips": flips, **self.method.metrics()}
+        passes = self.passes / max(self.steps, 1)  # backward passes per step
+        moved = {"mask_distance": mask_distance(self.masks, now), "flips": flips, "passes": passes}
+        return {**moved, **self._gamma(), **self.method.metrics()}
+
+    def _gamma(self) -> dict[str, dict[str, float]]:
+        """S2AP's gamma of each layer, as it stands at the end of the epoch; nothing in an epoch of plain steps."""
+        if not isinstance(self.stepper, S2AP) or self.stepper.plain:
+            return {}
+        gammas = zip(pruned_layers(self.model), self.stepper.gamma.tolist(), strict=True)
+        return {"gamma": {name: float(f"{gamma:.4g}") for name, gamma in gammas}}
 
     def state(self) -> dict[str, Tensor]:
         masks = {f"mask/{name}": mask for name, mask in self.masks.items()}
         return {
             **masks,
-            "counts": torch.tensor([self.steps, self.flips]),
+            "counts": torch.tensor([self.steps, self.flips, self.passes]),
             **{f"method/{name}": t for name, t in self.method.state().items()},
         }
 
@@ -91,7 +103,7 @@ class Search(Callbacks):
             return {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
 
         self.masks = under("mask/")
-        self.steps, self.flips = state["counts"].tolist()
+        self.steps, self.flips, self.passes = state["counts"].tolist()
         self.method.load_state(under("method/"))
 
 

@@ -76,7 +76,7 @@ class Callbacks:
     def after_step(self) -> None:
         """The optimizer has stepped."""
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Any]:
         """What the record of an epoch tells besides losses and accuracies."""
         return {}
 
@@ -150,7 +150,7 @@ class Trainer:
         try:
             while self.progress.epoch < epochs:
                 lr = self._set_lr()
-                self.stepper.set_epoch(self.progress.epoch)
+                self.stepper.set_epoch(self.progress.epoch, epochs)
                 if not resumed:
                     self.callbacks.start_epoch()
                 resumed = False
@@ -205,7 +205,11 @@ class Trainer:
 
     def _step(self, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
         refresh(self.model)
-        x_adv = self.loss.attack(self.model, x, y)
+        wanted, along = self.stepper.wanted_gradients(), None
+        if wanted:
+            x_adv, along = self.loss.attack_with_gradients(self.model, x, y, wanted)
+        else:
+            x_adv = self.loss.attack(self.model, x, y)
         first_logits: list[Tensor] = []
 
         def closure() -> Tensor:
@@ -220,7 +224,7 @@ class Trainer:
                 first_logits.append(logits.detach())
             return loss
 
-        loss = self.stepper.step(closure).item()
+        loss = self.stepper.step(closure, along).item()
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss: expected a finite number, got {loss}; lower the learning rate")
         if self._settles:

@@ -1,17 +1,12 @@
-"""Ascents: one from outside the package by its name, what an ascent can ask for, its state, and its errors.
+"""Ascents: one from outside the package by its name, what an ascent can ask for, its state, and its errors."""
 
-The ascents below are small forms of those in the literature, each of which needs another part of the interface.
-"""
-
-import copy
 from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import assert_same_state, closure_for, images, small_net
+from helpers import closure_for, images, small_net
 
 from s2ap_ext import AWP, S2AP, sparsify
-from s2ap_ext._files import load, save
 from s2ap_ext.nn import train_scores
 from s2ap_ext.optim import Ascent
 from s2ap_ext.parts import make, register
@@ -19,8 +14,8 @@ from s2ap_ext.settings import key
 
 
 @register("test-every")
-class Every(Ascent):
-    """Ascends in every k-th step; between them the step is a plain one with what the last ascent added to the gradient."""
+class OwnEvery(Ascent):
+    """Ascends twice as far in every k-th step; the others are plain."""
 
     @dataclass(frozen=True)
     class Settings:
@@ -29,58 +24,13 @@ class Every(Ascent):
     def __init__(self, settings=None, **options):
         super().__init__(settings, **options)
         self.count = 0
-        self.added = {}
 
     def step(self, at, backward):
         backward()
         if self.count % self.settings.k == 0:
-            first = {name: g.clone() for name, g in at.gradients().items()}
-            at.move()
+            at.move(gamma=2 * at.gamma)
             backward()
-            self.added = {name: g - first[name] for name, g in at.gradients().items()}
-        else:
-            for name, g in at.gradients().items():
-                g.add_(self.added[name])
         self.count += 1
-
-    def state(self):
-        return {"count": torch.tensor(self.count)} | {f"added.{name}": g for name, g in self.added.items()}
-
-    def load_state(self, state):
-        self.count = int(state["count"])
-        self.added = {name.removeprefix("added."): g for name, g in state.items() if name != "count"}
-
-
-@register("test-skip")
-class Skip(Ascent):
-    """Leaves the second backward out where nothing has changed."""
-
-    def step(self, at, backward):
-        backward()
-        at.move()
-        if at.changes().any():
-            backward()
-
-
-@register("test-previous")
-class Previous(Ascent):
-    """One backward only, ascended to along the gradient of the step before."""
-
-    def __init__(self, settings=None, **options):
-        super().__init__(settings, **options)
-        self.last = {}
-
-    def step(self, at, backward):
-        if self.last:
-            at.move(self.last, gamma=2 * at.gamma)
-        backward()
-        self.last = {name: g.clone() for name, g in at.gradients().items()}
-
-    def state(self):
-        return self.last
-
-    def load_state(self, state):
-        self.last = dict(state)
 
 
 def pruned_net():
@@ -114,67 +64,6 @@ def test_an_ascent_from_outside_the_package_is_found_by_its_name():
     assert net[1].num_batches_tracked == 8  # once in each step
 
 
-@pytest.mark.parametrize(("gamma", "expected"), [(1e-9, {1}), (1e-3, {1, 2}), (0.3, {2})])
-@pytest.mark.parametrize("defer_grads", [False, True])
-def test_a_second_pass_without_a_change_can_be_left_out(gamma, expected, defer_grads):
-    one = pruned_net()
-    two = copy.deepcopy(one)
-    passes = train(one, s2ap(one, "test-skip", gamma, defer_grads=defer_grads), 6)
-    train(two, s2ap(two, "exact", gamma), 6)
-    assert_same_state(one, two)
-    assert set(passes) == expected
-
-
-@pytest.mark.parametrize("restore", ["before", "after"])
-@pytest.mark.parametrize("name", ["test-every", "test-skip", "test-previous"])
-def test_deferred_gradients_change_no_bit(name, restore):
-    one = pruned_net()
-    two = copy.deepcopy(one)
-    plain = s2ap(one, name, gamma=1.0, restore=restore)
-    deferring = s2ap(two, name, gamma=1.0, restore=restore, defer_grads=True)
-    assert train(one, plain, 5) == train(two, deferring, 5)
-    assert_same_state(one, two)
-
-
-def test_a_move_before_the_only_backward():
-    """Against the steps by hand: the gradient of the step before, ascended along with twice the gamma."""
-    net = pruned_net()
-    twin = copy.deepcopy(net)
-    optimizer = s2ap(net, "test-previous")
-    by_hand = s2ap(twin, "exact", gamma=0.6)
-    assert train(net, optimizer, 3) == [1, 1, 1]
-    assert optimizer.flips > 0
-    by_hand.gamma = 0
-    by_hand.step(closure_for(twin, by_hand, images(seed=0)))
-    by_hand.gamma = 0.6
-    for seed in (1, 2):  # the scores still have the gradient of the step before
-        twin.eval()
-        by_hand.ascend()
-        twin.train()
-        closure_for(twin, by_hand, images(seed=seed))()
-        by_hand.descend()
-    assert_same_state(net, twin)
-
-
-@pytest.mark.parametrize("name", ["test-every", "test-previous"])
-@pytest.mark.parametrize("form", ["state_dict", "state_tensors"])
-@pytest.mark.parametrize("steps", [1, 2])
-def test_the_state_of_an_ascent_is_saved_and_loaded(name, form, steps, tmp_path):
-    net = pruned_net()
-    optimizer = s2ap(net, name)
-    train(net, optimizer, steps)
-    other = pruned_net()
-    other.load_state_dict(net.state_dict())
-    resumed = s2ap(other, name)
-    if form == "state_dict":
-        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    else:
-        save(tmp_path / "state", optimizer.state_tensors(), {})
-        resumed.load_state_tensors(load(tmp_path / "state")[0])
-    assert train(net, optimizer) == train(other, resumed)
-    assert_same_state(net, other)
-
-
 def test_names():
     net = pruned_net()
     with pytest.raises(ValueError, match=r"ascent: expected one of .*exact.*, got 'exactt'; did you mean exact"):
@@ -193,7 +82,7 @@ def test_by_hand_there_is_only_exact():
     net = pruned_net()
     optimizer = s2ap(net, "test-every")
     closure_for(net, optimizer)()
-    with pytest.raises(RuntimeError, match=r"ascend\(\): Every decides itself when and where to move; call step\(closure\)"):
+    with pytest.raises(RuntimeError, match=r"ascend\(\): OwnEvery decides itself when and where to move; call step\(closure\)"):
         optimizer.ascend()
 
 

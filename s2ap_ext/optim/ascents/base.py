@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from ...parts import Part
+from ...settings import key
 
 if TYPE_CHECKING:
     from ..perturbed import Perturbed
@@ -22,6 +24,7 @@ class Ascent(Part, ABC):
     """
 
     kind = "ascent"
+    wants_gradients: ClassVar[bool] = False  # whether the caller of the optimizer's step has to give gradients, as ``at.given``
 
     @abstractmethod
     def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
@@ -31,8 +34,8 @@ class Ascent(Part, ABC):
 
         Args:
             at: the step in progress. ``at.move(along, gamma)`` moves the model, at most once; ``at.gradients()`` are the present gradients
-                and may be written into; ``at.gamma``, ``at.epoch``, ``at.perturbed_parameters()`` and ``at.base_optimizer`` tell the
-                rest. After a move, ``S2AP.changes()`` counts what it changed.
+                and may be written into; ``at.gamma``, ``at.epoch`` (of ``at.epochs``), ``at.perturbed_parameters()`` and
+                ``at.base_optimizer`` tell the rest. After a move, ``at.unchanged()`` says whether a second pass would be the first again.
             backward: clears the gradients, computes those of the loss where the model stands, and returns the loss, detached. It has to be
                 called at least once. The optimizer's ``step`` returns the loss of the first call.
         """
@@ -47,5 +50,28 @@ class Ascent(Part, ABC):
         Raises:
             ValueError: a state that another kind of ascent has left.
         """
-        if state:
-            raise ValueError(f"ascent {self.name or type(self).__name__}: expected no saved state, got {', '.join(state)}")
+        self._read(state)
+
+    def _read(self, state: Mapping[str, Tensor], *names: str, by_parameter: str = "") -> dict[str, Tensor]:
+        """Checks that ``state`` holds ``names``, and beside them only tensors called ``by_parameter.NAME``; returns those by NAME."""
+        prefix = f"{by_parameter}."
+        found = {name.removeprefix(prefix): value for name, value in state.items() if by_parameter and name.startswith(prefix)}
+        others = [name for name in state if not (by_parameter and name.startswith(prefix))]
+        if sorted(others) != sorted(names):
+            expected = ", ".join([*names, *([f"{prefix}NAME"] if by_parameter else [])]) or "no saved state"
+            raise ValueError(f"ascent {self.name or type(self).__name__}: expected {expected}, got {', '.join(state) or 'none'}")
+        return found
+
+
+class Climb(Ascent):
+    """What the ascents share that, in some steps, take a second backward pass at a point above the first."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        skip: bool = key(False, "leave the second pass out where no mask entry flipped and no score changed its sign")
+
+    def climb(self, at: Perturbed, backward: Callable[[], Tensor], along: Mapping[str, Tensor] | None = None) -> None:
+        """Moves ``along`` the gradients of the first backward (or others), and makes the second where it has something to tell."""
+        at.move(along)
+        if not (self.settings.skip and at.unchanged()):
+            backward()
