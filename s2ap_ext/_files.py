@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._extras import optional
+from .settings import shown
 
 HEADER = "s2ap_ext"  # one entry of the file's metadata, since several are written in any order: the checksum, a space, JSON
 TEMPORARY = ".tmp"  # what the names of files end with that are being written
@@ -88,6 +89,19 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(about, dict):
         raise ValueError(f"checkpoint {path}: expected an object in its header, got {header[:80]}")
     return tensors, about
+
+
+def check_tensors(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError, starting with ``where``, unless ``tensors`` have the names, shapes and dtypes of ``like``."""
+    if missing := sorted(like.keys() - tensors.keys()):
+        raise ValueError(f"{where} ({missing[0]} is missing)")
+    if unknown := sorted(tensors.keys() - like.keys()):
+        raise ValueError(f"{where} ({shown(unknown[0])} is not among its tensors)")
+    for name, own in like.items():
+        found = tensors[name]
+        if found.shape != own.shape or found.dtype != own.dtype:
+            wanted, got = (f"{t.dtype} {list(t.shape)}" for t in (own, found))
+            raise ValueError(f"{where} ({name}: expected {wanted}, got {got})")
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -109,9 +109,11 @@ class WeightAverage:
         for name, shape in expected.items():
             if tensors[name].shape != shape:
                 raise ValueError(f"averages: expected {name} of shape {tuple(shape)}, got {tuple(tensors[name].shape)}")
+        if (updates := int(tensors["updates"])) < 0:
+            raise ValueError(f"averages: expected a number of updates >= 0, got {updates}")
         for name, average in self._averages.items():
             average.copy_(tensors[f"average/{name}"])
-        self.updates = int(tensors["updates"])
+        self.updates = updates
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from typing import NoReturn
 from . import __version__
 
 STOPPED = 130
+LONGEST = 1000  # characters of an error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,11 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         # These types are how the library reports input that it cannot use: recipes, files, devices, missing packages, losses that diverge.
-        print(f"s2ap: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        return _refuse(f"not enough memory; choose a smaller model or smaller batches ({error})")
     except KeyboardInterrupt:
         print("s2ap: interrupted", file=sys.stderr)
         return STOPPED
+
+
+def _refuse(message: str) -> int:
+    """Prints why the input cannot be used, in one line that no name of a file or text in it can break, and returns the exit code."""
+    line = "".join(c if c.isprintable() else " " for c in message)
+    print(f"s2ap: error: {line if len(line) <= LONGEST else line[: LONGEST - 3] + '...'}", file=sys.stderr)
+    return 2
 
 
 # --------------------------------------------------------------------------------------------------------------------- commands
@@ -107,11 +118,10 @@ def _recipe(arguments: argparse.Namespace):
     return load_recipe(arguments.recipe, _overrides(arguments))
 
 
-def _import_plugins(arguments: argparse.Namespace) -> None:
-    """Imports the modules that ``--set plugins=...`` names: a checkpoint that needs them does not choose what is imported."""
-    from .pipeline import load_recipe
-
-    load_recipe("digits", [text for text in arguments.set if text.partition("=")[0].strip() == "plugins"])
+def _plugins(arguments: argparse.Namespace) -> list[str]:
+    """The modules that ``--set plugins=...`` names: a checkpoint that needs them does not choose what is imported."""
+    pairs = [text.partition("=") for text in arguments.set]
+    return [value for name, _, value in pairs if name.strip() == "plugins"]
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
@@ -172,15 +182,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     import torch
 
     from . import pipeline, report, speed
-    from .pipeline import evaluate, extras, load_model, override, progress
+    from .pipeline import evaluate, extras, load_model, progress, recipe_to_evaluate
 
     extras.require()
-    _import_plugins(arguments)
     for text in arguments.set:
         if text.partition(".")[0] in ("model", *pipeline.STAGES):
             raise ValueError(f"--set {text}: the model is made already; evaluate takes keys of data, attack and evaluate")
-    _, recipe, _ = load_model(arguments.checkpoint)
-    recipe = override(recipe, _overrides(arguments))
+    recipe = recipe_to_evaluate(arguments.checkpoint, _overrides(arguments), _plugins(arguments))
     device = pipeline.pick_device(recipe.device)
     data = pipeline.open_data(recipe)
     if arguments.engine == "sparse" and device.type != "cpu":
@@ -214,12 +222,10 @@ def _profile(arguments: argparse.Namespace) -> int:
     if not arguments.checkpoint:
         raise ValueError("profile: expected CHECKPOINT or --calibrate")
     from . import pipeline
-    from .pipeline import extras, load_model, override
+    from .pipeline import extras, load_model, recipe_to_evaluate
 
     extras.require()
-    _import_plugins(arguments)
-    _, recipe, _ = load_model(arguments.checkpoint)
-    data = pipeline.open_data(override(recipe, _overrides(arguments)))
+    data = pipeline.open_data(recipe_to_evaluate(arguments.checkpoint, _overrides(arguments), _plugins(arguments)))
     model, _, _ = load_model(arguments.checkpoint, data=data)
     report.print_profile(speed.profile(model, torch.rand(arguments.batch, *data.shape)), arguments.batch)
     return 0
@@ -256,8 +262,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"s2ap: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_refuse(f"{message[: LONGEST // 2]} (see {self.prog} --help)"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -300,8 +305,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
+    if not text.isdecimal() or len(text) > 6 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to 999999, got {text}")
     return int(text)
 
 

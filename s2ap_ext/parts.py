@@ -43,6 +43,7 @@ PACKAGES = {
     "model": "s2ap_ext.models",
 }
 ENTRY_POINTS = "s2ap_ext.parts"
+OWN = r"[^\W\d][\w.]*:[^\W\d]\w*"  # package.module:attribute, the names of parts that a user's own module defines
 
 _registered: dict[tuple[str, str], type[Part]] = {}
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .pipeline import checkpoint
 from .pipeline.extras import optional
-from .pipeline.run_folder import METRICS, RESULTS, read_metrics
+from .pipeline.run_folder import read_metrics, read_results
 
 if TYPE_CHECKING:
     from .speed import Latency, Measured
@@ -17,23 +16,6 @@ if TYPE_CHECKING:
 # A palette that colour-blind readers can tell apart (Okabe and Ito).
 COLOURS = {"pretrain": "#0072B2", "prune": "#D55E00", "finetune": "#009E73"}
 GREY = "#777777"
-
-
-def read_results(run_dir: str | Path) -> dict[str, Any]:
-    """The results.json of a finished run.
-
-    Raises:
-        ValueError: no such folder, a run that has not finished, or a file that is not JSON.
-    """
-    path = Path(run_dir) / RESULTS
-    if not path.is_file():
-        if (Path(run_dir) / METRICS).is_file():
-            raise ValueError(f"{run_dir}: the run has not finished; go on with: s2ap run --resume {run_dir}")
-        raise ValueError(f"{run_dir}: not the folder of a run (no {RESULTS} in it)")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -112,7 +94,7 @@ def write_plots(run_dir: str | Path) -> list[Path]:
     """Draws curves.png into ``run_dir``; where the run pruned mask_distance.png and density.png, and where with S2AP perturbation.png.
 
     Raises:
-        ValueError: as :func:`read_results`; a metrics.jsonl that is not JSON.
+        ValueError: as :func:`read_results` and :func:`read_metrics`.
     """
     run_dir, results = Path(run_dir), read_results(run_dir)
     records = [record for record in read_metrics(run_dir) if "epoch" in record]

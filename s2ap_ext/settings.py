@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import re
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import field, fields
@@ -19,6 +20,7 @@ T = TypeVar("T")
 Texts = tuple[str, ...]
 SANE = 1000
 NUMBER_OR_TEXT = float | str
+LARGEST = 1e9  # of a key that says nothing else: what is larger is a slip, and overflows somewhere
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Texts: "a list of texts"}
 
 
@@ -41,9 +43,10 @@ def key(
     default: Any,
     help: str,
     *,
-    low: float = -math.inf,
-    high: float = math.inf,
+    low: float = -LARGEST,
+    high: float = LARGEST,
     choices: Iterable[str] = (),
+    pattern: str = "",
     parse: Callable[[str], object] | None = None,
 ) -> Any:
     """One field of a settings class: its default, what it means, and the values it may take.
@@ -53,9 +56,10 @@ def key(
         help: the meaning, in words that a help page shows.
         low, high: the smallest and the largest number allowed.
         choices: the texts allowed; none means any.
+        pattern: a regular expression that a text must match as a whole; none means any text.
         parse: for a key of float | str, what reads the texts that are no numbers. It raises ValueError, saying what was expected and got.
     """
-    about = {"help": help, "low": low, "high": high, "choices": tuple(choices), "parse": parse}
+    about = {"help": help, "low": low, "high": high, "choices": tuple(choices), "pattern": pattern, "parse": parse}
     return field(default=default, metadata=about)
 
 
@@ -111,14 +115,16 @@ def value_of(cls: type, name: str, value: Any, where: str) -> Any:
         return value
     kind = float if kind == NUMBER_OR_TEXT else kind
     if kind == Texts or type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"{where}: expected {WORDS[kind]}, got {_shown(got)}")
+        raise ValueError(f"{where}: expected {WORDS[kind]}, got {shown(got)}")
     if allowed["choices"] and value not in allowed["choices"]:
-        raise ValueError(f"{where}: expected one of {', '.join(allowed['choices'])}, got {_shown(got)}{nearest(value, allowed['choices'])}")
+        raise ValueError(f"{where}: expected one of {', '.join(allowed['choices'])}, got {shown(got)}{nearest(value, allowed['choices'])}")
+    if allowed["pattern"] and not re.fullmatch(allowed["pattern"], value):
+        raise ValueError(f"{where}: expected a text that matches {allowed['pattern']}, got {shown(got)}")
     if kind in (int, float) and not allowed["low"] <= value <= allowed["high"]:
         # Upper bounds from here on only keep absurd values out: they explain nothing about one that is too small.
         no_bound = allowed["high"] >= SANE and value < allowed["low"]
         bound = f">= {allowed['low']:.15g}" if no_bound else f"in [{allowed['low']:.15g}, {allowed['high']:.15g}]"
-        raise ValueError(f"{where}: expected {WORDS[kind]} {bound}, got {_shown(value)}")
+        raise ValueError(f"{where}: expected {WORDS[kind]} {bound}, got {shown(value)}")
     return value
 
 
@@ -151,14 +157,18 @@ def _typed(text: str, kind: type) -> Any:
 
 def _number(value: str | int) -> float | str:
     """A float from an integer, a number in text, or a fraction such as ``"8/255"``; the text itself if it is none."""
-    numerator, slash, denominator = str(value).partition("/")
+    if isinstance(value, int):
+        return float(value) if abs(value) < 2**1000 else math.inf
+    numerator, slash, denominator = value.partition("/")
     try:
         return float(numerator) / float(denominator) if slash else float(numerator)
-    except (ValueError, ZeroDivisionError, OverflowError):
+    except (ValueError, ZeroDivisionError):
         return str(value)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """``value`` for a message, cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 14_000:  # Python refuses to write more than 4,300 digits
+        return f"one of {value.bit_length()} bits"
     text = repr(str(value)) if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -16,6 +16,7 @@ from s2ap_ext.nn import pruned_layers
 from s2ap_ext.parts import find, make, names, register
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, load_recipe, new_model, open_data, prune, reproducible, run
 from s2ap_ext.pipeline.model_file import make_sparse
+from s2ap_ext.pipeline.run_folder import read_metrics
 from s2ap_ext.sparsity import kept_count
 
 FIXTURES = json.loads((Path(__file__).parent / "data/fixtures.json").read_text())
@@ -54,7 +55,7 @@ def start(*overrides):
 
 
 def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder)
 
 
 def same(a, b):

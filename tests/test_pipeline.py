@@ -9,6 +9,7 @@ import torch
 from s2ap_ext import backend
 from s2ap_ext.nn import pruned_layers
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, checkpoint, evaluate, load_model, load_recipe, new_model, open_data, run
+from s2ap_ext.pipeline.run_folder import read_metrics
 from s2ap_ext.sparsity import kept_count
 
 SMALL = [
@@ -51,7 +52,7 @@ def after(times):
 def same_results(a, b):
     for name in MODELS:
         assert (a / f"{name}.safetensors").read_bytes() == (b / f"{name}.safetensors").read_bytes(), name
-    timeless = [[{**json.loads(line), "seconds": 0} for line in (p / "metrics.jsonl").read_text().splitlines()] for p in (a, b)]
+    timeless = [[{**record, "seconds": 0} for record in read_metrics(p)] for p in (a, b)]
     assert timeless[0] == timeless[1]
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from s2ap_ext import report
+from s2ap_ext.pipeline.records import sealed
 from s2ap_ext.speed import Latency
 
 ROWS = [
@@ -21,7 +22,7 @@ def epoch(stage, number, **more):
 
 @pytest.fixture
 def run_dir(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "results.json").write_text(json.dumps(sealed(RESULTS, tmp_path)))
     records = [
         epoch("pretrain", 1),
         epoch("pretrain", 2),
@@ -29,7 +30,7 @@ def run_dir(tmp_path):
         {"stage": "evaluate"},
         epoch("finetune", 1),
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(sealed(r, tmp_path)) + "\n" for r in records))
     return tmp_path
 
 
@@ -87,8 +88,8 @@ def test_curves_show_every_epoch_once():
 
 
 def test_a_dense_model_alone_has_no_mask_to_plot(run_dir):
-    (run_dir / "results.json").write_text(json.dumps(RESULTS | {"rows": ROWS[:1], "density": {}}))
-    (run_dir / "metrics.jsonl").write_text(json.dumps(epoch("pretrain", 1)) + "\n")
+    (run_dir / "results.json").write_text(json.dumps(sealed(RESULTS | {"rows": ROWS[:1], "density": {}}, run_dir)))
+    (run_dir / "metrics.jsonl").write_text(json.dumps(sealed(epoch("pretrain", 1), run_dir)) + "\n")
     assert [path.name for path in report.write_plots(run_dir)] == ["curves.png"]
 
 

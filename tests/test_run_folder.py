@@ -10,6 +10,7 @@ import time
 import pytest
 
 from s2ap_ext.pipeline import RunFolder, load_recipe
+from s2ap_ext.pipeline.records import sealed
 from s2ap_ext.pipeline.run_folder import LOCK, read_metrics
 
 TINY = ["model.width=2", "data.train_size=64", "data.test_size=16", "attack.steps=1", "evaluate.steps=1", "evaluate.images_per_epoch=8"]
@@ -61,8 +62,8 @@ def test_what_a_killed_process_left_is_removed_or_made_use_of(tmp_path):
 
 @pytest.mark.parametrize("line", ["[]", "3", "null", '{"epoch": 1}', "[" * 5000, "\x00"])
 def test_records_that_are_none_are_named(line, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"stage": "prune"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: (not JSON|expected an object with a stage)"):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(sealed({"stage": "prune"}, tmp_path)) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: (not JSON|expected an object with a checksum)"):
         read_metrics(tmp_path)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..parts import Part, attribute, call_own, register
+from ..parts import OWN, Part, attribute, call_own, register
 from .base import Data, Dataset, Split
 
 
-@register("package.module:attribute", pattern=r"\w[\w.]*:\w+")
+@register("package.module:attribute", pattern=OWN)
 class OwnData(Data):
     """What an importable module defines: a class derived from :class:`Data`, or a function () -> Dataset."""
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import check_tensors
 from ..nn import Pruned, pruned_layers
 from ..parts import register
 from ..reference import WEIGHT, WINDOW
@@ -145,6 +146,7 @@ class Harp(Method):
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        check_tensors(state, self.state(), "method harp: not a state of its own")
         self._rates.copy_(state["rates"])
         self._before.copy_(state["before"])
         self._settled.copy_(state["settled"])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import check_tensors
 from ..nn import Pruned
 from ..parts import register
 from ..settings import key
@@ -77,5 +78,6 @@ class Movement(Method):
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        check_tensors(state, self.state(), "method movement: not a state of its own")
         for i, accumulated in enumerate(self._accumulated.values()):
             accumulated.copy_(state[str(i)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from ..parts import Part
@@ -27,6 +28,20 @@ class Model(Part, ABC):
         Raises:
             ValueError: a size below 1.
         """
+
+    def count_parameters(self, *, num_classes: int, in_channels: int) -> int:
+        """How many parameters :meth:`build` makes, found without memory for them.
+
+        It builds on torch's meta device. A class whose ``build`` cannot run there overrides this.
+
+        Raises:
+            ValueError: as :meth:`build`; sizes whose products overflow.
+        """
+        try:
+            with torch.device("meta"):
+                return sum(p.numel() for p in self.build(num_classes=num_classes, in_channels=in_channels).parameters())
+        except RuntimeError as error:
+            raise ValueError(f"model {self.name}: {self.settings} has too many parameters to count ({error})") from None
 
 
 def check_positive(**sizes: int) -> None:

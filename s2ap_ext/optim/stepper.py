@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..nn.layers import pruned_layers
 from ..nn.selection import check_scores
+from ..settings import shown
 
 
 class Stepper(ABC):
@@ -134,14 +135,17 @@ class Stepper(ABC):
         """Takes what :meth:`state_tensors` returned. The groups stay as they are.
 
         Raises:
-            ValueError: a name that does not belong to a parameter of the base optimizer.
+            ValueError: a name that does not belong to a parameter of the base optimizer, or a tensor that has not its shape.
         """
-        count = sum(len(group["params"]) for group in self.param_groups)
+        parameters = [p for group in self.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             index, _, entry = name.partition(".")
-            if not (index.isdecimal() and int(index) < count and entry):
-                raise ValueError(f"optimizer state: expected index.name with an index below {count}, got {name!r}")
+            if not (index.isdecimal() and len(index) < 10 and int(index) < len(parameters) and entry):
+                raise ValueError(f"optimizer state: expected index.name with an index below {len(parameters)}, got {shown(name)}")
+            shape = torch.Size() if entry == "step" else parameters[int(index)].shape  # torch's optimizers count steps in scalars
+            if value.shape != shape:
+                raise ValueError(f"optimizer state: expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}")
             state.setdefault(int(index), {})[entry] = value
         self.base_optimizer.load_state_dict({"state": state, "param_groups": self.base_optimizer.state_dict()["param_groups"]})
 

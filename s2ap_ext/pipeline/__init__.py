@@ -1,6 +1,6 @@
 """The whole job as readable functions: recipes, stages, and the folder of a run."""
 
-from .model_file import check_prunable, load_model, new_model, pick_device, start_from
+from .model_file import check_prunable, load_model, new_model, pick_device, recipe_to_evaluate, start_from
 from .plan import STAGES, plan
 from .recipe import known_recipes, load_recipe, override
 from .run_folder import RunFolder
@@ -29,6 +29,7 @@ __all__ = [
     "plan",
     "pretrain",
     "prune",
+    "recipe_to_evaluate",
     "reproducible",
     "run",
     "start_from",

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from .. import parts
 from ..data import Dataset, seeded_generator
 from ..methods import Method
 from . import checkpoint
 from .plan import STAGES, stage_before
-from .recipe import from_table, to_table
-from .sections import Recipe
+from .recipe import from_table, load_recipe, override, to_table
+from .sections import Chosen, Recipe
+
+MOST = 65_536  # channels and classes that a checkpoint may ask for
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,7 +32,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device: cannot use {name!r} ({str(error).splitlines()[0]})") from None
     if device.type == "meta":
         raise ValueError("device: expected one that holds data, got 'meta'")
@@ -35,7 +40,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
-    """The recipe's model for ``data``, untrained, on the recipe's device."""
+    """The recipe's model for ``data``, untrained, on the recipe's device.
+
+    Raises:
+        ValueError: a model that is larger than this machine's memory.
+    """
+    count = recipe.model.make().count_parameters(**_shape(data))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * count > memory:
+        keys = ", ".join(f"model.{f.name}" for f in fields(recipe.model.settings)) or "model"
+        raise ValueError(
+            f"{keys}: expected a model that fits this machine's {memory / 2**30:.1f} GiB of memory, got one of {count:,} parameters"
+        )
     return _build(recipe, recipe.seed, _shape(data)).to(pick_device(recipe.device))
 
 
@@ -89,31 +105,75 @@ def save_model(path: Path, model: nn.Module, name: str, recipe: Recipe, run: str
     checkpoint.save(path, model.state_dict(), about)
 
 
-def load_model(path: str | Path, *, data: Dataset | None = None, device: torch.device | str = "cpu") -> tuple[nn.Module, Recipe, str]:
+def load_model(
+    path: str | Path, *, data: Dataset | None = None, device: torch.device | str = "cpu", plugins: Iterable[str] = ()
+) -> tuple[nn.Module, Recipe, str]:
     """The model of a checkpoint, sparse if it was, the recipe that made it, and which model it is (dense, pruned or finetuned).
 
     Args:
-        path: the checkpoint. It may need plugins, which must have been imported before.
+        path: the checkpoint.
         data: images that the model must fit, by the number of their channels and classes.
         device: where the model goes.
+        plugins: modules that the checkpoint may use besides those that recipes read before have named; they are imported. A checkpoint
+            may have been written by somebody else, so it does not choose itself what is imported or called.
 
     Raises:
-        ValueError: no such file; a truncated or foreign file; one that holds no model; a model that does not fit ``data``; a plugin that
-            was not imported.
+        ValueError: no such file; a truncated or foreign file; one that holds no model; a model that does not fit ``data``; a module that
+            is not among ``plugins``.
     """
-    tensors, about = checkpoint.load(path)
-    if not isinstance(about, dict) or not {"shape", "recipe", "model"} <= about.keys():
-        stage = about.get("stage") if isinstance(about, dict) else None
-        raise ValueError(f"checkpoint {path}: expected a model, found {f'the state of the stage {stage}' if stage else 'something else'}")
-    shape, recipe = about["shape"], from_table(about["recipe"], f"checkpoint {path}", import_plugins=False)
+    tensors, about, recipe = _read(path, plugins)
+    shape = about["shape"]
     if data is not None and shape != _shape(data):
         text = "{in_channels} channels and {num_classes} classes"
         raise ValueError(f"checkpoint {path}: the model is for {text.format(**shape)}, {data.name} has {text.format(**_shape(data))}")
-    model = _build(recipe, 0, shape)
-    if about["model"] != "dense":
-        make_sparse(model, recipe)
+    held = sum(t.numel() for t in tensors.values())
+    try:
+        # Compared before anything is made, so that a file of some bytes cannot ask for a model of any size.
+        if (count := recipe.model.make().count_parameters(**shape)) > held:
+            raise ValueError(f"does not fit the model: it has {count:,} parameters, and the file holds {held:,} numbers")
+        model = _build(recipe, 0, shape)
+        if about["model"] != "dense":
+            make_sparse(model, recipe)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from None
     checkpoint.load_state(model, tensors, path)
     return model.to(device), recipe, about["model"]
+
+
+def recipe_to_evaluate(path: str | Path, overrides: Iterable[str] = (), plugins: Iterable[str] = ()) -> Recipe:
+    """The recipe of the checkpoint ``path`` with ``overrides``, for measuring its model.
+
+    A checkpoint may have been written by somebody else, so it does not choose what is read: of its data section, the name of a set whose
+    images come with a package is taken, but neither a set of the hub nor a folder, unless ``overrides`` name one of the two.
+
+    Raises:
+        ValueError: as :func:`load_model` and :func:`override`; data that ``overrides`` must name.
+    """
+    _, _, recipe = _read(path, plugins)
+    source = recipe.data.source
+    if parts.find("data", source.name).pattern or fields(source.settings):
+        if not {text.partition("=")[0].strip() for text in overrides} & {"data", "data.name", "data.dir"}:
+            raise ValueError(
+                f"checkpoint {path}: its images are those of {source.name}; to read them, add --data-dir DIR or --set data.name={source.name}"
+            )
+        recipe = replace(recipe, data=replace(recipe.data, source=Chosen.of("data", source.name)))
+    return override(recipe, overrides)
+
+
+def _read(path: str | Path, plugins: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any], Recipe]:
+    """What the checkpoint ``path`` holds: tensors, the checked header, and the recipe in it."""
+    load_recipe("digits", [f"plugins={','.join(plugins)}"])
+    tensors, about = checkpoint.load(path)
+    if not {"shape", "recipe", "model"} <= about.keys():
+        found = f"the state of the stage {about['stage']!s:.80}" if "stage" in about else "something else"
+        raise ValueError(f"checkpoint {path}: expected a model, found {found}")
+    shape = about["shape"]
+    is_shape = isinstance(shape, dict) and sorted(shape) == ["in_channels", "num_classes"]
+    if not is_shape or not all(type(value) is int and 1 <= value <= MOST for value in shape.values()):
+        raise ValueError(f"checkpoint {path}: shape: expected in_channels and num_classes from 1 to {MOST}, got {str(shape)[:80]}")
+    if about["model"] not in STAGES.values():
+        raise ValueError(f"checkpoint {path}: model: expected one of {', '.join(STAGES.values())}, got {str(about['model'])[:80]}")
+    return tensors, about, from_table(about["recipe"], f"checkpoint {path}", import_plugins=False)
 
 
 def start_from(recipe: Recipe, stage: str, path: str | Path, data: Dataset) -> Recipe:

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import parts
-from ..settings import Text, check, explained, nearest, read, types_of, value_of
+from ..settings import Text, check, explained, nearest, read, shown, types_of, value_of
 from .extras import optional
 from .sections import Chosen, Recipe
+
+_own_modules: set[str] = set()  # that recipes of the user's have named, so that those of others may use them
 
 # ------------------------------------------------------------------------------------------------------------ reading and writing
 
@@ -50,11 +52,11 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         text, where = _text_of(Path(source)), name
     else:
         known = known_recipes()
-        raise ValueError(f"recipe: expected one of {', '.join(known)} or the path of a TOML file, got {name!r}{nearest(name, known)}")
+        raise ValueError(f"recipe: expected one of {', '.join(known)} or the path of a TOML file, got {shown(name)}{nearest(name, known)}")
     toml = optional("tomllib", or_else="tomli")
     try:
         table = toml.loads(text)
-    except (toml.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a TOMLDecodeError is a ValueError, as is what a number of 5,000 digits brings
         raise ValueError(f"{where}: not a TOML file ({error})") from None
     return from_table(_with_overrides(table, overrides), where)
 
@@ -70,15 +72,24 @@ def from_table(table: dict[str, Any], where: str = "recipe", *, import_plugins: 
     """The recipe that nested dictionaries (parsed TOML or JSON) describe; errors as in :func:`load_recipe`, starting with ``where``.
 
     Args:
-        import_plugins: False for a table that somebody else wrote: it may then name only modules that were imported before.
+        import_plugins: False for a table that somebody else may have written: it may then name only modules that another recipe has
+            named which was read without this, and nothing is imported.
     """
+    try:
+        return _from_table(table, where, import_plugins)
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply for a recipe") from None
+
+
+def _from_table(table: Any, where: str, import_plugins: bool) -> Recipe:
     plugins = value_of(Recipe, "plugins", table.get("plugins", ()), f"{where}: plugins") if isinstance(table, dict) else ()
     if import_plugins:
         for module in plugins:
             _import_plugin(module, where)
+        _own_modules.update(_modules_named(table))
     else:
         for module in (*plugins, *_modules_named(table)):
-            if module not in sys.modules:
+            if module not in _own_modules:
                 raise ValueError(f"{where}: needs the plugin {module}; to import that module, add --set plugins={module}")
     return _section(Recipe, table, "", where)
 
@@ -87,7 +98,7 @@ def _modules_named(table: Any) -> list[str]:
     """The modules in the names of parts of the form ``package.module:attribute``, wherever they stand in ``table``."""
     if isinstance(table, dict):
         return [module for value in table.values() for module in _modules_named(value)]
-    return [table.partition(":")[0]] if isinstance(table, str) and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", table) else []
+    return [table.partition(":")[0]] if isinstance(table, str) and re.fullmatch(parts.OWN, table) else []
 
 
 def override(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
@@ -116,7 +127,7 @@ def explained_keys() -> list[tuple[str, str]]:
 def _section(cls: type, table: Any, prefix: str, where: str) -> Any:
     """The dataclass ``cls`` filled from ``table``, each value checked."""
     if not isinstance(table, dict):
-        raise ValueError(f"{where}: {prefix.rstrip('.')}: expected a section, got {str(table)[:80]}")
+        raise ValueError(f"{where}: {prefix.rstrip('.') or 'recipe'}: expected a section, got {shown(table)}")
     table, values, types = dict(table), {}, types_of(cls)
     flat = next((f for f in fields(cls) if f.metadata.get("flat")), None)
     own = [f for f in fields(cls) if f is not flat]
@@ -145,7 +156,7 @@ def _chosen(about: typing.Mapping[str, Any], value: Any, path: str, where: str, 
     label = f"{where}: {path}.name" if isinstance(value, dict) else f"{where}: {path}"
     label = name.where if isinstance(name, Text) else label
     if not isinstance(name, str):
-        raise ValueError(f"{label}: expected a text, got {name!r}")
+        raise ValueError(f"{label}: expected a text, got {shown(name)}")
     try:
         cls = parts.find(about["kind"], str(name))
     except ValueError as error:
@@ -203,8 +214,8 @@ def _with_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str
         path, equals, value = text.partition("=")
         path = path.strip()
         if not equals:
-            raise ValueError(f"--set {text}: expected section.key=value")
-        pairs.append((path, Text(value.strip(), f"--set {path}")))
+            raise ValueError(f"--set {text:.100}: expected section.key=value")
+        pairs.append((path, Text(value.strip(), f"--set {path:.100}")))
     for path, value in pairs:
         if path == "plugins":  # another key may belong to a part that a plugin registers
             for module in value_of(Recipe, "plugins", value, "plugins"):
@@ -253,3 +264,4 @@ def _import_plugin(module: str, where: str) -> None:
         importlib.import_module(module)
     except Exception as error:  # whatever the module raises
         raise ValueError(f"{where}: cannot import the plugin {module} ({type(error).__name__}: {error})") from error
+    _own_modules.add(module)

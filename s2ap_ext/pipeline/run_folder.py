@@ -28,10 +28,12 @@ from torch import Tensor
 
 from . import checkpoint
 from .extras import optional
+from .plan import STAGES
 from .recipe import load_recipe, to_toml
+from .records import CONFIG, sealed, unsealed
 from .sections import Recipe
 
-CONFIG, METRICS, RESULTS, LOCK = "config.toml", "metrics.jsonl", "results.json", ".lock"
+METRICS, RESULTS, LOCK = "metrics.jsonl", "results.json", ".lock"
 STATE, STATE_BEFORE = "state.safetensors", "state-before.safetensors"
 
 
@@ -75,8 +77,14 @@ class RunFolder:
             ValueError: as :func:`read_recipe` and :func:`read_metrics`; another process works in it.
         """
         read_recipe(path)
-        lock = _lock(Path(path))
-        return cls(Path(path), lock, read_metrics(path))
+        path = Path(path)
+        lock = _lock(path)
+        try:
+            return cls(path, lock, read_metrics(path))
+        except BaseException:
+            (path / LOCK).unlink(missing_ok=True)
+            lock.close()
+            raise
 
     def __enter__(self) -> RunFolder:
         return self
@@ -97,11 +105,15 @@ class RunFolder:
         """
         place = (record["stage"], record.get("epoch"), record.get("model"))
         self.records = [r for r in self.records if (r["stage"], r.get("epoch"), r.get("model")) != place] + [record]
-        checkpoint.write_text(self.path / METRICS, "".join(json.dumps(r) + "\n" for r in self.records))
+        checkpoint.write_text(self.path / METRICS, "".join(json.dumps(sealed(r, self.path)) + "\n" for r in self.records))
         for name, value in record.items():
             if isinstance(value, float):
                 self._writer.add_scalar(f"{record.get('model', record['stage'])}/{name}", value, record.get("epoch", 0))
         self._writer.flush()
+
+    def save_results(self, results: dict[str, Any]) -> None:
+        """Writes results.json."""
+        checkpoint.write_text(self.path / RESULTS, json.dumps(sealed(results, self.path), indent=2) + "\n")
 
     def save_state(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         """Writes state.safetensors; the one before it is kept beside it."""
@@ -135,6 +147,8 @@ class RunFolder:
             tensors, about = checkpoint.load(before)
         if not {"stage", "progress", "run"} <= about.keys():
             raise ValueError(f"checkpoint {path}: expected the state of a stage, found something else")
+        if about["stage"] not in list(STAGES):
+            raise ValueError(f"checkpoint {path}: stage: expected one of {', '.join(STAGES)}, got {str(about['stage'])[:80]}")
         check_run(path, about, run)
         return tensors, about, path
 
@@ -172,16 +186,26 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     file = Path(path) / METRICS
     if not file.is_file():
         return []
-    records = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{file}, line {number}: not JSON ({error})") from None
-        if not isinstance(record, dict) or not isinstance(record.get("stage"), str):
-            raise ValueError(f"{file}, line {number}: expected an object with a stage, got {line[:80]}")
-        records.append(record)
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = [unsealed(line, Path(path), f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+    for number, record in enumerate(records, 1):
+        if not isinstance(record.get("stage"), str):
+            raise ValueError(f"{file}, line {number}: expected an object with a stage, got {lines[number - 1][:80]}")
     return records
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """The results.json of a finished run.
+
+    Raises:
+        ValueError: no such folder, a run that has not finished, or a file that is not as the run wrote it.
+    """
+    file = Path(path) / RESULTS
+    if not file.is_file():
+        if (Path(path) / METRICS).is_file():
+            raise ValueError(f"{path}: the run has not finished; go on with: s2ap run --resume {path}")
+        raise ValueError(f"{path}: not the folder of a run (no {RESULTS} in it)")
+    return unsealed(file.read_text(encoding="utf-8", errors="replace"), Path(path), str(file))
 
 
 def _lock(path: Path) -> IO[str]:

@@ -22,7 +22,7 @@ from ..speed import latency
 from . import checkpoint, progress
 from .model_file import load_model, new_model, pick_device, save_model
 from .plan import STAGES, plan, stage_before
-from .run_folder import RESULTS, check_run
+from .run_folder import check_run
 from .sections import Recipe
 from .stages import TRAIN
 from .trainer import Session, Stopped, evaluation_attack, seed
@@ -79,7 +79,7 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
         results = {"recipe": recipe.name, "attack": describe_attack(recipe), "images": rows[-1]["images"], "rows": rows, "density": layers}
         if pruned_layers(model) and next(model.parameters()).device.type == "cpu" and backend().cpu == "C++":
             results["latency"] = [asdict(row) for row in latency(model, session.data.shape)]
-    checkpoint.write_json(folder.path / RESULTS, results)
+    folder.save_results(results)
     return rows
 
 

@@ -127,7 +127,7 @@ class Evaluate:
 class Recipe:
     """A complete, valid recipe. ``Recipe()`` holds the defaults."""
 
-    name: str = key("recipe", "what the run is called")
+    name: str = key("recipe", "what the run is called, and its folder in runs/", pattern=r"\w[\w .+-]{0,99}")
     plugins: tuple[str, ...] = key((), "modules to import first, for the parts that they register")
     seed: int = key(0, "everything random follows from it", low=0, high=2**32 - 1)
     device: str = key("auto", "auto (CUDA where there is a device), or a torch device such as cpu or cuda:1")

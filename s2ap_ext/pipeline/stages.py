@@ -12,6 +12,7 @@ from ..analysis import layer_masks, mask_distance
 from ..methods import Method
 from ..nn import pruned_layers, train_weights
 from ..optim import AWP, S2AP, Plain, Stepper
+from .checkpoint import check_tensors
 from .model_file import make_sparse
 from .sections import Training
 from .trainer import Callbacks, Session, Trainer
@@ -102,6 +103,9 @@ class Search(Callbacks):
         def under(part: str) -> dict[str, Tensor]:
             return {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
 
+        own = {name: tensor for name, tensor in state.items() if not name.startswith("method/")}
+        masks = {f"mask/{name}": mask for name, mask in layer_masks(self.model).items()}
+        check_tensors(own, {**masks, "counts": torch.zeros(2, dtype=torch.int64)}, "mask search: not a state of its own")
         self.masks = under("mask/")
         self.steps, self.flips, self.passes = state["counts"].tolist()
         self.method.load_state(under("method/"))

@@ -14,7 +14,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ..data import Batches, Dataset, Split, seeded_generator
 from ..losses import Loss
 from ..nn import refresh
 from ..optim import Stepper
+from ..settings import shown
 from . import checkpoint, progress
 from .model_file import identity
 from .plan import number_of
@@ -98,6 +99,15 @@ class EpochProgress:
     loss: float = 0.0  # sum over images
     right: int = 0  # of the attacked training images
     seconds: float = 0.0
+
+    @classmethod
+    def read(cls, table: Any, epochs: int, batches: int) -> EpochProgress:
+        """What ``asdict`` gave; raises ValueError for anything that is no place in a stage of so many epochs of so many batches."""
+        types = {f.name: type(f.default) for f in fields(cls)}
+        fits = isinstance(table, dict) and table.keys() == types.keys() and all(type(table[name]) is types[name] for name in types)
+        if not fits or min(table.values()) < 0 or table["epoch"] > epochs or table["batch"] > batches:
+            raise ValueError(f"progress: expected a place within {epochs} epochs of {batches} batches, got {str(table)[:200]}")
+        return cls(**table)
 
 
 class Trainer:
@@ -295,7 +305,7 @@ class Trainer:
         for part, keeper in self._keepers().items():
             tensors |= {f"{part}/{name}": t for name, t in keeper.state().items()}
         tensors |= {f"recent/{i}": images for i, images in enumerate(self.recent)}
-        about = {"stage": self.stage, "progress": asdict(self.progress), "run": self.session.identity}
+        about = {"stage": self.stage, "progress": asdict(self.progress), "run": self.session.identity, "tensors": sorted(tensors)}
         self.session.folder.save_state(tensors, about)
 
     def _restore(self) -> bool:
@@ -305,22 +315,38 @@ class Trainer:
             ValueError: a state of another run, or one that is damaged with none before it that is not.
         """
         tensors, about, path = self.session.folder.load_state(self.session.identity, self.session.show.say)
-        if about.get("stage") != self.stage:
+        if not about or number_of(about["stage"]) < self.number:  # that of the stage before, whose model is there
             return False
-        states: dict[str, dict[str, Tensor]] = {part: {} for part in ("model", "optimizer", "recent", *self._keepers())}
-        for name, tensor in tensors.items():
-            part, _, name = name.partition("/")
-            states[part][name] = tensor if part == "model" else tensor.to(self.device)
-        checkpoint.load_state(self.model, states["model"], path)
         try:
-            self.stepper.load_state_tensors(states["optimizer"])
+            if about["stage"] != self.stage:
+                raise ValueError(f"expected the state of {self.stage}, found the state of {about['stage']}")
+            self._take(tensors, about)
         except ValueError as error:
             raise ValueError(f"checkpoint {path}: {error}") from None
+        return self.progress.batch > 0
+
+    def _take(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Takes what :meth:`_store` wrote; raises ValueError for anything else."""
+        if different := sorted(tensors.keys() ^ set(map(str, about.get("tensors") or ()))):
+            raise ValueError(f"expected the tensors that its header lists, but only one of both has {shown(different[0])}")
+        states: dict[str, dict[str, Tensor]] = {part: {} for part in ("model", "optimizer", "recent", *self._keepers())}
+        for full_name, tensor in tensors.items():
+            part, _, name = full_name.partition("/")
+            if part not in states:
+                raise ValueError(f"expected tensors of {', '.join(states)}, got {shown(full_name)}")
+            states[part][name] = tensor if part == "model" else tensor.to(self.device)
+        done = EpochProgress.read(about["progress"], self.settings.epochs, len(self.batches))
+        checkpoint.check_tensors(states["model"], self.model.state_dict(), "does not fit the model")
+        self.model.load_state_dict(states["model"])
+        self.stepper.load_state_tensors(states["optimizer"])
         for part, keeper in self._keepers().items():
             keeper.load_state(states[part])
-        self.recent.extend(states["recent"][str(i)] for i in range(len(states["recent"])))
-        self.progress = EpochProgress(**about["progress"])
-        return self.progress.batch > 0
+        recent, count = states["recent"], len(states["recent"])
+        shapes = {images.shape[1:] for images in recent.values()}
+        if recent.keys() != {str(i) for i in range(count)} or count > RECENT or shapes - {torch.Size(self.session.data.shape)}:
+            raise ValueError(f"recent: expected up to {RECENT} batches of images of shape {self.session.data.shape}, got something else")
+        self.recent.extend(recent[str(i)] for i in range(count))
+        self.progress = done
 
 
 def evaluation_attack(recipe: Recipe) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
