@@ -110,6 +110,11 @@ class S2AP(Perturbed):
         self._still = not any(values) or (self._budget is not None and self._budget.share == 0)
         self._gamma = torch.tensor(values, dtype=torch.float64)
 
+    def gammas(self) -> dict[str, float]:
+        return {} if self.plain else dict(zip(pruned_layers(self.model), self.gamma.tolist(), strict=True))
+
+    gammas.__doc__ = Perturbed.gammas.__doc__
+
     @property
     def flips(self) -> int:
         """Mask entries that the last perturbation flipped, over all layers; 0 after a plain step. Reading it waits for the device."""

@@ -47,6 +47,10 @@ class Stepper(ABC):
         """Mask entries that the last step's perturbation flipped, over all layers; 0 where the scores are not perturbed."""
         return 0
 
+    def gammas(self) -> dict[str, float]:
+        """By layer, the size of the perturbation of the scores; none where the present steps perturb no scores. Waits for the device."""
+        return {}
+
     def set_epoch(self, epoch: int, epochs: int | None = None) -> None:
         """Tells which epoch it is, counted from 0, and of how many, which some ascents want to know."""
         self.epoch, self.epochs = epoch, epochs

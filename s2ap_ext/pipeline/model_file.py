@@ -154,7 +154,8 @@ def recipe_to_evaluate(path: str | Path, overrides: Iterable[str] = (), plugins:
     if parts.find("data", source.name).pattern or fields(source.settings):
         if not {text.partition("=")[0].strip() for text in overrides} & {"data", "data.name", "data.dir"}:
             raise ValueError(
-                f"checkpoint {path}: its images are those of {source.name}; to read them, add --data-dir DIR or --set data.name={source.name}"
+                f"checkpoint {path}: its images are those of {source.name}; "
+                f"to read them, add --data-dir DIR or --set data.name={source.name}"
             )
         recipe = replace(recipe, data=replace(recipe.data, source=Chosen.of("data", source.name)))
     return override(recipe, overrides)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..analysis import layer_masks, mask_distance
 from ..methods import Method
-from ..nn import pruned_layers, train_weights
+from ..nn import train_weights
 from ..optim import AWP, S2AP, Plain, Stepper
 from .checkpoint import check_tensors
 from .model_file import make_sparse
@@ -85,11 +85,9 @@ class Search(Callbacks):
         return {**moved, **self._gamma(), **self.method.metrics()}
 
     def _gamma(self) -> dict[str, dict[str, float]]:
-        """S2AP's gamma of each layer, as it stands at the end of the epoch; nothing in an epoch of plain steps."""
-        if not isinstance(self.stepper, S2AP) or self.stepper.plain:
-            return {}
-        gammas = zip(pruned_layers(self.model), self.stepper.gamma.tolist(), strict=True)
-        return {"gamma": {name: float(f"{gamma:.4g}") for name, gamma in gammas}}
+        """The gamma of each layer, as it stands at the end of the epoch; nothing in an epoch of plain steps."""
+        gammas = self.stepper.gammas()
+        return {"gamma": {name: float(f"{gamma:.4g}") for name, gamma in gammas.items()}} if gammas else {}
 
     def state(self) -> dict[str, Tensor]:
         masks = {f"mask/{name}": mask for name, mask in self.masks.items()}
@@ -105,7 +103,7 @@ class Search(Callbacks):
 
         own = {name: tensor for name, tensor in state.items() if not name.startswith("method/")}
         masks = {f"mask/{name}": mask for name, mask in layer_masks(self.model).items()}
-        check_tensors(own, {**masks, "counts": torch.zeros(2, dtype=torch.int64)}, "mask search: not a state of its own")
+        check_tensors(own, {**masks, "counts": torch.zeros(3, dtype=torch.int64)}, "mask search: not a state of its own")
         self.masks = under("mask/")
         self.steps, self.flips, self.passes = state["counts"].tolist()
         self.method.load_state(under("method/"))

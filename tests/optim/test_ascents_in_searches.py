@@ -1,13 +1,13 @@
 """Every ascent in whole mask searches, as a recipe chooses it; and going on after a stop."""
 
 import itertools
-import json
 
 import pytest
 from helpers import assert_same_state
 
 from s2ap_ext.parts import names
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, load_recipe, new_model, open_data, prune, reproducible
+from s2ap_ext.pipeline.run_folder import read_metrics
 
 ASCENTS = [name for name in names("ascent") if not name.startswith("test-")]
 SMALL = [
@@ -33,7 +33,7 @@ def search(folder, *overrides, stop=lambda: False):
 
 
 def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(folder)
 
 
 @pytest.mark.parametrize("method", ["harp", "magnitude"])  # one that listens to gradients, and one whose optimizer holds no scores

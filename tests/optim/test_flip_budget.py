@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import math
 
 import pytest
@@ -16,6 +15,7 @@ from s2ap_ext._files import load, save
 from s2ap_ext.nn import pruned_layers, train_scores
 from s2ap_ext.optim import FlipBudget
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, load_recipe, new_model, open_data, prune, reproducible
+from s2ap_ext.pipeline.run_folder import read_metrics
 from s2ap_ext.reference import FLIPS, SIGNS
 
 SHARE = 0.06
@@ -317,10 +317,7 @@ def test_a_budget_in_a_search(gamma, method, tmp_path):
     with pytest.raises(Stopped):
         search(tmp_path / "stopped", *how, stop=lambda: next(count) == 8)  # in the middle of the last epoch
     assert_same_state(search(tmp_path / "stopped", *how), model)
-    runs = [
-        [json.loads(line) | {"seconds": 0} for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("run", "stopped")
-    ]
+    runs = [[record | {"seconds": 0} for record in read_metrics(tmp_path / name)] for name in ("run", "stopped")]
     assert runs[0] == runs[1]
     first, *others = runs[0]
     assert "gamma" not in first  # the warm-up

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...parts import register
 from ...settings import key
-from .base import Climb
-
-if TYPE_CHECKING:
-    from ..perturbed import Perturbed
+from .base import Climb, Step
 
 
 @register("adaptive")
@@ -43,7 +40,7 @@ class Adaptive(Climb):
         super().__init__(settings, **options)
         self._running: Tensor | None = None  # float64 [2], on the CPU: mean and variance
 
-    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+    def step(self, at: Step, backward: Callable[[], Tensor]) -> None:
         backward()
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in at.gradients().values()]
         q = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum().item()

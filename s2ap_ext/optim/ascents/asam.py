@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...parts import register
-from .base import Climb
-
-if TYPE_CHECKING:
-    from ..perturbed import Perturbed
+from .base import Climb, Step
 
 
 @register("asam")
@@ -29,7 +25,7 @@ class Asam(Climb):
         z = gamma * s.norm() * s**2 * g / ((s**2 * g).norm() + eps)
     """
 
-    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+    def step(self, at: Step, backward: Callable[[], Tensor]) -> None:
         backward()
         scores = at.perturbed_parameters()
         self.climb(at, backward, {name: _relative(scores[name]).square() * g for name, g in at.gradients().items()})

@@ -5,15 +5,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ...parts import Part
 from ...settings import key
 
-if TYPE_CHECKING:
-    from ..perturbed import Perturbed
+
+class Step(Protocol):
+    """What an ascent sees of the step in progress: a :class:`s2ap_ext.optim.Perturbed`, which explains each."""
+
+    gamma: Any
+    epoch: int | None
+    epochs: int | None
+    base_optimizer: torch.optim.Optimizer
+    given: Mapping[str, Tensor] | None
+
+    def move(self, along: Mapping[str, Tensor] | None = None, gamma: Any = None) -> None: ...
+
+    def unchanged(self) -> bool: ...
+
+    def gradients(self) -> dict[str, Tensor]: ...
+
+    def perturbed_parameters(self) -> dict[str, nn.Parameter]: ...
 
 
 class Ascent(Part, ABC):
@@ -27,7 +43,7 @@ class Ascent(Part, ABC):
     wants_gradients: ClassVar[bool] = False  # whether the caller of the optimizer's step has to give gradients, as ``at.given``
 
     @abstractmethod
-    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+    def step(self, at: Step, backward: Callable[[], Tensor]) -> None:
         """All of a step but its end. Called under ``torch.no_grad()``, and not in plain steps (warm-up, gamma 0).
 
         When it returns, the model is moved back, if it was moved, and the base optimizer steps with the gradients that are there.
@@ -70,7 +86,7 @@ class Climb(Ascent):
     class Settings:
         skip: bool = key(False, "leave the second pass out where no mask entry flipped and no score changed its sign")
 
-    def climb(self, at: Perturbed, backward: Callable[[], Tensor], along: Mapping[str, Tensor] | None = None) -> None:
+    def climb(self, at: Step, backward: Callable[[], Tensor], along: Mapping[str, Tensor] | None = None) -> None:
         """Moves ``along`` the gradients of the first backward (or others), and makes the second where it has something to tell."""
         at.move(along)
         if not (self.settings.skip and at.unchanged()):

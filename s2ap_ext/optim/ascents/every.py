@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...parts import register
 from ...settings import key
-from .base import Climb
-
-if TYPE_CHECKING:
-    from ..perturbed import Perturbed
+from .base import Climb, Step
 
 
 @register("every")
@@ -46,7 +43,7 @@ class Every(Climb):
         self._steps = 0
         self._across: dict[str, Tensor] = {}
 
-    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+    def step(self, at: Step, backward: Callable[[], Tensor]) -> None:
         backward()
         if self._steps % self.settings.k == 0:
             first = {name: g.clone() for name, g in at.gradients().items()}

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ...parts import register
-from .base import Ascent
-
-if TYPE_CHECKING:
-    from ..perturbed import Perturbed
+from .base import Ascent, Step
 
 
 @register("exact")
@@ -21,7 +17,7 @@ class Exact(Ascent):
     Source: Foret et al., arXiv 2010.01412; S2AP, arXiv 2510.18381.
     """
 
-    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+    def step(self, at: Step, backward: Callable[[], Tensor]) -> None:
         backward()
         at.move()
         backward()

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ...parts import register
 from ...settings import key
 from ...sparsity import kept_count
-from .base import Climb
-
-if TYPE_CHECKING:
-    from ..perturbed import Perturbed
+from .base import Climb, Step
 
 
 @register("late")
@@ -30,7 +26,7 @@ class Late(Climb):
     class Settings(Climb.Settings):
         share: float = key(0.2, "the share of the epochs, the last ones, that have second passes", low=0, high=1)
 
-    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+    def step(self, at: Step, backward: Callable[[], Tensor]) -> None:
         if at.epoch is None or at.epochs is None:
             raise RuntimeError("ascent late: call set_epoch(epoch, epochs) at the start of each epoch")
         backward()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from ...parts import register
 from ...settings import key
-from .base import Ascent
-
-if TYPE_CHECKING:
-    from ..perturbed import Perturbed
+from .base import Ascent, Step
 
 
 @register("momentum")
@@ -40,7 +37,7 @@ class Momentum(Ascent):
         super().__init__(settings, **options)
         self._sum: dict[str, Tensor] = {}
 
-    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+    def step(self, at: Step, backward: Callable[[], Tensor]) -> None:
         if self._sum:
             at.move({name: -v for name, v in self._sum.items()})
         backward()

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...parts import register
 from ...settings import key
-from .base import Ascent
-
-if TYPE_CHECKING:
-    from ..perturbed import Perturbed
+from .base import Ascent, Step
 
 
 @register("random")
@@ -33,7 +30,7 @@ class Random(Ascent):
         super().__init__(settings, **options)
         self._generator = torch.Generator().manual_seed(self.settings.seed)
 
-    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+    def step(self, at: Step, backward: Callable[[], Tensor]) -> None:
         at.move({name: torch.randn(p.shape, generator=self._generator).to(p) for name, p in at.perturbed_parameters().items()})
         backward()
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ...parts import register
-from .base import Ascent
-
-if TYPE_CHECKING:
-    from ..perturbed import Perturbed
+from .base import Ascent, Step
 
 
 @register("reuse")
@@ -40,7 +36,7 @@ class Reuse(Ascent):
 
     wants_gradients = True
 
-    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+    def step(self, at: Step, backward: Callable[[], Tensor]) -> None:
         if at.given is None:
             raise RuntimeError(
                 "ascent reuse: expected the gradients of an attack; call step(closure, along), with the along of "

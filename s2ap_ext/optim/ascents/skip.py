@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ...parts import register
-from .base import Ascent
-
-if TYPE_CHECKING:
-    from ..perturbed import Perturbed
+from .base import Ascent, Step
 
 
 @register("skip")
@@ -24,7 +20,7 @@ class Skip(Ascent):
     ``optimizer.passes`` tells how many passes a step made.
     """
 
-    def step(self, at: Perturbed, backward: Callable[[], Tensor]) -> None:
+    def step(self, at: Step, backward: Callable[[], Tensor]) -> None:
         backward()
         at.move()
         if not at.unchanged():
