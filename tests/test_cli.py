@@ -70,7 +70,7 @@ def test_run_prints_a_line_per_epoch_a_table_and_the_outcome(tmp_path, capsys):
         assert f" {100 * row['robust']:.1f} " in shown
         assert f" {100 * row['sparsity']:.1f} " in shown
     assert any(line.startswith("Finetuned at ") and "clean" in line and "robust" in line for line in lines)
-    for plot in ("curves.png", "mask_distance.png", "density.png"):
+    for plot in ("curves.png", "mask_distance.png", "density.png", "perturbation.png"):
         assert (tmp_path / "run" / plot).read_bytes().startswith(b"\x89PNG")
         assert plot in out
 
@@ -131,7 +131,7 @@ def test_report_draws_and_prints_again(finished, capsys):
         plot.unlink()
     assert main(["report", str(finished)]) == 0
     assert "finetuned" in capsys.readouterr().out
-    assert sorted(path.name for path in finished.glob("*.png")) == ["curves.png", "density.png", "mask_distance.png"]
+    assert sorted(path.name for path in finished.glob("*.png")) == ["curves.png", "density.png", "mask_distance.png", "perturbation.png"]
 
 
 @pytest.mark.skipif(s2ap_ext.backend().cpu != "C++", reason="without the kernels there is nothing to compare")
