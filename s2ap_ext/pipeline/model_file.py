@@ -150,12 +150,11 @@ def recipe_to_evaluate(path: str | Path, overrides: Iterable[str] = (), plugins:
         ValueError: as :func:`load_model` and :func:`override`; data that ``overrides`` must name.
     """
     _, _, recipe = _read(path, plugins)
-    source = recipe.data.source
+    source, overrides = recipe.data.source, list(overrides)
     if parts.find("data", source.name).pattern or fields(source.settings):
         if not {text.partition("=")[0].strip() for text in overrides} & {"data", "data.name", "data.dir"}:
-            raise ValueError(
-                f"checkpoint {path}: its images are those of {source.name}; to read them, add --data-dir DIR or --set data.name={source.name}"
-            )
+            way = f"add --data-dir DIR or --set data.name={source.name}"
+            raise ValueError(f"checkpoint {path}: its images are those of {source.name}; to read them, {way}")
         recipe = replace(recipe, data=replace(recipe.data, source=Chosen.of("data", source.name)))
     return override(recipe, overrides)
 
