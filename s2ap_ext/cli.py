@@ -69,7 +69,7 @@ def _train(arguments: argparse.Namespace, stage: str | None) -> int:
     from . import pipeline
     from .pipeline import RunFolder, Session, Stopped, extras, progress
     from .pipeline.model_file import adopt, model_before
-    from .pipeline.run_folder import read_recipe
+    from .pipeline.run_folder import check_space, read_recipe
 
     extras.require()
     start = getattr(arguments, "start", None)
@@ -82,17 +82,20 @@ def _train(arguments: argparse.Namespace, stage: str | None) -> int:
     before = model_before(recipe, stages[0])
     if arguments.resume:
         _refuse_with_resume(arguments)
+        check_space(arguments.resume, pipeline.check_prunable(recipe, data))
         folder = RunFolder.resume(arguments.resume)
     elif start and before is None:
         raise ValueError(f"--from: {stages[0]} of the method {recipe.prune.method.name} starts from an untrained model; leave it out")
     elif start:
         recipe = pipeline.start_from(recipe, stages[0], start, data)
-        pipeline.check_prunable(recipe, data)
-        folder = RunFolder.create(arguments.out or _free_folder(recipe.name), recipe)
+        path = arguments.out or _free_folder(recipe.name)
+        check_space(path, pipeline.check_prunable(recipe, data))
+        folder = RunFolder.create(path, recipe)
         adopt(start, folder.path / f"{before}.safetensors", recipe, data)
     elif before is None:
-        pipeline.check_prunable(recipe, data)
-        folder = RunFolder.create(arguments.out or _free_folder(recipe.name), recipe)
+        path = arguments.out or _free_folder(recipe.name)
+        check_space(path, pipeline.check_prunable(recipe, data))
+        folder = RunFolder.create(path, recipe)
     else:
         raise ValueError(f"{stages[0]}: expected --from CHECKPOINT, the {before} model to start from")
 

@@ -9,20 +9,14 @@ that loads must also run, forward and backward. Every case follows from the seed
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
-import json
 import math
-import os
 import random
 import struct
-import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
 from pathlib import Path
 
+import fuzzing
 import torch
 from engine_models import all_sparse, images, pruned
 
@@ -32,7 +26,6 @@ from s2ap_ext.engine.choice import lanes
 from s2ap_ext.sparse_reference import to_blocks
 
 EXPECTED = (RuntimeError, ValueError, TypeError)
-HANGS = 60  # seconds
 NUMBERS = [-1, 0, 1, 2, 3, 5, 7, 64, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**31), -(2**63)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.bool, torch.uint8]
 OTHER = [None, True, "x", 1.5, [], {}, [[[]]], [1, [2]], -1, 2**70, float("nan"), float("inf")]
@@ -311,44 +304,10 @@ def run_case(seed: int, case: int, bases: list[tuple[dict, dict]], path: Path) -
     return call(generator) if generator.random() < 0.7 else "file " + file(bases, path, generator)
 
 
-def work(seed: int, first: int, seconds: float, count: int) -> None:
-    """Tries cases from the first on, and writes the number of each before it begins, and at the end how many ended how."""
-    faulthandler.enable()
-    torch.set_num_threads(2)
-    bases, done = networks(), Counter()
-    end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder:
-        for case in range(first, first + count):
-            if time.monotonic() > end:
-                break
-            print(case, flush=True)
-            if case % 16 == 0 or case == first:  # which takes as long as a case
-                faulthandler.dump_traceback_later(HANGS, exit=True)
-            done[run_case(seed, case, bases, Path(folder) / "fuzzed.safetensors")] += 1
-    print(json.dumps(done), flush=True)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, help="only this one")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # the first case
-    options = parser.parse_args()
-    if options.worker is not None:
-        work(options.seed, options.worker, options.seconds, 1 if options.case is not None else sys.maxsize)
-        return 0
-    command = [sys.executable, __file__, "--seed", str(options.seed), "--seconds", str(options.seconds)]
-    command += ["--worker", str(options.case or 0)] + (["--case", str(options.case)] if options.case is not None else [])
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # threads that wait take no time from those of other processes
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
-    *cases, last = process.stdout.split("\n")[:-1] or [""]
-    if process.returncode == 0:
-        print(f"{len(cases)} executions: {', '.join(f'{n} {how}' for how, n in sorted(json.loads(last).items()))}")
-        return 0
-    print(f"case {last} failed with status {process.returncode}; again: {__file__} --seed {options.seed} --case {last}")
-    return 1
+def prepare(folder: Path):
+    bases = networks()
+    return lambda seed, case: run_case(seed, case, bases, folder / "fuzzed.safetensors")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fuzzing.main(__file__, __doc__, prepare))

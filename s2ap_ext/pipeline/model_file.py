@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from .plan import STAGES, stage_before
 from .recipe import from_table, load_recipe, override, to_table
 from .sections import Chosen, Recipe
 
+RECENT = 16  # batches of images, the last of an epoch, from which BatchNorm's statistics are taken anew
 MOST = 65_536  # channels and classes that a checkpoint may ask for
 
 
@@ -78,9 +80,18 @@ def make_sparse(model: nn.Module, recipe: Recipe, tell: Callable[[str], None] = 
     return method
 
 
-def check_prunable(recipe: Recipe, data: Dataset) -> None:
-    """Raises ValueError if the recipe's granularity or its excluded layers do not fit its model: before the hours of pretraining."""
-    make_sparse(new_model(recipe, data), recipe)
+def check_prunable(recipe: Recipe, data: Dataset) -> int:
+    """Raises ValueError if the recipe's granularity or its excluded layers do not fit its model: before the hours of pretraining.
+
+    Returns:
+        About how many bytes the files of a run take at most: three models and, while one is written, three states of up to three times
+        a pruned model (itself, its momentum and its average) and the last images.
+    """
+    model = new_model(recipe, data)
+    make_sparse(model, recipe)
+    pruned = sum(tensor.nbytes for tensor in model.state_dict().values())
+    images = 4 * math.prod(data.shape) * max(getattr(recipe, stage).batch_size for stage in STAGES)
+    return 3 * pruned + 3 * (3 * pruned + RECENT * min(images, 4 * data.train.images.numel()))
 
 
 def identity(recipe: Recipe, data: Dataset) -> str:
@@ -150,13 +161,11 @@ def recipe_to_evaluate(path: str | Path, overrides: Iterable[str] = (), plugins:
         ValueError: as :func:`load_model` and :func:`override`; data that ``overrides`` must name.
     """
     _, _, recipe = _read(path, plugins)
-    source = recipe.data.source
+    source, overrides = recipe.data.source, list(overrides)
     if parts.find("data", source.name).pattern or fields(source.settings):
         if not {text.partition("=")[0].strip() for text in overrides} & {"data", "data.name", "data.dir"}:
-            raise ValueError(
-                f"checkpoint {path}: its images are those of {source.name}; "
-                f"to read them, add --data-dir DIR or --set data.name={source.name}"
-            )
+            way = f"add --data-dir DIR or --set data.name={source.name}"
+            raise ValueError(f"checkpoint {path}: its images are those of {source.name}; to read them, {way}")
         recipe = replace(recipe, data=replace(recipe.data, source=Chosen.of("data", source.name)))
     return override(recipe, overrides)
 

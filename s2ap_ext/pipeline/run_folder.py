@@ -20,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -160,6 +161,13 @@ class RunFolder:
     def find(self, stage: str, **values: Any) -> list[dict[str, Any]]:
         """The records of ``stage`` that hold ``values``."""
         return [r for r in self.records if r["stage"] == stage and all(r.get(k) == v for k, v in values.items())]
+
+
+def check_space(path: str | Path, needed: int) -> None:
+    """Raises ValueError if the disk of the folder ``path``, which need not exist yet, has fewer than ``needed`` bytes left."""
+    there = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise ValueError(f"{path}: the files of the run take up to {needed / 1e6:,.1f} MB, its disk has {free / 1e6:,.1f} MB left")
 
 
 def check_run(path: Path, about: dict[str, Any], run: str) -> None:

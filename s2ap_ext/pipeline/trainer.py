@@ -28,12 +28,10 @@ from ..nn import refresh
 from ..optim import Stepper
 from ..settings import shown
 from . import checkpoint, progress
-from .model_file import identity
+from .model_file import RECENT, identity
 from .plan import number_of
 from .run_folder import RunFolder
 from .sections import Recipe, Training
-
-RECENT = 16  # batches of images, the last of an epoch, from which BatchNorm's statistics are taken anew
 
 
 class Stopped(Exception):
