@@ -68,7 +68,8 @@ def test_plots_are_drawn_for_what_was_trained(run_dir):
 def test_what_perturbations_did_is_drawn_where_there_were_some(run_dir):
     with open(run_dir / "metrics.jsonl", "a") as file:
         for number, gamma in enumerate([{"a": 1e-3, "b": 2e-3}, {"a": 2e-3, "b": 5e-4}], start=2):
-            file.write(json.dumps(epoch("prune", number, mask_distance=0.01, flips=0.003 * number, gamma=gamma)) + "\n")
+            record = epoch("prune", number, mask_distance=0.01, flips=0.003 * number, gamma=gamma)
+            file.write(json.dumps(sealed(record, run_dir)) + "\n")
     assert (run_dir / "perturbation.png") in report.write_plots(run_dir)
     records = [record for record in report.read_metrics(run_dir) if "gamma" in record]
     above, below = report._perturbation(records).axes
