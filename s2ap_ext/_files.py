@@ -55,11 +55,24 @@ def _flush(path: Path) -> None:
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:
     """Writes ``tensors`` and the JSON-able ``about`` to ``path``. Tensors that share memory are written once each."""
-    to_bytes = optional("safetensors.torch").save
-    own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    save_file = optional("safetensors.torch").save_file
+    own = _own_memory(tensors)
     header = json.dumps(about, sort_keys=True)
     with replacing(path) as temporary:
-        temporary.write_bytes(to_bytes(own, metadata={HEADER: f"{_checksum(header, own)} {header}"}))
+        save_file(own, temporary, metadata={HEADER: f"{_checksum(header, own)} {header}"})
+
+
+def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` on the CPU and contiguous, copied where that, or memory that several share, asks for it: safetensors takes no others."""
+    own: dict[str, Tensor] = {}
+    taken = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        if (storage := tensor.untyped_storage().data_ptr()) in taken:
+            tensor = tensor.clone()
+        taken.add(storage)
+        own[name] = tensor
+    return own
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -11,6 +11,7 @@ from engine_models import all_sparse, images, pruned
 
 from s2ap_ext import _files
 from s2ap_ext.cli import main
+from s2ap_ext.data import load_parquet
 from s2ap_ext.engine import SparseNetwork, compile_sparse
 from s2ap_ext.pipeline import checkpoint
 
@@ -133,6 +134,24 @@ def test_a_header_that_says_nonsense(case, finished, here, capsys):
     assert message in said
     assert "x.safetensors" in said or message.startswith("device")
     assert [path.name for path in here.iterdir()] == ["x.safetensors"]
+
+
+def test_a_checkpoint_chooses_neither_folder_nor_download(finished, here, monkeypatch, capsys):
+    """What its data section names is read once it is named on the command line, with nothing else of that section."""
+    parquet(here / "mine", {"img": [png()], "label": [9]})
+    parquet(here / "mine", {"img": [png()], "label": [0]}, "test")
+    shutil.copytree("mine", "theirs")
+    tensors, about = checkpoint.load(finished / "dense.safetensors")
+    checkpoint.save("x.safetensors", tensors, put({"name": "some/set", "dir": str(here / "theirs")}, "recipe", "data")(about))
+    read = []
+    monkeypatch.setattr("s2ap_ext.data.hub.load_parquet", lambda folder, **how: read.append(str(folder)) or load_parquet(folder, **how))
+    monkeypatch.setattr("s2ap_ext.data.hub._download", lambda name: here / "mine")
+    refused(capsys, "evaluate", "x.safetensors")
+    assert read == []
+    assert main(["evaluate", "x.safetensors", "--data-dir", "mine"]) == 0
+    assert main(["evaluate", "x.safetensors", "--set", "data.name=some/set"]) == 0
+    assert read == [str(here / "mine")] * 2
+    assert main(["evaluate", "x.safetensors", "--set", "data.name=digits"]) == 0
 
 
 TENSORS = {

@@ -18,9 +18,10 @@ OPS = torch.ops.s2ap
 kernels = pytest.mark.skipif(backend().cpu != "C++", reason="the checks of the kernels")
 
 
-def test_some_seconds_of_the_fuzzer(capsys):
+@pytest.mark.parametrize("fuzzer", ["fuzz_native.py", "fuzz_files.py"])
+def test_some_seconds_of_the_fuzzers(fuzzer, capsys):
     result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("fuzz_native.py"), "--seconds", "5", "--seed", "1"],
+        [sys.executable, Path(__file__).with_name(fuzzer), "--seconds", "5", "--seed", "1"],
         env={**os.environ, "PYTHONPATH": str(Path(s2ap_ext.__file__).parents[1])},
         capture_output=True,
         text=True,
@@ -28,7 +29,7 @@ def test_some_seconds_of_the_fuzzer(capsys):
         check=False,
     )
     with capsys.disabled():
-        print(f"\nfuzz_native.py: {result.stdout.strip()}")
+        print(f"\n{fuzzer}: {result.stdout.strip()}")
     assert result.returncode == 0, result.stdout + result.stderr
     assert int(result.stdout.split(" executions")[0]) > 0
 
