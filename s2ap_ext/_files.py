@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -55,11 +56,17 @@ def _flush(path: Path) -> None:
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], about: dict[str, Any]) -> None:
     """Writes ``tensors`` and the JSON-able ``about`` to ``path``. Tensors that share memory are written once each."""
-    save_file = optional("safetensors.torch").save_file
+    safetensors = optional("safetensors.torch")
     own = _own_memory(tensors)
     header = json.dumps(about, sort_keys=True)
     with replacing(path) as temporary:
-        save_file(own, temporary, metadata={HEADER: f"{_checksum(header, own)} {header}"})
+        try:
+            safetensors.save_file(own, temporary, metadata={HEADER: f"{_checksum(header, own)} {header}"})
+        except optional("safetensors").SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))  # how it tells what the system refused
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -336,11 +336,12 @@ def test_records_that_say_nonsense(case, command, finished, here, capsys):
 
 CONFIGS = {
     "empty": (b"", "config.toml: not as the run wrote it"),
-    "another seed": (lambda text: text.replace(b"seed = 0", b"seed = 1"), "another run"),
-    "another batch size": (lambda text: text.replace(b"batch_size = 16", b"batch_size = 17", 1), "another run"),
+    "another seed": (lambda text: text.replace(b"seed = 0", b"seed = 1"), "config.toml: not as the run wrote it"),
+    "another batch size": (lambda text: text.replace(b"batch_size = 16", b"batch_size = 17", 1), "config.toml: not as the run wrote it"),
+    "another granularity": (lambda text: text.replace(b'"weight"', b'"wdight"'), "config.toml: not as the run wrote it"),
     "a comment": (lambda text: text + b"# mine\n", "config.toml: not as the run wrote it"),
     "a key less": (lambda text: text.replace(b"seed = 0\n", b""), "config.toml: not as the run wrote it"),
-    "no TOML": (b"\0", "config.toml: not a TOML file"),
+    "no TOML": (b"\0", "config.toml: not as the run wrote it"),
     "no text": (b"\xff", "config.toml: not a TOML file"),
 }
 

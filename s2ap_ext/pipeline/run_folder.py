@@ -21,6 +21,7 @@ import fcntl
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +36,7 @@ from .records import CONFIG, sealed, unsealed
 from .sections import Recipe
 
 METRICS, RESULTS, LOCK = "metrics.jsonl", "results.json", ".lock"
+CHECKSUM = "\n# checksum: "  # of config.toml, in its last line
 STATE, STATE_BEFORE = "state.safetensors", "state-before.safetensors"
 
 
@@ -67,7 +69,7 @@ class RunFolder:
             raise ValueError(f"out: {path} exists already; choose another folder, or go on with: s2ap run --resume {path}")
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
-        checkpoint.write_text(path / CONFIG, to_toml(recipe))
+        checkpoint.write_text(path / CONFIG, _config_of(recipe))
         return cls(path, lock, [])
 
     @classmethod
@@ -183,10 +185,22 @@ def read_recipe(path: str | Path) -> Recipe:
     if not (Path(path) / CONFIG).is_file():
         again = "; nothing was done in it yet: start the run again with --out" if _holds_nothing(Path(path)) else ""
         raise ValueError(f"{path}: not the folder of a run (no {CONFIG} in it){again}")
-    recipe = load_recipe(Path(path) / CONFIG)
-    if to_toml(recipe) != (Path(path) / CONFIG).read_text(encoding="utf-8"):
-        raise ValueError(f"{Path(path) / CONFIG}: not as the run wrote it; start a run of your own from it: s2ap run {Path(path) / CONFIG}")
-    return recipe
+    config = Path(path) / CONFIG
+    try:
+        text = config.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config}: not a TOML file ({error})") from None
+    # Damage may leave a valid recipe, with which hours would be spent: so the checksum comes before all else.
+    toml, _, checksum = text.rpartition(CHECKSUM)
+    if checksum != f"{zlib.crc32(toml.encode()):08x}\n":
+        raise ValueError(f"{config}: not as the run wrote it; start a run of your own from it: s2ap run {config}")
+    return load_recipe(config)
+
+
+def _config_of(recipe: Recipe) -> str:
+    """The text of config.toml: the complete recipe, and in a comment its checksum."""
+    toml = to_toml(recipe)
+    return f"{toml}{CHECKSUM}{zlib.crc32(toml.encode()):08x}\n"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
