@@ -184,7 +184,8 @@ class Fuzzer:
         else:
             shutil.copy(folder / generator.choice([other for other in names if other != name]), path)
         # A recipe alone is no contradiction: what tells that it is another's are the files beside it.
-        return f"{kind} {self._go_on(folder, name)}"
+        how = self._go_on(folder, name)
+        return f"{kind}, {'the state before it used' if before and name == 'state.safetensors' and how != 'refused' else how}"
 
     def _go_on(self, folder: Path, name: str) -> str:
         said = io.StringIO()
@@ -207,7 +208,7 @@ class Fuzzer:
             )
         if code != 0 or not same:
             raise AssertionError(f"{name} was taken as it is, and the result is another (exit code {code}): {line}")
-        return "without effect: the same bits"
+        return "without effect"
 
     def _whole(self, model: str) -> bytes:
         """The model that the stopped run leads to."""

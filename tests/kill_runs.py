@@ -107,6 +107,7 @@ def main() -> int:
                     places[place(folder) + (", at a file" if at_a_file else "")] += 1
             assert result(folder) == result(whole), f"run {runs + 1} ended with other bits, after kills {dict(places)}"
             runs += 1
+            print(f"{sum(places.values())} kills in {runs} runs so far", file=sys.stderr, flush=True)
     told = ", ".join(f"{n} {where}" for where, n in sorted(places.items()))
     print(f"{sum(places.values())} kills in {runs} runs, all of which ended with the same bits: {told}")
     return 0

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from s2ap_ext import parts
 from s2ap_ext.parts import find
 from s2ap_ext.pipeline import Recipe, known_recipes, load_recipe, override
 from s2ap_ext.pipeline.recipe import explained_keys, from_table, to_table, to_toml
@@ -143,6 +144,7 @@ def test_parts_are_named_alone_or_with_their_options():
 
 
 def test_a_plugin_brings_a_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_registered", dict(parts._registered))
     (tmp_path / "plugin_for_a_recipe.py").write_text(
         "from s2ap_ext.methods.hydra import Hydra\n"
         "from s2ap_ext.parts import register\n"
