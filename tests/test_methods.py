@@ -192,7 +192,7 @@ def test_harp_refuses_windows():
 
 @pytest.mark.slow
 def test_harp_meets_its_target_on_digits(tmp_path):
-    recipe = load_recipe("digits", ["prune.method=harp", "pretrain.epochs=8", "finetune.epochs=0"])
+    recipe = load_recipe("digits", ["data.train_size=720", "prune.method=harp", "pretrain.epochs=8", "finetune.epochs=0"])
     with RunFolder.create(tmp_path / "run", recipe) as folder:
         rows = run(Session(recipe, open_data(recipe), folder))
     assert rows[1]["sparsity"] == pytest.approx(0.9, abs=0.001)
@@ -237,7 +237,7 @@ def test_rst_trains_what_stays_if_asked(tmp_path):
 
 @pytest.mark.slow
 def test_rst_finds_a_robust_network_that_was_never_trained(tmp_path):
-    recipe = load_recipe("digits", ["prune.method=rst", "prune.sparsity=0.5"])
+    recipe = load_recipe("digits", ["data.train_size=720", "prune.method=rst", "prune.sparsity=0.5"])
     with RunFolder.create(tmp_path / "run", recipe) as folder:
         (row,) = run(Session(recipe, open_data(recipe), folder))
     assert row["robust"] > 0.4  # chance is 0.1
