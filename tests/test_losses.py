@@ -163,16 +163,20 @@ def test_n_fgsm_is_the_formula():
 
 
 def plain_free_at(model, batches, replays, eps, lr):
-    """Algorithm 1 with the gradient of the perturbation taken through the clamp."""
+    """Algorithm 1 with the gradient of the perturbation taken through the clamp.
+
+    That gradient is written out, with 0 and 1 inside: versions of torch differ in their clamp's gradient at its very limits.
+    """
     delta = torch.zeros_like(batches[0][0])
     seen = []
     for x, y in batches:
         for _ in range(replays):
-            part = delta[: len(x)].clone().requires_grad_()
-            x_adv = (x + part).clamp(0, 1)
-            seen.append(x_adv.detach())
-            *grads, g = torch.autograd.grad(smooth_cross_entropy(model(x_adv), y, 0.0), [*model.parameters(), part])
-            delta[: len(x)] = (part.detach() + eps * g.sign()).clamp(-eps, eps)
+            moved = x + delta[: len(x)]
+            x_adv = moved.clamp(0, 1).requires_grad_()
+            seen.append(x_adv.detach().clone())
+            *grads, g = torch.autograd.grad(smooth_cross_entropy(model(x_adv), y, 0.0), [*model.parameters(), x_adv])
+            g = torch.where((moved >= 0) & (moved <= 1), g, 0)
+            delta[: len(x)] = (delta[: len(x)] + eps * g.sign()).clamp(-eps, eps)
             with torch.no_grad():
                 for p, grad in zip(model.parameters(), grads, strict=True):
                     p -= lr * grad

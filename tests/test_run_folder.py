@@ -47,7 +47,7 @@ def test_a_process_that_died_locks_nobody_out(tmp_path):
     child = (
         "from s2ap_ext.pipeline import RunFolder, load_recipe; import os, sys; f = RunFolder.create(sys.argv[1], load_recipe('digits')); "
     )
-    subprocess.run([sys.executable, "-c", child + "os._exit(9)", str(tmp_path / "run")], check=False, timeout=60)
+    subprocess.run([sys.executable, "-c", child + "os._exit(9)", "run"], check=False, timeout=60, cwd=tmp_path)
     assert (tmp_path / "run" / LOCK).exists()
     RunFolder.resume(tmp_path / "run").close()
 
@@ -73,7 +73,8 @@ def test_records_that_are_none_are_named(line, tmp_path):
 
 
 def test_nobody_needs_to_read_the_output(tmp_path):
-    process = subprocess.Popen(command("run", "digits", "--out", tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words = command("run", "digits", "--out", "run")
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # not where the sources may lie
     process.stdout.readline()
     process.stdout.close()  # as `| head -1` does it
     errors = process.stderr.read().decode()
