@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import parts
-from ..settings import Text, check, explained, nearest, read, shown, types_of, value_of
+from ..settings import Text, explained, nearest, shown, types_of, value_of
 from .extras import optional
 from .sections import Chosen, Recipe
 
@@ -167,7 +167,7 @@ def _chosen(about: typing.Mapping[str, Any], value: Any, path: str, where: str, 
             takes = [*beside, "name", *known]
             raise ValueError(f"{where}: unknown key {path}.{option}{nearest(option, takes)}; {cls.name} takes {', '.join(takes)}")
     settings = {option: value_of(cls.Settings, option, v, f"{where}: {path}.{option}") for option, v in options.items()}
-    return Chosen(about["kind"], cls.name, check(read(cls.Settings, settings, f"{where}: {path}"), f"{where}: {path}"))
+    return Chosen(about["kind"], cls.name, cls.Settings(**settings))
 
 
 def _table(section: Any) -> dict[str, Any]:
