@@ -1,12 +1,16 @@
 """What several test files use: a small network, its inputs and its training, naive masks and projections, a counter of selections."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+FIXTURES = json.loads((Path(__file__).parent / "fixtures.json").read_text())  # worked numbers
 
 
 class Selections(TorchDispatchMode):

@@ -1,12 +1,10 @@
 """Each ascent of the package: against a few lines of plain PyTorch, and with its state saved and loaded."""
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_state, closure_for, images, oracle_mask, small_net
+from helpers import FIXTURES, assert_same_state, closure_for, images, oracle_mask, small_net
 from torch import nn
 
 from s2ap_ext import S2AP, sparsify
@@ -15,7 +13,6 @@ from s2ap_ext.nn import train_scores
 from s2ap_ext.optim.ascents.every import orthogonal
 from s2ap_ext.parts import make, names
 
-FIXTURES = json.loads((Path(__file__).parents[1] / "data/fixtures.json").read_text())
 ASCENTS = ["adaptive", "asam", "every", "exact", "late", "momentum", "previous", "random", "reuse", "skip"]
 GAMMA, LR, EPOCHS = 0.3, 0.02, 4
 

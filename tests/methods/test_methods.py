@@ -3,10 +3,10 @@
 import itertools
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import FIXTURES
 
 from s2ap_ext import densify, parts
 from s2ap_ext.methods import Method
@@ -19,7 +19,6 @@ from s2ap_ext.pipeline.model_file import make_sparse
 from s2ap_ext.pipeline.run_folder import read_metrics
 from s2ap_ext.sparsity import kept_count
 
-FIXTURES = json.loads((Path(__file__).parent / "data/fixtures.json").read_text())
 SMALL = [
     "model.width=4",
     "data.train_size=96",

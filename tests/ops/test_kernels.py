@@ -1,10 +1,8 @@
 """The ops against their specification, bit for bit: the C++ kernels where they are built, and the Python face around either path."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -12,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s2ap_ext import backend, ops, reference
 
-FIXTURES = json.loads((Path(__file__).parent / "data/fixtures.json").read_text())
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 compiled = pytest.mark.skipif(backend().cpu != "C++", reason="the C++ kernels are not built; the reference would be compared with itself")
 

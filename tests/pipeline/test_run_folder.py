@@ -141,7 +141,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
 @pytest.mark.slow
 def test_runs_that_are_killed_at_any_moment_go_on_to_the_same_bits():
     result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("kill_runs.py"), "--times", "3"],
+        [sys.executable, Path(__file__).parents[1] / "kill_runs.py", "--times", "3"],
         env={**os.environ, "PYTHONPATH": str(Path(s2ap_ext.__file__).parents[1])},
         capture_output=True,
         text=True,
