@@ -41,8 +41,9 @@ class Counting(Exact):
             gradients, scores = at.gradients(), at.perturbed_parameters()
             count = flips_at(layers, {scores[name]: g for name, g in gradients.items()}, eps=at.eps, straight_through=False)
             kept = sum(int(layer.kept) for layer in layers)
+            every = torch.ones(len(layers), dtype=torch.bool)
             for gamma in GAMMAS:
-                flips = int(count(torch.full((len(layers),), gamma, dtype=torch.float64)).sum())
+                flips = int(count(torch.full((len(layers),), gamma, dtype=torch.float64), every).sum())
                 flipped[gamma, "late" if at.epoch >= LATE else "early"].append(flips / kept)
         self.steps += 1
         at.move()

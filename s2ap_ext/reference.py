@@ -33,7 +33,8 @@ LANES = 64  # independent running sums within a chunk; csrc/plan.h has the same 
 # Columns of a cut, one row of int64 per layer.
 KEY, INDEX, NANS, FLIPS, SIGNS = range(5)
 CUT_COLUMNS = 5
-SMALLEST_GAMMA = 2.0**-32  # that smallest_gamma looks at
+SMALLEST_GAMMA = 2.0**-32  # that budgeted_gamma looks at
+TRIES = 64  # of budgeted_gamma: the last 32 halve whatever bracket is left, down to two neighbours
 KEEP_NONE = torch.iinfo(torch.int64).max  # a cut key that no element reaches
 
 # Kinds of patterns; csrc/plan.h has the same numbers.
@@ -233,34 +234,66 @@ def wanted_flips(share: float, kept: Tensor, numel: int) -> Tensor:
     return torch.minimum(share * kept.double() * (1 - 1e-12), possible.double())
 
 
+def swap_flips(pattern: Pattern, numel: int) -> int:
+    """How many of ``numel`` mask entries flip when one unit of ``pattern`` takes another one's place: both of its entries, or groups."""
+    return 2 * (numel // pattern.size if pattern.kind == GROUP else 1)
+
+
 def gamma_at(place: Tensor) -> Tensor:
-    """The gammas that :func:`smallest_gamma` chooses among, by their place, int64 in [0, 2**32]: 2**-32 is the first and 1 the last.
+    """The gammas that :func:`budgeted_gamma` chooses among, by their place, int64 in [0, 2**32]: 2**-32 is the first and 1 the last.
 
     They are the float64 numbers with 27 bits after the first: dense enough for every float32 number to be the scale of one of them.
     """
     return (place + ((1023 - 32) << 27) << 25).view(torch.float64)
 
 
-def smallest_gamma(flips_at: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
-    """For each layer the smallest gamma, up to 1, whose perturbation flips at least ``wanted`` mask entries.
+def place_of(gamma: Tensor) -> Tensor:
+    """The place of the largest :func:`gamma_at` that is not above ``gamma``, positive float64. It may be below 0 or above 2**32."""
+    return (gamma.view(torch.int64) >> 25) - ((1023 - 32) << 27)
 
-    It is found by bisection: at the result there are enough flips (or it is 1), and at the :func:`gamma_at` before there are not. Flips
-    mostly grow with gamma. They need not, since a score whose gradient points against it first falls and then rises again with the other
-    sign. So an even smaller gamma with enough flips cannot be ruled out, with too few at one between the two.
+
+def budgeted_gamma(flips_at: Callable[[Tensor, Tensor], Tensor], wanted: Tensor, swap: Tensor, start: Tensor) -> Tensor:
+    """For each layer a gamma, up to 1, whose perturbation flips at least ``wanted`` mask entries, and less than one swap beyond.
+
+    Where no gamma does that (entries that flip at the same gamma), it is one that flips enough while its neighbour below does not; where
+    none is seen to flip enough, it is 1. At first the next gamma to try follows from proportion, then by turns from the straight line
+    between the largest gamma with too few flips and the smallest with enough, and as the middle of the two. In training, ``start`` is the
+    gamma of the step before, and four to eight tries are the rule.
 
     Args:
-        flips_at: takes gammas, float64 [L], and gives the numbers of mask entries that perturbations of that size flip, int64 [L].
+        flips_at: takes gammas, float64 [L], and of which layers they are asked, bool [L], and gives the numbers of mask entries that
+            perturbations of that size flip, int64 [L]; any number for layers that are not asked.
         wanted: float64 [L], on the device where the gammas shall be.
+        swap: int64 [L], how many entries flip when one unit takes another one's place in the mask: 2 where single weights are pruned.
+        start: float64 [L], the gammas to try first.
 
     Returns:
-        float64 [L]; 0 where no flip is wanted. No step of the search waits for a device.
+        float64 [L]; 0 where no flip is wanted. On the CPU the search ends when all layers are done; on a device it makes ``TRIES`` tries,
+        with the same result, so that nothing waits for it.
     """
-    low = torch.zeros(wanted.shape, dtype=torch.int64, device=wanted.device)
-    high = torch.full_like(low, 1 << 32)
-    for _ in range(32):
-        middle = (low + high) // 2
-        enough = flips_at(gamma_at(middle)) >= wanted
-        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    last = 1 << 32
+    low, high = torch.zeros_like(swap), torch.full_like(swap, last)
+    too_few, enough_flips = torch.zeros_like(wanted), torch.full_like(wanted, torch.inf)
+    done = wanted <= 0
+    place = torch.where(done | (start <= 0), last // 2, place_of(start)).clamp(1, last - 1)
+    aim = wanted + 0.25 * swap
+    for tried in range(TRIES):
+        if done.device.type == "cpu" and done.all():
+            break
+        flips = flips_at(gamma_at(place), ~done).double()
+        enough = flips >= wanted
+        low, too_few = torch.where(done | enough, low, place), torch.where(done | enough, too_few, flips)
+        high, enough_flips = torch.where(done | ~enough, high, place), torch.where(done | ~enough, enough_flips, flips)
+        done = done | (enough & (flips < wanted + swap)) | (high - low <= 1)
+        if tried % 3 == 2 or tried >= TRIES - 32:
+            following = (low + high) // 2
+        else:
+            # A line needs flips at both of its ends; before these are known gamma grows or shrinks in proportion, by a factor of 4 at most.
+            at, below, above = gamma_at(place), gamma_at(low), gamma_at(high)
+            line = below + (above - below) * ((aim - too_few) / (enough_flips - too_few))
+            proportion = at * (aim / flips).clamp(0.25, 4)
+            following = place_of(torch.where((low > 0) & (high < last), line, proportion))
+        place = torch.where(done, place, torch.minimum(torch.maximum(following, low + 1), high - 1))
     return torch.where(wanted > 0, gamma_at(high), 0)
 
 
@@ -274,16 +307,18 @@ def flip_gamma(
     eps: float,
     pattern: Pattern = SINGLE_WEIGHTS,
     straight_through: bool = False,
+    start: float = 1e-3,
 ) -> float:
-    """The smallest gamma whose :func:`perturb` flips ``share`` times as many mask entries as stay (:func:`smallest_gamma`)."""
+    """The gamma whose :func:`perturb` flips ``share`` times as many mask entries as stay (:func:`budgeted_gamma`)."""
     stay = kept if pattern.kind == WEIGHT else kept * (scores.numel() // pattern.size)
     wanted = wanted_flips(share, torch.tensor(stay), scores.numel()).view(1)
 
-    def flips_at(gamma: Tensor) -> Tensor:
+    def flips_at(gamma: Tensor, asked: Tensor) -> Tensor:
         row = perturb(scores, grad, weight, kept, cut_now, gamma.item(), eps, pattern, straight_through)[1]
         return row[FLIPS].view(1)
 
-    return smallest_gamma(flips_at, wanted).item()
+    swap = torch.tensor([swap_flips(pattern, scores.numel())])
+    return budgeted_gamma(flips_at, wanted, swap, torch.tensor([start], dtype=torch.float64)).item()
 
 
 def update(

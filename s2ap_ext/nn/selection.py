@@ -190,33 +190,40 @@ def _ascend(
 
 def flips_at(
     layers: Iterable[PrunedLayer], grads: Mapping[nn.Parameter, Tensor], *, eps: float, straight_through: bool
-) -> Callable[[Tensor], Tensor]:
-    """How many mask entries an :func:`ascend` would flip, as a function of gamma, float64 [L]; int64 [L], both on gamma's device.
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """How many mask entries an :func:`ascend` would flip, as a function of gamma.
 
-    The other arguments are those of :func:`ascend`. Nothing moves; there is memory for one more set of masked weights while the function
-    lives. On CUDA it waits for nothing.
+    Returns:
+        A function of gammas, float64 [L], and of which layers it is asked, bool [L]. It gives int64 [L], on gamma's device; 0 for layers
+        on the CPU that are not asked. Nothing moves; there is memory for one more set of masked weights while the function lives. For
+        layers on CUDA it waits for nothing.
+
+    Args:
+        layers, grads, eps, straight_through: as for :func:`ascend`.
     """
     layers = list(layers)
     select_stale(layers)
-    calls = []
-    for together in _in_calls(layers):
-        squares = [layer.mask_state.selection.square for layer in together]
-        how = {
-            "patterns": _patterns(together),
-            "straight_through": straight_through,
-            "eps": eps,
-            "squares": None if any(square is None for square in squares) else torch.stack(squares),
-            "out": [torch.empty_like(layer.weight, requires_grad=False) for layer in together],
-        }
-        scores, weights, kept = _operands(together)
-        operands = (scores, [grads[layer.scores] for layer in together], weights, kept, _cuts(together))
-        calls.append((together, operands, how))
+    memory = {layer: torch.empty_like(layer.weight, requires_grad=False) for layer in layers}
 
-    def flips(gamma: Tensor) -> Tensor:
-        gammas, found = dict(zip(layers, gamma, strict=True)), {}
-        for together, operands, how in calls:
-            own = torch.stack([gammas[layer] for layer in together]).to(together[0].scores.device)
-            _, cuts, _ = ops.perturb(*operands, gamma=own, **how)
+    def flips(gamma: Tensor, asked: Tensor) -> Tensor:
+        asked_of = asked.tolist() if asked.device.type == "cpu" else [True] * len(layers)
+        gammas, found = dict(zip(layers, gamma, strict=True)), dict.fromkeys(layers, torch.zeros_like(gamma[0], dtype=torch.int64))
+        for together in _in_calls(layer for layer, wanted in zip(layers, asked_of, strict=True) if wanted):
+            scores, weights, kept = _operands(together)
+            squares = [layer.mask_state.selection.square for layer in together]
+            _, cuts, _ = ops.perturb(
+                scores,
+                [grads[layer.scores] for layer in together],
+                weights,
+                kept,
+                _cuts(together),
+                gamma=torch.stack([gammas[layer] for layer in together]).to(scores[0].device),
+                patterns=_patterns(together),
+                straight_through=straight_through,
+                eps=eps,
+                squares=None if any(square is None for square in squares) else torch.stack(squares),
+                out=[memory[layer] for layer in together],
+            )
             found |= dict(zip(together, cuts[:, FLIPS].to(gamma.device), strict=True))
         return torch.stack([found[layer] for layer in layers])
 

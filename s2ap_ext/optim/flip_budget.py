@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..nn.layers import Pruned
 from ..nn.selection import flips_at
-from ..reference import SMALLEST_GAMMA, smallest_gamma, wanted_flips
+from ..reference import SMALLEST_GAMMA, budgeted_gamma, swap_flips, wanted_flips
 from ..sparsity import kept_weights
 
 
@@ -25,10 +25,11 @@ class FlipBudget:
 
     Attributes:
         share: flips per kept weight.
-        tracked: False (``"flips:P"``): in each step and layer the smallest gamma that flips at least so many entries, and so no more than
-            two beyond, ties aside (:func:`s2ap_ext.reference.smallest_gamma`). It takes 32 selections, without a forward. True
-            (``"track:P"``): gamma starts at ``START`` and follows the flips of the step before, ``gamma *= sqrt(wanted / flips)``, by a
-            factor of 2 at most. That costs nothing, and meets the budget on average only. Neither waits for a CUDA device.
+        tracked: False (``"flips:P"``): in each step and layer a gamma that flips at least so many entries, and less than one swap of two
+            units beyond, ties aside (:func:`s2ap_ext.reference.budgeted_gamma`). It takes some selections, without a forward, from the
+            gamma of the step before on. True (``"track:P"``): gamma starts at ``START`` and follows the flips of the step before,
+            ``gamma *= sqrt(wanted / flips)``, by a factor of 2 at most. That costs nothing, and meets the budget on average only.
+            Neither waits for a CUDA device.
     """
 
     share: float
@@ -51,15 +52,24 @@ class FlipBudget:
         return torch.stack([wanted_flips(self.share, k, n) for k, n in zip(kept, numels, strict=True)])
 
     def search(
-        self, layers: Sequence[Pruned], along: Mapping[nn.Parameter, Tensor], *, eps: float, straight_through: bool, device: torch.device
+        self,
+        layers: Sequence[Pruned],
+        along: Mapping[nn.Parameter, Tensor],
+        start: Tensor,
+        *,
+        eps: float,
+        straight_through: bool,
+        device: torch.device,
     ) -> Tensor:
-        """The smallest gamma of each layer that flips what is wanted, float64 [L] on ``device``.
+        """The gammas of the layers that flip what is wanted, float64 [L] on ``device``.
 
         Args:
+            start: float64 [L], the gammas to try first.
             layers, along, eps, straight_through: as for :func:`s2ap_ext.nn.selection.ascend`.
         """
         flips = flips_at(layers, along, eps=eps, straight_through=straight_through)
-        return smallest_gamma(flips, self.wanted(layers, device))
+        swap = torch.tensor([swap_flips(layer.mask_state.pattern, layer.weight.numel()) for layer in layers], device=device)
+        return budgeted_gamma(flips, self.wanted(layers, device), swap, start)
 
     def follow(self, gamma: Tensor, layers: Sequence[Pruned], flips: Tensor) -> Tensor:
         """The next gamma of layers in which the last one, float64 [L], has flipped ``flips``, int64 [L]."""

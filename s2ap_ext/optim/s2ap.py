@@ -34,8 +34,8 @@ class S2AP(Perturbed):
         base_optimizer: steps on whatever it holds, as a rule the scores and the BatchNorm parameters. Only scores are perturbed.
         gamma: size of the perturbation relative to the scores, >= 0. One for all layers; or by patterns of layer names, such as
             ``{"layer1.*": 0, "*": 1e-3}``, where the first that fits counts; or float64 [L], in the order of
-            :func:`s2ap_ext.nn.pruned_layers`. 0 everywhere gives the plain step, bit for bit. ``"flips:P"``: in each step and layer the
-            smallest with which ``P`` times as many mask entries flip as weights are kept; ``"track:P"``: the same on average, by the
+            :func:`s2ap_ext.nn.pruned_layers`. 0 everywhere gives the plain step, bit for bit. ``"flips:P"``: in each step and layer one
+            with which ``P`` times as many mask entries flip as weights are kept; ``"track:P"``: the same on average, by the
             steps before (:class:`s2ap_ext.optim.FlipBudget`).
         ascent: when to perturb, along which gradient and how far: the name of a registered ascent, or an :class:`Ascent`.
         eps: added to ``||g||``.
@@ -185,7 +185,9 @@ class S2AP(Perturbed):
         how = {"eps": self.eps, "straight_through": self._straight_through}
         budget = self._budget if own else None
         if budget is not None and not budget.tracked:
-            self._set_gamma(moved, budget.search(moved, along, device=gamma.device, **how))
+            before = dict(zip(layers, gamma, strict=True))
+            start = torch.stack([before[layer] for layer in moved])
+            self._set_gamma(moved, budget.search(moved, along, start, device=gamma.device, **how))
             gamma = self._gamma
         gammas = dict(zip(layers, gamma, strict=True))
         self._seen = ascend(ordered, along, gamma=torch.stack([gammas[layer] for layer in ordered]), **how)
