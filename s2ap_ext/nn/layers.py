@@ -201,7 +201,8 @@ class S2APConv2d(Pruned, nn.Conv2d):
             every_weight = self.scores.requires_grad or self.mask_state.has_listeners
             # Gradients at the kept weights alone need no mask: they are the weight's own.
             weight = self._masked_weight() if every_weight else self.weight
-            return sparse_conv2d(self, input, weight, self._kept_weights(selection_of(self)), every_weight=every_weight)
+            kept, channels = self._kept_weights(selection_of(self)), self.mask_state.sampled_channels
+            return sparse_conv2d(self, input, weight, kept, every_weight=every_weight, sampled_channels=channels)
         return self._conv_forward(input, self._masked_weight(), self.bias)
 
     def _kept_weights(self, made: Selection) -> KeptWeights:

@@ -127,6 +127,8 @@ class MaskState:
         memory: where selections write the masked weight, again and again; None before the first.
         selection: the last one; None where it is out of date for certain.
         perturbation: while the layer stands at ``s + z``, how it came there.
+        sampled_channels: int64, the output channels in which pruned weights get a gradient; None: in all
+            (:func:`s2ap_ext.nn.sampled_gradients`).
     """
 
     def __init__(self, label: str, pattern: Pattern, group: MaskGroup | None = None) -> None:
@@ -136,6 +138,7 @@ class MaskState:
         self.memory: Tensor | None = None
         self.selection: Selection | None = None
         self.perturbation: Perturbation | None = None
+        self.sampled_channels: Tensor | None = None
         self._listeners: OrderedDict[int, Listener] = OrderedDict()
         self._collectors: OrderedDict[int, Listener] = OrderedDict()  # one at most
 

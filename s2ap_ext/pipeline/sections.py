@@ -105,6 +105,13 @@ class Prune(Training):
     )
     ascent: Chosen = part("ascent", "exact", "S2AP: in which steps the scores are perturbed, and along what")
     warmup_epochs: int = key(5, "S2AP: epochs of plain steps at the start", low=0)
+    sampled_gradients: float = key(
+        1.0,
+        "the share of the output channels, drawn anew in each step, in which pruned weights get gradients where convolutions run on their "
+        "kept weights; 1: all, exactly",
+        low=0.001,
+        high=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..analysis import layer_masks, mask_distance
 from ..methods import Method
-from ..nn import train_weights
+from ..nn import sampled_gradients, train_weights
 from ..optim import AWP, S2AP, Plain, Stepper
 from .checkpoint import check_tensors
 from .model_file import make_sparse
@@ -35,7 +36,7 @@ def prune(session: Session, model: nn.Module) -> nn.Module:
     if settings.s2ap:
         ascent = settings.ascent.make()
         stepper = S2AP(model, base, gamma=settings.gamma, ascent=ascent, warmup_epochs=settings.warmup_epochs, defer_grads=True)
-    Trainer(session, "prune", settings, model, stepper, Search(method, model, stepper)).fit()
+    Trainer(session, "prune", settings, model, stepper, Search(method, model, stepper, settings.sampled_gradients)).fit()
     method.finish(model)
     return model
 
@@ -58,14 +59,17 @@ TRAIN: dict[str, Callable[[Session, nn.Module], nn.Module]] = {"pretrain": pretr
 class Search(Callbacks):
     """What a mask search does besides training: what its method asks for, and how far the mask moves."""
 
-    def __init__(self, method: Method, model: nn.Module, stepper: Stepper) -> None:
-        self.method, self.model, self.stepper = method, model, stepper
+    def __init__(self, method: Method, model: nn.Module, stepper: Stepper, sampled: float) -> None:
+        self.method, self.model, self.stepper, self.sampled = method, model, stepper, sampled
         self.masks: dict[str, Tensor] = {}  # at the start of the epoch
         self.steps = self.flips = self.passes = 0  # of this epoch; the flips are those by perturbations
 
     def start_epoch(self) -> None:
         self.masks = layer_masks(self.model)
         self.steps = self.flips = self.passes = 0
+
+    def around_step(self) -> AbstractContextManager[None]:
+        return sampled_gradients(self.model, self.sampled)
 
     def penalty(self, epoch: int) -> Tensor | None:
         return self.method.penalty(epoch)

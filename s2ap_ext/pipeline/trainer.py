@@ -14,6 +14,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -67,6 +68,10 @@ class Callbacks:
 
     def start_epoch(self) -> None:
         """An epoch begins."""
+
+    def around_step(self) -> AbstractContextManager[None]:
+        """What a step runs in, from its attack on."""
+        return contextlib.nullcontext()
 
     def penalty(self, epoch: int) -> Tensor | None:
         """A term that is added to the loss, with its graph."""
@@ -200,7 +205,8 @@ class Trainer:
         """One step of the optimizer; the sums take the loss and the logits of the unperturbed point."""
         done = self.progress
         try:
-            loss, logits = self._step(x, y)
+            with self.callbacks.around_step():
+                loss, logits = self._step(x, y)
         except (ValueError, FloatingPointError) as error:
             kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
             raise kind(f"{self.stage}, epoch {done.epoch + 1}, step {done.batch + 1}: {error}") from error
