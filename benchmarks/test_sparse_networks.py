@@ -12,12 +12,12 @@ import pytest
 import torch
 from baselines import mask_every_forward
 from measure import BREAK_EVEN, ROWS
+from steps import Step
 
 from s2ap_ext import AWP, S2AP, backend, densify, engine, sparsify
-from s2ap_ext.attacks import Pgd, pgd
-from s2ap_ext.losses import PgdAt
+from s2ap_ext.attacks import pgd
 from s2ap_ext.models import build_model
-from s2ap_ext.nn import dense_kernels, refresh, train_scores, train_weights
+from s2ap_ext.nn import dense_kernels, train_scores, train_weights
 
 pytestmark = [
     pytest.mark.skipif(backend().cpu != "C++", reason="needs the C++ kernels"),
@@ -153,31 +153,8 @@ def test_attack(side_by_side, quick):
     side_by_side(functions, rounds=3, what=f"PGD-{steps} attack, ResNet-18, batch {batch}")
 
 
-class Step:
-    """One training step on PGD examples. ``wrap`` makes the perturbed step; None: a plain one."""
-
-    def __init__(self, quick, model, wrap):
-        self.x, self.y = images(9 if quick else 64)
-        self.model = model
-        self.loss = PgdAt(adversary=Pgd(steps=2 if quick else 10, **PGD))
-        self.base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
-        self.optimizer = wrap and wrap(model, self.base)
-
-    def __call__(self):
-        refresh(self.model)
-        x_adv = self.loss.attack(self.model, self.x, self.y)
-
-        def closure():
-            self.base.zero_grad()
-            value, _ = self.loss(self.model, self.x, x_adv, self.y)
-            value.backward()
-            return value
-
-        if self.optimizer:
-            self.optimizer.step(closure)
-        else:
-            closure()
-            self.base.step()
+def size(quick):
+    return {"batch": 9 if quick else 64, "attack_steps": 2 if quick else 10}
 
 
 def dense_everywhere(step):
@@ -191,13 +168,13 @@ def dense_everywhere(step):
 @pytest.mark.parametrize("sparsity", SEARCHES)
 def test_search_step(side_by_side, quick, sparsity):
     def ours():
-        return Step(quick, train_scores(sparsify(network(quick), sparsity)), lambda m, base: S2AP(m, base, gamma=1e-3))
+        return Step(train_scores(sparsify(network(quick), sparsity)), lambda m, base: S2AP(m, base, gamma=1e-3), **size(quick))
 
     side_by_side(
         {
             "S2AP, on the kept weights": ours(),
             "S2AP, dense convolutions": dense_everywhere(ours()),
-            "plain, sort in every forward": Step(quick, mask_every_forward(network(quick), sparsity), None),
+            "plain, sort in every forward": Step(mask_every_forward(network(quick), sparsity), **size(quick)),
         },
         rounds=1,
         what=f"mask search step with PGD, ResNet-18, {1 - sparsity:.0%} kept",
@@ -207,7 +184,7 @@ def test_search_step(side_by_side, quick, sparsity):
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_finetuning_step(side_by_side, quick, sparsity):
     def ours():
-        return Step(quick, train_weights(sparsify(network(quick), sparsity)), lambda m, base: AWP(m, base))
+        return Step(train_weights(sparsify(network(quick), sparsity)), AWP, **size(quick))
 
     side_by_side(
         {"AWP, on the kept weights": ours(), "AWP, dense convolutions": dense_everywhere(ours())},

@@ -1,68 +1,73 @@
-"""A whole mask-search step of ResNet-18 on images of CIFAR's size: PGD-10, forward, backward, optimiser step. Batch 64, sparsity 0.9.
+"""Whole mask-search steps of ResNet-18 on images of CIFAR's size: PGD-10, forwards, backwards, optimiser step. Batch 64.
 
-pytest benchmarks/test_step.py
+pytest benchmarks/test_step.py [-k ascents]
 """
 
 import pytest
-import torch
 from baselines import mask_every_forward
+from steps import Step
 
 from s2ap_ext import S2AP, sparsify
-from s2ap_ext.attacks import Pgd
-from s2ap_ext.losses import PgdAt
 from s2ap_ext.models import build_model
-from s2ap_ext.nn import refresh, train_scores
+from s2ap_ext.nn import dense_kernels, sampled_gradients, train_scores
 
-SPARSITY = 0.9
+ASCENTS = ["exact", "skip", "reuse", "previous"]
+
+
+def network(quick):
+    return build_model("resnet18", num_classes=10, width=4 if quick else 64, seed=0)
+
+
+def pruned(quick, sparsity=0.9):
+    return train_scores(sparsify(network(quick), sparsity))
+
+
+def s2ap(**how):
+    return lambda model, base: S2AP(model, base, defer_grads=True, **how)
 
 
 @pytest.fixture(scope="module")
-def size(quick):
-    return {"batch": 4, "width": 4, "steps": 2} if quick else {"batch": 64, "width": 64, "steps": 10}
+def size(quick, device):
+    return {"batch": 4 if quick else 64, "attack_steps": 2 if quick else 10, "device": device}
 
 
-class Step:
-    """One training step of a pruned network; ``gamma=None`` is a plain one."""
-
-    def __init__(self, size, device, prune, gamma):
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.rand(size["batch"], 3, 32, 32, generator=generator).to(device)
-        self.y = torch.randint(10, (size["batch"],), generator=generator).to(device)
-        self.model = prune(build_model("resnet18", num_classes=10, width=size["width"], seed=0)).to(device)
-        self.loss = PgdAt(adversary=Pgd(eps=8 / 255, step_size=2 / 255, steps=size["steps"]))
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, weight_decay=5e-4)
-        self.s2ap = None if gamma is None else S2AP(self.model, self.optimizer, gamma=gamma)
-
-    def __call__(self):
-        refresh(self.model)
-        x_adv = self.loss.attack(self.model, self.x, self.y)
-
-        def closure():
-            self.optimizer.zero_grad()
-            value, _ = self.loss(self.model, self.x, x_adv, self.y)
-            value.backward()
-            return value
-
-        if self.s2ap is not None:
-            self.s2ap.step(closure)
-        else:
-            closure()
-            self.optimizer.step()
-
-
-def test_step(side_by_side, size, device):
-    def ours(model):
-        return train_scores(sparsify(model, SPARSITY))
-
+def test_step(side_by_side, quick, size):
     side_by_side(
         {
-            "S2AP": Step(size, device, ours, gamma=1e-3),
-            "plain": Step(size, device, ours, gamma=None),
-            "plain, sort in every forward": Step(size, device, lambda m: mask_every_forward(m, SPARSITY), gamma=None),
-            "plain, sort with a mask cache": Step(size, device, lambda m: mask_every_forward(m, SPARSITY, cached=True), gamma=None),
+            "S2AP": Step(pruned(quick), s2ap(gamma=1e-3), **size),
+            "plain": Step(pruned(quick), **size),
+            "plain, sort in every forward": Step(mask_every_forward(network(quick), 0.9), **size),
+            "plain, sort with a mask cache": Step(mask_every_forward(network(quick), 0.9, cached=True), **size),
         },
         rounds=5,
         wall=True,
-        what=f"training step with PGD-{size['steps']}, ResNet-18 of width {size['width']}, batch {size['batch']}",
+        what=f"training step with PGD-{size['attack_steps']}, ResNet-18, batch {size['batch']}",
+    )
+
+
+@pytest.mark.parametrize(("kernels", "sparsity"), [("dense", 0.9), ("sparse", 0.95)])
+def test_ascents(side_by_side, quick, size, kernels, sparsity):
+    """What each ascent adds to the plain step, and what sampled gradients and a budget of flips change."""
+
+    def with_dense_kernels(step):
+        def run():
+            with dense_kernels():
+                step()
+
+        return run if kernels == "dense" else step
+
+    def quarter(model):
+        return sampled_gradients(model, 0.25)
+
+    steps = {"plain": Step(pruned(quick, sparsity), **size)}
+    steps |= {name: Step(pruned(quick, sparsity), s2ap(gamma=1e-3, ascent=name), **size) for name in ASCENTS}
+    steps["exact, gamma by flips:0.003"] = Step(pruned(quick, sparsity), s2ap(gamma="flips:0.003"), **size)
+    if kernels == "sparse":
+        steps["plain, gradients of a quarter of the channels"] = Step(pruned(quick, sparsity), around=quarter, **size)
+        steps["exact, gradients of a quarter of the channels"] = Step(pruned(quick, sparsity), s2ap(gamma=1e-3), around=quarter, **size)
+    side_by_side(
+        {name: with_dense_kernels(step) for name, step in steps.items()},
+        rounds=3,
+        wall=True,
+        what=f"mask search step with PGD-{size['attack_steps']}, ResNet-18, {kernels} kernels, {1 - sparsity:.0%} kept",
     )
