@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from s2ap_ext import sparsify
+from s2ap_ext.cli import COMMANDS as COMMANDS_OF_THE_PROGRAM
+from s2ap_ext.cli.parser import Commands
 from s2ap_ext.pipeline import check_prunable, load_recipe, open_data
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -39,6 +43,37 @@ def test_a_method_of_ones_own_is_one_file(line, tmp_path):
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["dense", "pruned", "finetuned"]
     assert rows[1]["sparsity"] == pytest.approx(0.9, abs=0.03)
+
+
+def test_your_own_loop_runs_from_top_to_bottom(capsys):
+    space = {}
+    for block in blocks("your-own-loop.md", "python"):
+        exec(block, space)
+    assert "0.9" in capsys.readouterr().out  # the table of the sparsities
+    assert type(space["net"][4]) is torch.nn.Linear
+    assert space["optimizer"].flips > 0
+
+
+def test_the_sparse_network_of_the_page_is_saved_and_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = sparsify(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU()), 0.9).eval()
+    space = {"torch": torch, "model": model, "images": torch.rand(2, 3, 32, 32)}
+    exec(blocks("sparse.md", "python")[0], space)
+    torch.testing.assert_close(space["logits"], model(space["images"]))
+
+
+@pytest.mark.parametrize("page", ["getting-started.md"])
+def test_the_commands_of_a_walk_can_be_parsed(page):
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("s2ap ")]
+    assert len(commands) >= 8
+    parser = Commands()
+    for module in COMMANDS_OF_THE_PROGRAM:
+        module.add(parser)
+    for words in commands:
+        arguments = parser.parser.parse_args(words)
+        if words[0] == "run":
+            load_recipe(arguments.recipe, arguments.set)
 
 
 COMMANDS = [line for page in ("methods.md",) for block in blocks(page, "bash") for line in block.splitlines()]
