@@ -49,7 +49,7 @@ def test_your_own_loop_runs_from_top_to_bottom(capsys):
     space = {}
     for block in blocks("your-own-loop.md", "python"):
         exec(block, space)
-    assert "0.9" in capsys.readouterr().out  # the table of the sparsities
+    assert "90.00%" in capsys.readouterr().out  # the table of the sparsities
     assert type(space["net"][4]) is torch.nn.Linear
     assert space["optimizer"].flips > 0
 
