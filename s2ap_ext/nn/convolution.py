@@ -11,6 +11,7 @@ dense counterpart gives, and a network for inference is :func:`s2ap_ext.engine.c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,13 @@ from .layout import empty_batch_innermost
 class _SparseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, kept: KeptWeights, convolution: Convolution, every_weight: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kept: KeptWeights,
+        convolution: Convolution,
+        every_weight: bool,
     ) -> Tensor:
         kernel, stride, padding, dilation, _ = convolution
         size = [
@@ -38,7 +45,7 @@ class _SparseConv2d(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         kept, convolution = ctx.kept, ctx.convolution
         grad_x = grad_weight = grad_bias = None
@@ -86,4 +93,5 @@ def sparse_conv2d(layer: nn.Conv2d, x: Tensor, weight: Tensor, kept: KeptWeights
 
         layer._conv_forward(x, torch.where(mask, weight, 0), layer.bias)
     """
-    return _SparseConv2d.apply(x, weight, layer.bias, kept, convolution_of(layer), every_weight)
+    out: Tensor = _SparseConv2d.apply(x, weight, layer.bias, kept, convolution_of(layer), every_weight)
+    return out
