@@ -72,7 +72,8 @@ class Memory {
       const Range* const before = range.written ? any : written;
       if (before != nullptr && range.begin < before->end) {
         const auto& [own, other] = range.written ? std::pair(range, *before) : std::pair(*before, range);
-        throw std::runtime_error(op + std::string(own.argument) + ": expected memory of its own, got that of " + std::string(other.argument));
+        throw std::runtime_error(op + std::string(own.argument) + ": expected memory of its own, got that of " +
+                                 std::string(other.argument));
       }
       if (any == nullptr || range.end > any->end) any = &range;
       if (range.written && (written == nullptr || range.end > written->end)) written = &range;

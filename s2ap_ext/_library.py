@@ -11,10 +11,13 @@ import importlib
 import json
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import reference, sparse_reference
 
@@ -43,17 +46,38 @@ SCHEMAS = {
 CPU_ONLY = ("sparse_pattern", "sparse_conv", "sparse_conv_input_grad", "sparse_conv_weight_grad")  # no CUDA kernels
 
 
-def _pattern(patterns, i) -> reference.Pattern:
+def _pattern(patterns: Sequence[int], i: int) -> reference.Pattern:
     return reference.Pattern(*patterns[3 * i : 3 * i + 3])
 
 
-def _select(scores, weights, kept, patterns, masked, cuts) -> None:
+def _select(
+    scores: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Tensor,
+    patterns: Sequence[int],
+    masked: Sequence[Tensor],
+    cuts: Tensor,
+) -> None:
     for i, (s, w) in enumerate(zip(scores, weights, strict=True)):
         out, cuts[i] = reference.select(s, w, int(kept[i]), _pattern(patterns, i))
         masked[i].copy_(out)
 
 
-def _perturb(scores, grads, weights, kept, patterns, cuts, squares, gamma, eps, straight_through, masked, new_cuts, scales) -> None:
+def _perturb(
+    scores: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Tensor,
+    patterns: Sequence[int],
+    cuts: Tensor,
+    squares: Tensor | None,
+    gamma: Tensor,
+    eps: float,
+    straight_through: bool,
+    masked: Sequence[Tensor],
+    new_cuts: Tensor,
+    scales: Tensor,
+) -> None:
     for i, (s, g, w) in enumerate(zip(scores, grads, weights, strict=True)):
         square = None if squares is None else squares[i]
         out, new_cuts[i], scales[i] = reference.perturb(
@@ -62,16 +86,41 @@ def _perturb(scores, grads, weights, kept, patterns, cuts, squares, gamma, eps, 
         masked[i].copy_(out)
 
 
-def _update(scores, grads, momentum_buffers, lr, momentum, dampening, weight_decay, nesterov) -> None:
+def _update(
+    scores: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+) -> None:
     for i, (s, g) in enumerate(zip(scores, grads, strict=True)):
         buffer = momentum_buffers[i] if momentum_buffers else None
         reference.update(s, g, buffer, lr, momentum, dampening, weight_decay, nesterov)
 
 
 def _update_select(
-    scores, grads, ascent_grads, scales, momentum_buffers, weights, kept, patterns, cuts, lr, momentum, dampening, weight_decay, nesterov,
-    straight_through, masked, new_cuts, squares,
-) -> None:  # fmt: skip
+    scores: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    ascent_grads: Sequence[Tensor],
+    scales: Tensor,
+    momentum_buffers: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    kept: Tensor,
+    patterns: Sequence[int],
+    cuts: Tensor,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    straight_through: bool,
+    masked: Sequence[Tensor],
+    new_cuts: Tensor,
+    squares: Tensor,
+) -> None:
     for i, (s, g, w) in enumerate(zip(scores, grads, weights, strict=True)):
         ascent = (ascent_grads[i], scales[i]) if ascent_grads else None
         buffer = momentum_buffers[i] if momentum_buffers else None
@@ -82,12 +131,12 @@ def _update_select(
         masked[i].copy_(out)
 
 
-def _fake_sparse_pattern(weight, mask, *convolution):
+def _fake_sparse_pattern(weight: Tensor, mask: Tensor | None, *convolution: Any) -> tuple[Tensor, ...]:
     starts, entries, input_starts = (torch.library.get_ctx().new_dynamic_size() for _ in range(3))
     return tuple(weight.new_empty(size, dtype=torch.int32) for size in (starts, entries, input_starts, entries, entries))
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "select": _select,
     "perturb": _perturb,
     "update": _update,
@@ -145,7 +194,8 @@ def build_record() -> dict[str, str]:
     reason = "not built: these are sources that were never installed"
     record = {"interface": "unknown", "cpu": reason, "cuda": reason}
     try:
-        return record | json.loads(Path(__file__).with_name("_build.json").read_text(encoding="utf-8"))
+        written: dict[str, str] = json.loads(Path(__file__).with_name("_build.json").read_text(encoding="utf-8"))
+        return record | written
     except (OSError, ValueError, TypeError):  # missing, or not what setup.py writes
         return record
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +12,7 @@ __all__ = ["evaluation_mode"]
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module | Callable, *, freeze: bool) -> Iterator[None]:
+def evaluation_mode(model: nn.Module | Callable[..., Any], *, freeze: bool) -> Iterator[None]:
     """Within it ``model`` is in evaluation mode; after it, also after an exception, each module has the mode that it had before.
 
     The flags are set directly, since a module's own ``train()`` may do other things, and since a model may be a mixture of modes, such
@@ -24,7 +25,7 @@ def evaluation_mode(model: nn.Module | Callable, *, freeze: bool) -> Iterator[No
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]
-    frozen = [p for p in model.parameters() if p.requires_grad] if modules and freeze else []
+    frozen = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) and freeze else []
     try:
         for module in modules:
             module.training = False

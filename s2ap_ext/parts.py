@@ -69,7 +69,7 @@ class Part:
 
     def __init__(self, settings: Any = None, **options: Any) -> None:
         where = f"{self.kind} {self.name or type(self).__name__}"
-        self.settings = check(read(type(self).Settings, options, where) if settings is None else settings, where)
+        self.settings: Any = check(read(type(self).Settings, options, where) if settings is None else settings, where)
 
     @classmethod
     def member(cls, name: str) -> type[Part]:
@@ -113,18 +113,18 @@ def register(name: str, *, pattern: str = "") -> Callable[[P], P]:
     return decorate
 
 
-def find(kind: str, name: str) -> type[Part]:
+def find(kind: str, name: str) -> type[Any]:
     """The class of the part called ``name``; raises ValueError with the known names, and the nearest one, if there is none."""
     known = registered(kind)
     if name in known and not known[name].pattern:
         return known[name]
     for part in known.values():
         if part.pattern and re.fullmatch(part.pattern, name):
-            return _of_family(part, name)
+            return _of_family(part, name)  # type: ignore[arg-type]  # mypy takes the hash of a class for that of its objects
     raise ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
 
 
-def make(kind: str, name: str, **options: Any) -> Part:
+def make(kind: str, name: str, **options: Any) -> Any:
     """The part called ``name`` with its options; errors as in :func:`find` and :class:`Part`."""
     return find(kind, name)(**options)
 

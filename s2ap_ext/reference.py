@@ -172,8 +172,8 @@ def ascent_scale(scores: Tensor, grad: Tensor, gamma: float, eps: float, square:
     """
     # On the host, because torch's sqrt on the CPU (MKL's) is not always the correctly rounded one.
     norm_s, norm_g = (math.sqrt(x.item()) for x in (sum_of_squares(scores) if square is None else square, sum_of_squares(grad)))
-    scale = 0.0 if gamma == 0 or norm_g == 0 else (gamma * norm_s) / (norm_g + eps)
-    scale = torch.tensor(scale, dtype=torch.float64, device=scores.device)
+    size = 0.0 if gamma == 0 or norm_g == 0 else (gamma * norm_s) / (norm_g + eps)
+    scale = torch.tensor(size, dtype=torch.float64, device=scores.device)
     return scale if scores.dtype == torch.float64 else scale.float().double()
 
 

@@ -72,7 +72,7 @@ def types_of(cls: type) -> dict[str, type]:
 
 def check(settings: T, where: str) -> T:
     """Returns ``settings``, each value as its key's type; raises ValueError naming ``where`` and the first key whose value does not fit."""
-    for name in types_of(type(settings)):
+    for name in types_of(type(settings)):  # type: ignore[arg-type]  # mypy takes the hash of a class for that of its objects
         object.__setattr__(settings, name, value_of(type(settings), name, getattr(settings, name), f"{where}: {name}"))
     return settings
 
@@ -83,7 +83,7 @@ def read(cls: type[T], table: dict[str, Any], where: str) -> T:
     Raises:
         ValueError: an unknown key (with the nearest known one), or a value that does not fit; the message starts with ``where``.
     """
-    known = types_of(cls)
+    known = types_of(cls)  # type: ignore[arg-type]  # mypy takes the hash of a class for that of its objects
     for name in table:
         if name not in known:
             raise ValueError(f"{where}: unknown key {name}{nearest(name, known)}; it takes {', '.join(known) or 'none'}")
@@ -114,7 +114,8 @@ def value_of(cls: type, name: str, value: Any, where: str) -> Any:
             raise ValueError(f"{where}: {error}") from None
         return value
     kind = float if kind == NUMBER_OR_TEXT else kind
-    if kind == Texts or type(value) is not kind or (kind is float and not math.isfinite(value)):
+    fits = kind != Texts and type(value) is kind
+    if not fits or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{where}: expected {WORDS[kind]}, got {shown(got)}")
     if allowed["choices"] and value not in allowed["choices"]:
         raise ValueError(f"{where}: expected one of {', '.join(allowed['choices'])}, got {shown(got)}{nearest(value, allowed['choices'])}")

@@ -79,7 +79,8 @@ def _rows(kept: Tensor, parts: list[Tensor]) -> tuple[Tensor, Tensor, tuple[Tens
 
 def _exchanged(weight: Tensor, groups: int) -> Tensor:
     """[outputs, inputs / groups, taps] -> [inputs, outputs / groups, taps], and back."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    exchanged: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return exchanged
 
 
 def dense_weight(starts: Tensor, columns: Tensor, values: Tensor, shape: Sequence[int]) -> Tensor:
@@ -112,8 +113,8 @@ def from_blocks(blocks: Tensor, halo: int, batch: int) -> Tensor:
     return blocks[:, :, halo : halo + h, halo : halo + w].permute(0, 4, 1, 2, 3).flatten(0, 1)[:batch]
 
 
-def _images(activation: Tensor | None, halo: int) -> Tensor | None:
-    if activation is None or activation.dim() == 4:
+def _images(activation: Tensor, halo: int) -> Tensor:
+    if activation.dim() == 4:
         return activation
     return from_blocks(activation, halo, activation.shape[0] * activation.shape[4])
 
@@ -131,7 +132,10 @@ def _gradients(
     """Those of ``x`` and of ``weight``. (``torch.nn.grad`` hands on tensors without memory of their own, of which torch 2.13 reads
     garbage where the others are channels_last.)"""
     tensors = grad.float().contiguous(), x.contiguous(), weight.contiguous()
-    return torch.ops.aten.convolution_backward(*tensors, None, stride, padding, dilation, False, [0, 0], groups, [*which, False])[:2]
+    x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+        *tensors, None, stride, padding, dilation, False, [0, 0], groups, [*which, False]
+    )
+    return x_grad, weight_grad
 
 
 def _write(images: Tensor, halo: int, out: Tensor) -> None:
@@ -184,6 +188,7 @@ def sparse_conv_input_grad(
     weight = _exchanged(dense_weight(starts, columns, values, (like.shape[1], g.shape[1] // groups, *kernel)).flatten(2), groups)
     x = torch.zeros(like.shape, device=g.device)
     result, _ = _gradients(g, x, weight.unflatten(2, tuple(kernel)), stride, padding, dilation, groups, (True, False))
+    assert result is not None
     if residual is not None:
         result = result + _images(residual, halo).float()
     if gate is not None:
@@ -206,5 +211,6 @@ def sparse_conv_weight_grad(
     """``out`` (float32 [outputs, inputs / groups, *kernel]): the weight's gradient at the entries, whose rows are output channels, and 0
     elsewhere; images only."""
     _, weight = _gradients(grad, input.float(), torch.zeros_like(out), stride, padding, dilation, groups, (False, True))
+    assert weight is not None
     kept = dense_weight(starts, columns, weight.new_ones(len(columns)), weight.shape) != 0
     out.copy_(torch.where(kept, weight, 0))

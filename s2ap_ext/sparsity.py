@@ -7,6 +7,7 @@ import numbers
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ __all__ = [
     "sparsity_of",
     "units",
 ]
+
+Count = TypeVar("Count", int, Tensor)
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
@@ -120,7 +123,7 @@ def units(pattern: Pattern, numel: int) -> int:
     return numel if pattern.kind == WEIGHT else pattern.size
 
 
-def kept_weights(pattern: Pattern, numel: int, kept: int) -> int:
+def kept_weights(pattern: Pattern, numel: int, kept: Count) -> Count:
     """How many of ``numel`` weights stay where ``kept`` counts what ``pattern`` says.
 
     >>> kept_weights(pattern_for("channel", (8, 4, 3, 3), 0.5), 288, 4)

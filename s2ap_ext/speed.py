@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ._library import backend
 from .engine.choice import Layer, computed, lanes
@@ -56,7 +57,7 @@ def profile(model: nn.Module, x: Tensor) -> list[Measured]:
     _require_kernels()
     inputs: dict[str, tuple[nn.Conv2d, tuple[int, ...]]] = {}
 
-    def watch(name: str, layer: nn.Conv2d):
+    def watch(name: str, layer: nn.Conv2d) -> RemovableHandle:
         return layer.register_forward_pre_hook(lambda layer, args: inputs.setdefault(name, (layer, tuple(args[0].shape))) and None)
 
     hooks = [watch(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
@@ -87,12 +88,12 @@ def latency(model: nn.Module, shape: tuple[int, int, int], batches: Sequence[int
     """
     rows, network = [], compile_sparse(model, torch.rand(1, *shape))
     model = densify(copy.deepcopy(model)).eval()  # without what a pruned layer does besides
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch has not declared this one
     with torch.no_grad():
         for batch in batches:
             x = torch.rand(batch, *shape)
             x_last = x.contiguous(memory_format=torch.channels_last)
-            calls = [partial(model, x), partial(last, x_last), partial(network, x)]
+            calls: list[Callable[[], object]] = [partial(model, x), partial(last, x_last), partial(network, x)]
             dense, dense_last, sparse = (1e3 * seconds for seconds in _in_turn(calls))
             rows.append(Latency(batch, min(dense, dense_last), sparse))
     return rows
@@ -159,11 +160,11 @@ def _measure(name: str, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> Measu
         y = layer._conv_forward(x, weight, None)
     kept = KeptWeights.of(weight, None, convolution)
 
-    def dense(memory_format) -> Callable[[], object]:
+    def dense(memory_format: torch.memory_format) -> Callable[[], object]:
         a, w, g = (t.contiguous(memory_format=memory_format) for t in (x, weight, y))
         _, stride, padding, dilation, groups = convolution
 
-        def run():
+        def run() -> None:
             layer._conv_forward(a, w, None)
             torch.ops.aten.convolution_backward(g, a, w, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False])
 
@@ -175,7 +176,7 @@ def _measure(name: str, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> Measu
     a, g = innermost(x), innermost(y)
     to_y, to_x = torch.empty_like(g), torch.empty_like(a)
 
-    def sparse():
+    def sparse() -> None:
         torch.ops.s2ap.sparse_conv(a, kept.starts, kept.columns, kept.values, None, None, *convolution, 0, False, to_y)
         torch.ops.s2ap.sparse_conv_input_grad(
             g, kept.input_starts, kept.input_columns, kept.input_values, None, None, *convolution, 0, to_x
@@ -208,7 +209,7 @@ def _measure_inference(layer: nn.Conv2d, batch: int, size: int) -> tuple[float, 
     convolution = convolution_of(layer)
     out, kept = torch.empty_like(a), KeptWeights.of(layer.weight.detach(), None, convolution)
 
-    def sparse():
+    def sparse() -> None:
         torch.ops.s2ap.sparse_conv(a, kept.starts, kept.columns, kept.values, None, None, *convolution, halo, False, out)
 
     x, weight = (t.detach().contiguous(memory_format=torch.channels_last) for t in (x, layer.weight))
@@ -242,14 +243,14 @@ def _in_turn(functions: list[Callable[[], object]]) -> list[float]:
     return [statistics.median(mine) for mine in times]
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
-def _padding(layer: nn.Conv2d) -> tuple[int, int]:
+def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
     if layer.padding == "valid":
         return (0, 0)
-    if layer.padding == "same":
+    if isinstance(layer.padding, str):  # "same"
         spans = [d * (k - 1) for d, k in zip(_pair(layer.dilation), layer.kernel_size, strict=True)]
         if any(span % 2 for span in spans):
             raise ValueError(f"profile: expected padding that is the same on both sides, got {layer}")

@@ -74,8 +74,8 @@ struct Element<Half> {
   // Both directions are free of branches, so that loops over them vectorise, without the F16C instructions too.
   static S2AP_INLINE float widen(Bits bits) {
     const uint32_t magnitude = bits & 0x7fffu;
-    const uint32_t normal = (magnitude << 13) + (112u << 23);  // exponent bias 15 -> 127
-    const uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinity and NaN
+    const uint32_t normal = (magnitude << 13) + (112u << 23);                           // exponent bias 15 -> 127
+    const uint32_t special = (magnitude << 13) | 0x7f800000u;                           // infinity and NaN
     const float tiny = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;  // 0 and subnormal
     const uint32_t wide = choose(magnitude < 0x400u, std::bit_cast<uint32_t>(tiny), choose(magnitude < 0x7c00u, normal, special));
     return std::bit_cast<float>(wide | (uint32_t{bits} & 0x8000u) << 16);

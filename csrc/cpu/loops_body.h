@@ -529,8 +529,8 @@ S2AP_TARGET void update(BitsOf<T>* s, const BitsOf<T>* g, BitsOf<T>* b, int64_t 
 
 template <class T>
 inline constexpr Loops<T> kLoops = {
-    sweep, count_at_least, apply<T>, window_keep, keep_bits, count_different, form<T>, move<T>, apply_moved<T>,
-    chunk_sum<T, true>, chunk_sum<T, false>, update<T>,
+    sweep,   count_at_least, apply<T>,       window_keep,        keep_bits,           count_different,
+    form<T>, move<T>,        apply_moved<T>, chunk_sum<T, true>, chunk_sum<T, false>, update<T>,
 };
 
 }  // namespace S2AP_LOOPS

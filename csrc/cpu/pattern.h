@@ -100,8 +100,8 @@ class Tiles {
   }
 
  private:
-  int64_t n_, period_;  // elements that a tile has whole numbers of
-  int64_t whole_ = 0;   // elements of a tile
+  int64_t n_, period_;                          // elements that a tile has whole numbers of
+  int64_t whole_ = 0;                           // elements of a tile
   int64_t block_ = 0, width_ = 0, strips_ = 0;  // of those that are cut across
   int64_t count_;
 };

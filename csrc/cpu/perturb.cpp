@@ -37,8 +37,8 @@ void perturb_cpu(const TensorList& scores, const TensorList& grads, const Tensor
     using T = decltype(element);
     std::vector<PerturbLayer<T>> layers;
     for (size_t i = 0; i < scores.size(); ++i) {
-      layers.push_back({input<T>(scores[i]), input<T>(grads[i]), input<T>(weights[i]), output<T>(masked[i]), scores[i].numel(), count[i],
-                        patterns[i]});
+      layers.push_back(
+          {input<T>(scores[i]), input<T>(grads[i]), input<T>(weights[i]), output<T>(masked[i]), scores[i].numel(), count[i], patterns[i]});
     }
     const auto* square = squares ? static_cast<const double*>(squares->const_data_ptr()) : nullptr;
     const Ascent ascent = {static_cast<const double*>(gamma.const_data_ptr()), eps, straight_through, square};

@@ -5,8 +5,8 @@
 
 namespace s2ap {
 
-void select_cpu(const TensorList& scores, const TensorList& weights, const Tensor& kept,
-                const std::vector<int64_t>& pattern_numbers, const TensorList& masked, const Tensor& cuts) {
+void select_cpu(const TensorList& scores, const TensorList& weights, const Tensor& kept, const std::vector<int64_t>& pattern_numbers,
+                const TensorList& masked, const Tensor& cuts) {
   check_scores(scores);
   check_list(weights, "weights", scores);
   check_list(masked, "masked", scores);

@@ -200,11 +200,16 @@ class Selection {
         case Step::kSmall:
           for (int64_t l = task.first; l < task.last; ++l) finish_small(small_[l]);
           return;
-        case Step::kNote: return note(units_[task.first]);
-        case Step::kMeasure: return measure(units_[task.first]);
-        case Step::kGuess: return start_search(layers_[task.first]);
-        case Step::kSearch: return search(units_[task.first]);
-        case Step::kApply: return apply(units_[task.first]);
+        case Step::kNote:
+          return note(units_[task.first]);
+        case Step::kMeasure:
+          return measure(units_[task.first]);
+        case Step::kGuess:
+          return start_search(layers_[task.first]);
+        case Step::kSearch:
+          return search(units_[task.first]);
+        case Step::kApply:
+          return apply(units_[task.first]);
       }
     });
   }
@@ -525,9 +530,8 @@ class SelectProblem {
     });
   }
   void apply(int64_t l, const Tile& tile, const Bits* mask, const Bits* x, Tally& nans) const {
-    tile.elements.for_each_piece([&](int64_t i, int64_t at, int64_t n) {
-      nans += loop_.apply(x + at, layers_[l].weight + i, layers_[l].masked + i, n, mask + at);
-    });
+    tile.elements.for_each_piece(
+        [&](int64_t i, int64_t at, int64_t n) { nans += loop_.apply(x + at, layers_[l].weight + i, layers_[l].masked + i, n, mask + at); });
   }
   void add(int64_t l, Tally nans) const { row(l)[kNans] += nans; }
 

@@ -81,14 +81,15 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
   const int64_t work = work_of(out.count * tall * wide * out.lanes, rows, channels, count);
   const int64_t floats = in.count * in.channels * in.channel() + out.count * out.channels * out.channel();
   const bool streams = past_caches(machine, floats) && is_line(out.data);
-  const int32_t* const offsets = place(machine, shape, passes, entries, count, in.channel(),
-                                       [&](int64_t dy, int64_t dx) { return dy * in.row() + dx * in.lanes; });
+  const int32_t* const offsets =
+      place(machine, shape, passes, entries, count, in.channel(), [&](int64_t dy, int64_t dx) { return dy * in.row() + dx * in.lanes; });
   const Tiling tiles(tall, wide, std::max(step_y, step_x));
   const Window window(passes);
   const int64_t narrow = wide / tiles.across;                     // a tile has so many columns, or one more
   const int64_t channels_at_once = (channels + rows - 1) / rows;  // of the inputs, asked for with each output channel
   const auto lines = [&](bool topmost, int64_t width) { return window.lines(in, channels_at_once, topmost, tiles.tall, width); };
-  const std::vector<int32_t> lines_of[2][2] = {{lines(false, narrow), lines(false, narrow + 1)}, {lines(true, narrow), lines(true, narrow + 1)}};
+  const std::vector<int32_t> lines_of[2][2] = {{lines(false, narrow), lines(false, narrow + 1)},
+                                               {lines(true, narrow), lines(true, narrow + 1)}};
 
   for_each(machine, blocks * pieces, work, [&](int64_t task) {
     const int64_t piece = task % pieces, group = task / pieces % shape.groups, block = task / pieces / shape.groups;
@@ -105,8 +106,8 @@ inline void block_passes(const Machine& machine, const ConvShape& shape, const s
       const Range read = read_by_run(run, entries, channels);
       const std::vector<int32_t>& at = lines_of[t.y == top][t.width - narrow];
       const int64_t times = (read.last - read.first + channels_at_once - 1) / channels_at_once;
-      return Ahead{in.at(block, group * channels + read.first, t.y * step_y, t.x * step_x), times, channels_at_once * in.channel(), at.data(),
-                   static_cast<int64_t>(at.size())};
+      return Ahead{in.at(block, group * channels + read.first, t.y * step_y, t.x * step_x), times, channels_at_once * in.channel(),
+                   at.data(), static_cast<int64_t>(at.size())};
     };
     TileArgs args{};
     args.offsets = offsets;

@@ -114,7 +114,13 @@ Images<T> images_of(const Tensor& t) {
 
 template <class T>
 Blocks<T> blocks_of(const Tensor& t, int64_t halo) {
-  return {static_cast<float*>(const_cast<void*>(t.const_data_ptr())), t.size(0), t.size(1), t.size(2) - 2 * halo, t.size(3) - 2 * halo, halo, t.size(4)};
+  return {static_cast<float*>(const_cast<void*>(t.const_data_ptr())),
+          t.size(0),
+          t.size(1),
+          t.size(2) - 2 * halo,
+          t.size(3) - 2 * halo,
+          halo,
+          t.size(4)};
 }
 
 inline void check_like(const MaybeTensor& t, const char* name, const Tensor& like) {
@@ -189,7 +195,11 @@ void sparse_conv_cpu(const Tensor& input, const Tensor& starts, const Tensor& co
   const ConvShape shape = conv_shape(input, "input", out, "out", halo, {kernel, stride, padding, dilation, groups});
   const Entries entries = entries_of(starts, columns, &values, shape.out_channels, shape.in_channels / groups, shape.taps(), 1);
   const float* const b = bias_of(bias, shape.out_channels);
-  check_out(out, {{"input", &input}, {"starts", &starts}, {"columns", &columns}, {"values", &values}, {"bias", pointer(bias)},
+  check_out(out, {{"input", &input},
+                  {"starts", &starts},
+                  {"columns", &columns},
+                  {"values", &values},
+                  {"bias", pointer(bias)},
                   {"residual", pointer(residual)}});
   by_layout(
       input, "input", out, residual, {}, shape, halo,
@@ -201,7 +211,8 @@ void sparse_conv_cpu(const Tensor& input, const Tensor& starts, const Tensor& co
       [&] {
         check_reach(forward_axis(shape, 0), forward_axis(shape, 1), halo);
         const Blocks<const float> other = residual ? blocks_of<const float>(*residual, halo) : Blocks<const float>{};
-        sparse_conv(torch_machine(), shape, entries, blocks_of<const float>(input, halo), {b, other, relu, {}}, blocks_of<float>(out, halo));
+        sparse_conv(torch_machine(), shape, entries, blocks_of<const float>(input, halo), {b, other, relu, {}},
+                    blocks_of<float>(out, halo));
       });
 }
 
@@ -212,7 +223,11 @@ void sparse_conv_input_grad_cpu(const Tensor& grad, const Tensor& starts, const 
   const Entries entries =
       entries_of(starts, columns, &values, shape.in_channels, shape.out_channels / groups, shape.taps(), shape.passes());
   check_passes(shape, entries);
-  check_out(out, {{"grad", &grad}, {"starts", &starts}, {"columns", &columns}, {"values", &values}, {"residual", pointer(residual)},
+  check_out(out, {{"grad", &grad},
+                  {"starts", &starts},
+                  {"columns", &columns},
+                  {"values", &values},
+                  {"residual", pointer(residual)},
                   {"gate", pointer(gate)}});
   by_layout(
       grad, "grad", out, residual, gate, shape, halo,

@@ -93,7 +93,8 @@ struct Results {
 inline void check_packed(int64_t floats) {
   constexpr int64_t kMost = int64_t{1} << 28;
   if (floats > kMost) {
-    throw std::runtime_error("dilation: expected at most 2**28 inputs between an output's first and last one, got " + std::to_string(floats));
+    throw std::runtime_error("dilation: expected at most 2**28 inputs between an output's first and last one, got " +
+                             std::to_string(floats));
   }
 }
 
@@ -111,8 +112,8 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
   }
   const Layout layout(all_y, all_x, shape.batch, group_channels, lanes);
   check_packed(layout.packed());
-  const int32_t* const offsets = place(machine, shape, passes, entries, count, layout.channel(),
-                                       [&](int64_t dy, int64_t dx) { return layout.offset(dy, dx); });
+  const int32_t* const offsets =
+      place(machine, shape, passes, entries, count, layout.channel(), [&](int64_t dy, int64_t dx) { return layout.offset(dy, dx); });
   // Where there are fewer pieces than threads can share, rows are shared out too; a piece is then packed again for each share.
   const int64_t together = layout.together(), tasks = (layout.pieces() + together - 1) / together * shape.groups;
   const int64_t shares = std::clamp<int64_t>(machine.threads / tasks, 1, std::max<int64_t>(1, group_rows / 8));
@@ -175,7 +176,8 @@ void conv_passes(const Machine& machine, const ConvShape& shape, const std::vect
           for (int64_t n = 0; n < p.images; ++n) results.write(line + n, lanes, tile_columns, p.n0 + n, row, p.y0 + ty + r, p.x0 + tx);
         }
       } else {
-        for (const Wanted* w = wanted; w < wanted + count_wanted; ++w) results.write(sum + w->at, 1, w->count, w->n, row, w->line, w->column);
+        for (const Wanted* w = wanted; w < wanted + count_wanted; ++w)
+          results.write(sum + w->at, 1, w->count, w->n, row, w->line, w->column);
       }
     }
   };
@@ -272,14 +274,15 @@ void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, con
         for (int64_t row = first; row < last; ++row) layout.pack_outputs(grad, row, p, copies + (row - first) * args.channel);
         gradients = copies;
       }
-      layout.for_each_tile(p, ProductTiling(layout.height(p), layout.width(p), lanes), [&](int64_t rows, int64_t columns, int64_t ty, int64_t tx) {
-        args.gradient = gradients + ty * args.row + tx * args.column;
-        args.in = packed + ty * layout.row() + tx * lanes;
-        for_each_run([&](const int32_t* starts) {
-          args.starts = starts;
-          loops.products(rows, columns)(args);
-        });
-      });
+      layout.for_each_tile(p, ProductTiling(layout.height(p), layout.width(p), lanes),
+                           [&](int64_t rows, int64_t columns, int64_t ty, int64_t tx) {
+                             args.gradient = gradients + ty * args.row + tx * args.column;
+                             args.in = packed + ty * layout.row() + tx * lanes;
+                             for_each_run([&](const int32_t* starts) {
+                               args.starts = starts;
+                               loops.products(rows, columns)(args);
+                             });
+                           });
     }
   });
   const int64_t row_length = group_channels * shape.taps();

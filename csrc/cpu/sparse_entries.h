@@ -59,7 +59,8 @@ const int32_t* place(const Machine& machine, const ConvShape& shape, const std::
                      int64_t channel, const F& offset) {
   std::vector<int32_t> tap_offsets(shape.taps());  // every tap is in one pass
   for (const Pass& pass : passes) {
-    for_each_tap(shape, pass.y, pass.x, [&](int64_t tap, int64_t dy, int64_t dx) { tap_offsets[tap] = static_cast<int32_t>(offset(dy, dx)); });
+    for_each_tap(shape, pass.y, pass.x,
+                 [&](int64_t tap, int64_t dy, int64_t dx) { tap_offsets[tap] = static_cast<int32_t>(offset(dy, dx)); });
   }
   auto* const offsets = scratch<int32_t>(Scratch::kOffsets, count + 1);
   for_each(machine, (count + kChunk - 1) / kChunk, count, [&](int64_t task) {
@@ -100,7 +101,7 @@ void tile_in_runs(TileLoop tile, int64_t size, TileArgs args, const Entries& ent
 
 // The work of a pass, in elements as for_each counts them: what is read and written, and the arithmetic.
 inline int64_t work_of(int64_t positions, int64_t rows, int64_t channels, int64_t entries) {
-  constexpr int64_t kMultiplyAdds = 8;  // that take as long as an element
+  constexpr int64_t kMultiplyAdds = 8;           // that take as long as an element
   constexpr int64_t kEnough = int64_t{1} << 24;  // for any number of threads, and no product overflows
   return std::min(positions, kEnough) * (rows + channels + entries / kMultiplyAdds);
 }

@@ -78,8 +78,8 @@ struct TileArgs {
   Ahead ahead;             // asked for meanwhile, once for each output channel
   const float* resumed;    // where the sums start from, [channels][rows][columns][lanes]; null: from the bias
   const float* bias;       // [channels], or null
-  bool ends;               // the sums are complete. If not, they go to `out` as they are, which is as `resumed`, and all below is left alone
-  float* out;              // the first position of channel `first`
+  bool ends;   // the sums are complete. If not, they go to `out` as they are, which is as `resumed`, and all below is left alone
+  float* out;  // the first position of channel `first`
   int64_t out_channel, out_row, out_column;
   const float* residual;  // null, or what is added; lies as `out`
   bool relu;
@@ -121,7 +121,7 @@ struct PlaceArgs {
 struct TileLoops {
   // [step - 1][columns - 1]: columns whose inputs are `step` vectors apart
   std::array<std::array<TileLoop, kWidest>, 2> one_row;
-  std::array<TileLoop, kShort> two_rows;  // [columns - 1], of step 1
+  std::array<TileLoop, kShort> two_rows;                    // [columns - 1], of step 1
   std::array<ProductLoop, kMostProducts> one_row_products;  // [columns - 1]
   std::array<ProductLoop, kMostProducts / 2> two_rows_products;
   std::array<ProductLoop, kMostProducts / 4> four_rows_products;

@@ -102,9 +102,7 @@ S2AP_TARGET S2AP_INLINE void tile_of(const TileArgs& args) {
       }
     } else {
       const Floats first = bias ? broadcast(*bias++) : Floats{};
-      S2AP_ALL for (int r = 0; r < rows; ++r) {
-        S2AP_ALL for (int c = 0; c < columns; ++c) sum[r][c] = first;
-      }
+      S2AP_ALL for (int r = 0; r < rows; ++r) { S2AP_ALL for (int c = 0; c < columns; ++c) sum[r][c] = first; }
     }
     for (const int32_t* const end = args.offsets + *++start; offset < end; ++offset, ++value) {
       const Floats v = broadcast(*value);
@@ -119,17 +117,16 @@ S2AP_TARGET S2AP_INLINE void tile_of(const TileArgs& args) {
       }
     }
     if constexpr (!ends) {
-      S2AP_ALL for (int r = 0; r < rows; ++r) {
-        S2AP_ALL for (int c = 0; c < columns; ++c, out += kFloats) store_floats(out, sum[r][c]);
-      }
+      S2AP_ALL for (int r = 0; r < rows; ++r) { S2AP_ALL for (int c = 0; c < columns; ++c, out += kFloats) store_floats(out, sum[r][c]); }
       continue;
     }
     if (args.residual) {
-      for_each_vector(sum, args.residual + (out - args.out), args.out_row, args.out_column, [](Floats& v, const float* p) S2AP_TARGET S2AP_LAMBDA {
-        Floats at;
-        load_floats(at, p);
-        v = v + at;
-      });
+      for_each_vector(sum, args.residual + (out - args.out), args.out_row, args.out_column,
+                      [](Floats& v, const float* p) S2AP_TARGET S2AP_LAMBDA {
+                        Floats at;
+                        load_floats(at, p);
+                        v = v + at;
+                      });
     }
     if (args.relu) {
       S2AP_ALL for (int r = 0; r < rows; ++r) {
@@ -137,11 +134,12 @@ S2AP_TARGET S2AP_INLINE void tile_of(const TileArgs& args) {
       }
     }
     if (args.gate) {
-      for_each_vector(sum, args.gate + (out - args.out), args.out_row, args.out_column, [](Floats& v, const float* p) S2AP_TARGET S2AP_LAMBDA {
-        Floats at;
-        load_floats(at, p);
-        v = at <= 0 ? Floats{} : v;
-      });
+      for_each_vector(sum, args.gate + (out - args.out), args.out_row, args.out_column,
+                      [](Floats& v, const float* p) S2AP_TARGET S2AP_LAMBDA {
+                        Floats at;
+                        load_floats(at, p);
+                        v = at <= 0 ? Floats{} : v;
+                      });
     }
     for_each_vector(sum, out, args.out_row, args.out_column,
                     [&](Floats& v, float* p) S2AP_TARGET S2AP_LAMBDA { store_result(p, v, args.streams); });
@@ -204,7 +202,8 @@ S2AP_TARGET S2AP_INLINE void add_lanes(const Floats (&vectors)[kFloats], int64_t
     u[k] = _mm512_add_ps(_mm512_mask_blend_ps(0xCCCC, w[k], w[k + 2]), _mm512_maskz_shuffle_ps(all_lanes, w[k], w[k + 2], 0x4E));
   }
   const __m512 even = _mm512_maskz_unpacklo_ps(all_lanes, u[0], u[1]), odd = _mm512_maskz_unpackhi_ps(all_lanes, u[0], u[1]);
-  const Floats all = (Floats)_mm512_add_ps(_mm512_maskz_shuffle_ps(all_lanes, even, odd, 0x44), _mm512_maskz_shuffle_ps(all_lanes, even, odd, 0xEE));
+  const Floats all =
+      (Floats)_mm512_add_ps(_mm512_maskz_shuffle_ps(all_lanes, even, odd, 0x44), _mm512_maskz_shuffle_ps(all_lanes, even, odd, 0xEE));
 #elif S2AP_WIDTH == 32
   __m256 v[4];
   S2AP_ALL for (int k = 0; k < 4; ++k) {

@@ -22,7 +22,8 @@ using TensorList = std::vector<Tensor>;
 using torch::headeronly::ScalarType;
 
 inline Machine torch_machine() {
-  return {best_isa(), static_cast<int>(torch::stable::get_num_threads()), [](int threads, void (*work)(void*), void* context) {
+  return {best_isa(), static_cast<int>(torch::stable::get_num_threads()),
+          [](int threads, void (*work)(void*), void* context) {
             torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(context); });
           },
           last_cache()};
@@ -115,11 +116,16 @@ BitsOf<T>* output(const Tensor& t) {
 template <class F>
 void dispatch(const Tensor& t, Argument name, const F& f) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::Half: return f(Half{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: fail(name, "float32, float64, float16 or bfloat16", toString(t.scalar_type()));
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Half:
+      return f(Half{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      fail(name, "float32, float64, float16 or bfloat16", toString(t.scalar_type()));
   }
 }
 

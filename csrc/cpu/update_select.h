@@ -23,7 +23,7 @@ namespace s2ap {
 
 template <class T>
 struct UpdateSelectLayer {
-  UpdateLayer<T> step;  // its gradient: of the scores, or with UpdateSelect::straight_through of the masked weight
+  UpdateLayer<T> step;           // its gradient: of the scores, or with UpdateSelect::straight_through of the masked weight
   const BitsOf<T>* ascent_grad;  // of the masked weight, at the scores; null: `step.grad` was taken at the scores
   const BitsOf<T>* weight;
   BitsOf<T>* masked;
@@ -98,9 +98,7 @@ class UpdateSelectProblem {
     }
   }
 
-  void measured(int64_t l) const {
-    squares_[l] = sum_of_chunks(chunk_squares_.get() + first_chunk_[l], (numel(l) + kChunk - 1) / kChunk);
-  }
+  void measured(int64_t l) const { squares_[l] = sum_of_chunks(chunk_squares_.get() + first_chunk_[l], (numel(l) + kChunk - 1) / kChunk); }
 
   const Bits* read(int64_t l, int64_t begin, int64_t, Bits*) const { return layers_[l].step.scores + begin; }
   template <class Places>

@@ -49,7 +49,7 @@ S2AP_DEVICE Progress<KeyOf<T>> guess_bracket(const Grid& grid, BracketStorage<Ke
   double fraction = static_cast<double>(kept) / static_cast<double>(n), mean = size * fraction;
   double margin = 4 * square_root(mean * (1 - fraction)) + 4;
   int lower = static_cast<int>(mean + margin), upper = static_cast<int>(mean - margin);  // ranks of the bracket's ends
-  if (!sampled) lower = upper = static_cast<int>(kept);  // the product above may have lost it
+  if (!sampled) lower = upper = static_cast<int>(kept);                                  // the product above may have lost it
   bool has_lo = lower <= size, has_hi = upper >= 1;
   auto all_keys = [&](int rank) {
     return Progress<Key>{0, Digits<T>::kEnd, static_cast<uint32_t>(rank), static_cast<uint32_t>(size - rank), false};

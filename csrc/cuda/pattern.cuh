@@ -182,7 +182,8 @@ S2AP_DEVICE void for_each_group_task(const Grid& grid, const Table<Layer<T>>& ta
 
 // Level 0 of one quantity. make_reader(layer) reads the scores whose magnitudes are summed.
 template <class Grid, class T, class MakeReader>
-S2AP_DEVICE_APART void sum_groups(const Grid& grid, const Table<Layer<T>>& table, const Groups& groups, int quantity, MakeReader make_reader) {
+S2AP_DEVICE_APART void sum_groups(const Grid& grid, const Table<Layer<T>>& table, const Groups& groups, int quantity,
+                                  MakeReader make_reader) {
   for_each_group_task(
       grid, table, [](const Layer<T>& row) { return row.pattern.size * Groups::chunks_of_group(row); },
       [&](int layer, int64_t turn) {
@@ -213,8 +214,7 @@ S2AP_DEVICE void sum_groups_again(const Grid& grid, const Table<Layer<T>>& table
     return count;
   };
   for_each_group_task(
-      grid, table,
-      [&](const Layer<T>& row) { return groups.quantities * row.pattern.size * ((terms(row) + kChunk - 1) / kChunk); },
+      grid, table, [&](const Layer<T>& row) { return groups.quantities * row.pattern.size * ((terms(row) + kChunk - 1) / kChunk); },
       [&](int layer, int64_t turn) {
         const Layer<T>& row = table.rows[layer];
         int64_t count = terms(row), parts = (count + kChunk - 1) / kChunk, part = turn % parts, group = turn / parts % row.pattern.size;

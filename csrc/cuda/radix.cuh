@@ -47,7 +47,7 @@ struct Progress {
 
 template <class Key>
 struct RadixStorage {
-  uint32_t bins[kBins + 1];  // and one for what is above the interval
+  uint32_t bins[kBins + 1];         // and one for what is above the interval
   alignas(16) Progress<Key> found;  // or a wide load of it would take a bin along, which a race checker sees as a race
   ScanStorage scan;
 };

@@ -33,7 +33,7 @@ namespace s2ap::cuda {
 
 constexpr int kListed = kChunk / 8;  // elements of a chunk that its list takes
 constexpr int kWords = kChunk / 32;  // of a bit per element
-constexpr int kBatch = 64;          // chunks that a block counts the lists of at once
+constexpr int kBatch = 64;           // chunks that a block counts the lists of at once
 
 template <class T>
 struct Layer {

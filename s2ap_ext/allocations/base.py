@@ -75,17 +75,20 @@ def allocate(allocation: str | Allocation | Mapping[str, float], layers: Sequenc
             the layers.
     """
     check_sparsity(sparsity)
+    made: Allocation
     if isinstance(allocation, Mapping):
-        allocation = find("allocation", "mapping").of(allocation)
+        made = find("allocation", "mapping").of(allocation)
     elif isinstance(allocation, str):
-        allocation = make("allocation", allocation)
-    elif not isinstance(allocation, Allocation):
+        made = make("allocation", allocation)
+    elif isinstance(allocation, Allocation):
+        made = allocation
+    else:
         raise TypeError(f"allocation: expected a name, an Allocation or sparsities by layer, got {type(allocation).__name__}")
-    name = allocation.name or type(allocation).__name__
+    name = made.name or type(made).__name__
     windows = [layer.name for layer in layers if layer.pattern.kind == WINDOW]
-    if windows and not allocation.windows:
+    if windows and not made.windows:
         raise ValueError(f"allocation: expected 'uniform' for N:M windows, which fix the sparsity of layer {windows[0]}, got {name!r}")
-    kept = [operator.index(count) for count in allocation.kept(layers, sparsity)]
+    kept = [operator.index(count) for count in made.kept(layers, sparsity)]
     if len(kept) != len(layers):
         raise ValueError(f"allocation {name}: expected a count for each of {len(layers)} layers, got {len(kept)}")
     for layer, count in zip(layers, kept, strict=True):

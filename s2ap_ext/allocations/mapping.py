@@ -55,6 +55,6 @@ class SparsityByLayer(Allocation):
             some = ", ".join([layer.name for layer in layers[:5]] + ["..."] * (len(layers) > 5))
             raise ValueError(f"allocation mapping: no layer takes the sparsity of {idle[0]!r}; there are {some}")
         return [
-            kept_in_pattern(layer.pattern, layer.weight.numel(), self.sparsities.get(pattern, sparsity))
+            kept_in_pattern(layer.pattern, layer.weight.numel(), sparsity if pattern is None else self.sparsities[pattern])
             for layer, pattern in zip(layers, deciding, strict=True)
         ]

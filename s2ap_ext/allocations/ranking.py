@@ -11,7 +11,7 @@ from torch import Tensor
 from ..reference import GROUP, group_sums
 from .base import Layer, kept_weights_of, least, weights_to_keep
 
-HIGHEST = torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64).item()  # the bits of a score that none exceeds
+HIGHEST = int(torch.tensor(torch.inf, dtype=torch.float64).view(torch.int64))  # the bits of a score that none exceeds
 
 
 def sorted_magnitudes(layer: Layer) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class Pgd(Attack):
             raise ValueError("attack pgd: takes no gradients of parameters in 0 steps")
         if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
             raise ValueError(f"parameters: expected such as require a gradient, {frozen[0]} does not")
-        how = {"loss": loss, "random_start": True, "generator": generator}
+        how: dict[str, Any] = {"loss": loss, "random_start": True, "generator": generator}
         x_adv, gradients = _search(model, x, y, **asdict(self.settings), **how, parameters=list(parameters.values()))
         return x_adv, {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
 
@@ -105,7 +106,7 @@ def pgd(
             g, = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
             x_adv = (x_adv.detach() + step_size * g.sign()).clamp(x - eps, x + eps).clamp(0, 1)
     """
-    how = {"eps": eps, "step_size": step_size, "steps": steps, "norm": norm}
+    how: dict[str, Any] = {"eps": eps, "step_size": step_size, "steps": steps, "norm": norm}
     return _search(model, x, y, **how, loss=loss, random_start=random_start, generator=generator)[0]
 
 
@@ -143,7 +144,7 @@ def _search(
         outside = ((x < 0) | (x > 1) | x.isnan()).any()
         ball = BALLS[norm](x, eps, step_size)
         with torch.no_grad():
-            objective = _cross_entropy(y.clone()) if loss == "ce" else _divergence(_logits(faster, x))
+            objective = _cross_entropy(y.clone()) if loss == "ce" and y is not None else _divergence(_logits(faster, x))
             x_adv = ball.random_start(generator) if random_start else x.clone()
         nans = torch.zeros(2, dtype=torch.int64, device=x.device)  # steps with NaN in the loss, in the gradient
         with torch.enable_grad():
@@ -162,10 +163,10 @@ def _search(
                 x_adv = x_adv.detach()
                 ball.step(x_adv, gradient)
         # One look at the end, and not one per step: each would wait for the device.
-        outside, *nans = torch.cat([outside.view(1), nans]).tolist()
-    if outside:
+        found_outside, *counts = torch.cat([outside.view(1), nans]).tolist()
+    if found_outside:
         raise ValueError(f"x: expected images in [0, 1], got values in [{x.min().item():g}, {x.max().item():g}]")
-    for what, count in zip(("loss", "gradient"), nans, strict=True):
+    for what, count in zip(("loss", "gradient"), counts, strict=True):
         if count:
             raise ValueError(f"{what}: NaN in {count} of {steps} steps of the attack; look at the model's weights")
     return x_adv, of_parameters
@@ -178,14 +179,14 @@ def _check(eps: float, step_size: float, steps: int, norm: str, loss: str) -> No
             raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps: expected an integer >= 0, got {steps}")
-    for name, value, known in (("norm", norm, BALLS), ("loss", loss, LOSSES)):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    for name, chosen, known in (("norm", norm, tuple(BALLS)), ("loss", loss, LOSSES)):
+        if chosen not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {chosen!r}")
 
 
-def _logits(model: Callable, x: Tensor) -> Tensor:
+def _logits(model: Callable[..., Any], x: Tensor) -> Tensor:
     """The logits in at least float32, where sums over a batch do not overflow."""
-    logits = model(x)
+    logits: Tensor = model(x)
     if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
         raise ValueError(f"model: expected logits of shape ({x.shape[0]}, classes), got {tuple(logits.shape)}")
     return logits if logits.dtype == torch.float64 else logits.float()

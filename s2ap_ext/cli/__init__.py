@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for module in COMMANDS:
             module.add(commands)
         arguments = commands.parser.parse_args(argv)
-        return arguments.command(arguments)
+        status: int = arguments.command(arguments)
+        return status
     except BrokenPipeError:  # nobody reads the report; what was done is in its files
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

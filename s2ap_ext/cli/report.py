@@ -24,8 +24,9 @@ def _report(arguments: argparse.Namespace) -> int:
 def show(folder: Path) -> None:
     """Prints the tables of the finished run in ``folder`` and draws its plots."""
     from .. import report, speed
+    from ..pipeline.run_folder import read_results
 
-    results = report.read_results(folder)
+    results = read_results(folder)
     plots = report.write_plots(folder)
     report.print_table(results)
     if "latency" in results:

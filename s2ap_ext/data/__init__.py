@@ -41,4 +41,5 @@ def load_data(
     if data_dir is not None and "dir" not in types_of(part.Settings):
         raise ValueError(f"data_dir: expected none, since {name} is not read from a folder; sets of the hub are, such as uoft-cs/cifar10")
     options = {} if data_dir is None else {"dir": str(data_dir)}
-    return part(**options).load(limit=limit, test_limit=test_limit)
+    data: Data = part(**options)
+    return data.load(limit=limit, test_limit=test_limit)

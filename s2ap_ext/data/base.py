@@ -47,7 +47,8 @@ class Dataset:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        return tuple(self.train.images.shape[1:])
+        _, channels, height, width = self.train.images.shape
+        return channels, height, width
 
     def limited(self, limit: int | None, test_limit: int | None) -> Dataset:
         """The same set with the first ``limit`` training and ``test_limit`` test images; None keeps all.

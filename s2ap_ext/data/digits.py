@@ -32,8 +32,8 @@ def load_digits() -> Dataset:
     rank = (one_hot.cumsum(0) * one_hot).sum(1) - 1
     share = (one_hot.sum(0).float() / 5).round().long()
     test = rank < share[labels[order]]
-    splits = [Split(images[index], labels[index]) for index in (order[~test], order[test])]
-    return Dataset("digits", *splits, classes=tuple("0123456789"))
+    train, held_out = (Split(images[index], labels[index]) for index in (order[~test], order[test]))
+    return Dataset("digits", train, held_out, classes=tuple("0123456789"))
 
 
 @register("digits")

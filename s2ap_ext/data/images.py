@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def decode(data: bytes | None, shape: tuple[int, int, int] | None, where: str) -
         raise ValueError(f"{where}: not a readable image ({error})") from error
 
 
-def _pixels(image, shape: tuple[int, int, int] | None) -> np.ndarray:
+def _pixels(image: Any, shape: tuple[int, int, int] | None) -> np.ndarray:
     if image.mode not in GREY + COLOUR:
         raise _Refused(f"expected pixels of 8 bits, or grey ones of 16, since others have no fixed range; got PIL's mode {image.mode}")
     channels = 1 if image.mode in GREY else 3

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,8 @@ def load_parquet(
     if classes is None:
         classes = _stored_classes(shards["train"][0]) or tuple(str(i) for i in range(_largest_label(shards) + 1))
     train = _read_split(shards["train"], len(classes), limit, None)
-    test = _read_split(shards["test"], len(classes), test_limit, tuple(train.images.shape[1:]))
+    _, channels, height, width = train.images.shape
+    test = _read_split(shards["test"], len(classes), test_limit, (channels, height, width))
     return Dataset(name or folder.name, train, test, classes)
 
 
@@ -63,7 +65,7 @@ def _find_shards(folder: Path, split: str) -> list[Path]:
     if not found:
         entries = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
         raise FileNotFoundError(f"{folder}: no {split} split; expected {LAYOUT}; found {entries}")
-    parts = [pattern.fullmatch(path.name).groups() for path in found]
+    parts = [match.groups() for path in found if (match := pattern.fullmatch(path.name))]
     count = int(parts[0][2] or 1)
     if len({path.parent for path in found}) > 1 or [int(part[1] or 0) for part in parts] != list(range(count)):
         names = ", ".join(str(path.relative_to(folder)) for path in found)
@@ -71,7 +73,7 @@ def _find_shards(folder: Path, split: str) -> list[Path]:
     return found
 
 
-def _open(path: Path):
+def _open(path: Path) -> tuple[Any, str]:
     """The ParquetFile, with the columns checked, and the name of the image column."""
     parquet, arrow = optional("pyarrow.parquet"), optional("pyarrow")
     try:
@@ -84,13 +86,13 @@ def _open(path: Path):
         if schema.names.count(name) > 1:
             raise ValueError(f"{path}: expected one column {name}, found {schema.names.count(name)}")
     is_image = image and arrow.types.is_struct(schema.field(image).type) and schema.field(image).type.get_field_index("bytes") >= 0
-    if not is_image or "label" not in schema.names or not arrow.types.is_integer(schema.field("label").type):
+    if image is None or not is_image or "label" not in schema.names or not arrow.types.is_integer(schema.field("label").type):
         found = ", ".join(f"{field.name}: {field.type}" for field in schema)
         raise ValueError(f"{path}: expected the columns img: struct<bytes: binary, path: string> and label: int64, found {found}")
     return file, image
 
 
-def _rows(path: Path, *, images: bool) -> Iterator[tuple[str, dict | None, int | None]]:
+def _rows(path: Path, *, images: bool) -> Iterator[tuple[str, dict[str, Any] | None, int | None]]:
     """Where the row is, its image (None without ``images``) and its label, row by row, reading no more of ``path`` than is asked for."""
     arrow = optional("pyarrow")
     file, image = _open(path)

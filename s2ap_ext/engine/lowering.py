@@ -69,7 +69,7 @@ class _Lowering:
     def lower(self, node: fx.Node) -> None:
         if node.op == "output":
             result = node.args[0]
-            if result not in self.at:
+            if not isinstance(result, fx.Node) or result not in self.at:
                 raise ValueError("model: expected one float32 tensor [N, ...] as its output, that depends on its input")
             self.lowered.output = self.at[result]
             if self.lowered.output == 0:
@@ -100,10 +100,16 @@ class _Lowering:
 
     def value(self, node: fx.Node) -> int:
         """A new value, of the node's shape."""
-        self.lowered.shapes.append(self.found[node][0][1:])
+        self.lowered.shapes.append(self.given(node)[1:])
         return len(self.lowered.shapes) - 1
 
-    def emit(self, node: fx.Node, make: Callable[..., Step], *read: fx.Node, **settings) -> int:
+    def given(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of what a node gives that is a value, with the batch."""
+        found = self.found[node]
+        assert found is not None
+        return found[0]
+
+    def emit(self, node: fx.Node, make: Callable[..., Step], *read: fx.Node, **settings: Any) -> int:
         sources = tuple(self.read(n) for n in read)
         out = self.value(node)
         self.lowered.steps.append(make(sources, out, **settings))
@@ -130,7 +136,7 @@ class _Lowering:
     def step_for(self, node: fx.Node) -> int:
         module = None
         if node.op == "call_module":
-            module = self.model.get_submodule(node.target)
+            module = self.model.get_submodule(str(node.target))
             if module._forward_hooks or module._forward_pre_hooks:
                 raise Unsupported("has forward hooks")
             handler = next((handler for cls, handler in _MODULES.items() if computes_as(module, cls)), None)
@@ -149,7 +155,8 @@ class _Lowering:
     # ---- Dense parts
 
     def part(self, node: fx.Node, reason: str) -> int:
-        graph, copies, read = fx.Graph(), {}, []
+        graph, read = fx.Graph(), list[int]()
+        copies: dict[fx.Node | int, fx.Node] = {}  # of nodes, and placeholders by the value that they stand for
 
         def copied(n: fx.Node) -> fx.Node:
             if n not in copies:
@@ -165,7 +172,7 @@ class _Lowering:
         for n in _needed(node, self.at):
             copied(n)
         graph.output(graph.node_copy(node, copied))
-        self.lowered.dense_parts.append(DensePart(node.target if node.op == "call_module" else node.name, reason))
+        self.lowered.dense_parts.append(DensePart(str(node.target) if node.op == "call_module" else node.name, reason))
         out = self.value(node)
         in_place = changed_by(self.model, node) is not None
         self.lowered.steps.append(Part(tuple(read), out, weights=self.weights(PartSource(graph)), in_place=in_place))
@@ -182,17 +189,12 @@ class _Lowering:
             raise Unsupported("pads one side more than the other")
         self.check_weight(weight)
         if max(module.stride) > 2:  # blocks have no kernels for it
-            kind = self.lowered.layers[node.target] = "dense"
+            kind = self.lowered.layers[str(node.target)] = "dense"
         else:
             kind = self.chosen(node, weight, shape, stride=module.stride, groups=module.groups)
-        geometry = {
-            "kernel": module.kernel_size,
-            "stride": module.stride,
-            "padding": (ends[2], ends[0]),
-            "dilation": module.dilation,
-            "groups": module.groups,
-        }
-        source = Source(kind, len(weight), node.target, convolution=tuple(geometry.values()))
+        convolution = (module.kernel_size, module.stride, (ends[2], ends[0]), module.dilation, module.groups)
+        geometry = dict(zip(("kernel", "stride", "padding", "dilation", "groups"), convolution, strict=True))
+        source = Source(kind, len(weight), str(node.target), convolution=convolution)
         step = SparseConv if kind == "sparse" else DenseConv
         return self.emit(node, step, input, weights=self.weights(source), **geometry)
 
@@ -202,15 +204,15 @@ class _Lowering:
             raise Unsupported(f"expected vectors (N, C), got {len(shape) + 1} dimensions")
         self.check_weight(weight)
         kind = self.chosen(node, weight, shape)
-        return self.emit(node, Linear, input, weights=self.weights(Source(kind, len(weight), node.target)), sparse=kind == "sparse")
+        return self.emit(node, Linear, input, weights=self.weights(Source(kind, len(weight), str(node.target))), sparse=kind == "sparse")
 
     def check_weight(self, weight: Tensor) -> None:
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             raise Unsupported(f"expected a float32 weight on the CPU, got {weight.dtype} on {weight.device}")
 
-    def chosen(self, node: fx.Node, weight: Tensor, shape: tuple[int, ...], **geometry) -> str:
+    def chosen(self, node: fx.Node, weight: Tensor, shape: tuple[int, ...], **geometry: Any) -> str:
         density = weight.count_nonzero().item() / max(1, weight.numel())
-        layer = Layer(node.target, tuple(weight.shape), density, shape, self.found[node][0][1:], self.batch, **geometry)
+        layer = Layer(str(node.target), tuple(weight.shape), density, shape, self.given(node)[1:], self.batch, **geometry)
         kind = self.choose(layer)
         if kind not in ("sparse", "dense"):
             raise ValueError(f"choose: expected 'sparse' or 'dense' for layer {layer.name}, got {kind!r}")
@@ -222,15 +224,26 @@ class _Lowering:
             raise ValueError(
                 f"model: layer {node.target} normalises by the batch in evaluation mode too; images would depend on each other"
             )
-        return self.scaled(node, input, "norm", node.target)
+        return self.scaled(node, input, "norm", str(node.target))
 
-    def norm_function(self, node, input, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5) -> int:
+    def norm_function(
+        self,
+        node: fx.Node,
+        input: fx.Node,
+        mean: Any,
+        var: Any,
+        weight: Any = None,
+        bias: Any = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> int:
         """``F.batch_norm`` with the tensors of one BatchNorm, as subclasses of it call it."""
-        layer = mean.target.rpartition(".")[0] if isinstance(mean, fx.Node) and mean.op == "get_attr" else None
+        layer = str(mean.target).rpartition(".")[0] if isinstance(mean, fx.Node) and mean.op == "get_attr" else None
         module = self.model.get_submodule(layer) if layer is not None else None
         names = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
         own = all((n.target if isinstance(n, fx.Node) else n) == (layer and f"{layer}.{name}") for name, n in names.items())
-        if training or not own or not isinstance(module, nn.modules.batchnorm._BatchNorm) or eps != module.eps:
+        if training or not own or layer is None or not isinstance(module, nn.modules.batchnorm._BatchNorm) or eps != module.eps:
             raise Unsupported("normalises with tensors that are not those of one BatchNorm")
         return self.scaled(node, input, "norm", layer)
 
@@ -257,9 +270,9 @@ class _Lowering:
         if isinstance(b, fx.Node):
             channels = self.shape(a)[0] if self.shape(a) else 0
             per_channel = {(1, channels, *[1] * (len(self.shape(a)) - 1)), (channels, *[1] * (len(self.shape(a)) - 1)), (), (1,)}
-            if b.op != "get_attr" or tuple(tensor_of(self.model, b.target).shape) not in per_channel:
+            if b.op != "get_attr" or tuple(tensor_of(self.model, str(b.target)).shape) not in per_channel:
                 raise Unsupported("combined with what is not one number for each channel")
-            return self.scaled(node, a, change, b.target)
+            return self.scaled(node, a, change, str(b.target))
         if isinstance(b, bool) or not isinstance(b, (int, float)):
             raise Unsupported(f"combined with {type(b).__name__}")
         return self.scaled(node, a, change, float(b))
@@ -267,38 +280,66 @@ class _Lowering:
     def relu(self, node: fx.Node, input: fx.Node, inplace: bool = False) -> int:
         return self.emit(node, Relu, input)
 
-    def same(self, node: fx.Node, input: fx.Node, *args, **kwargs) -> int:
+    def same(self, node: fx.Node, input: fx.Node, *args: Any, **kwargs: Any) -> int:
         return self.read(input)
 
     # ---- Pooling and shapes
 
-    def pool(self, node: fx.Node, kind: str, input: fx.Node, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False) -> int:
+    def pool(
+        self,
+        node: fx.Node,
+        kind: str,
+        input: fx.Node,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+    ) -> int:
         shape = self.image(input)
         stride = kernel_size if stride is None or stride == [] else stride
         kernel, stride, padding, dilation = (_pair(v) for v in (kernel_size, stride, padding, dilation))
-        out = self.found[node][0][2:]
+        out = self.given(node)[2:]
         floor = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(shape[1:], padding, dilation, kernel, stride, strict=True)]
         if kind == "avg" and list(out) != floor:
             raise Unsupported("averages windows that are cut off")
         return self.emit(node, Pool, input, kind=kind, kernel=kernel, stride=stride, padding=padding, dilation=dilation)
 
-    def max_pool(self, node, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False) -> int:
+    def max_pool(
+        self,
+        node: fx.Node,
+        input: fx.Node,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> int:
         return self.pool(node, "max", input, kernel_size, stride, padding, dilation, ceil_mode)
 
     def avg_pool(
-        self, node, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+        self,
+        node: fx.Node,
+        input: fx.Node,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
     ) -> int:
         if divisor_override is not None or (not count_include_pad and any(_pair(padding))):
             raise Unsupported("divides by something other than the window's size")
         return self.pool(node, "avg", input, kernel_size, stride, padding, 1, ceil_mode)
 
     def adaptive_pool(self, node: fx.Node, kind: str, input: fx.Node) -> int:
-        sizes = self.image(input)[1:], self.found[node][0][2:]
+        sizes = self.image(input)[1:], self.given(node)[2:]
         if any(n % m for n, m in zip(*sizes, strict=True)):
             raise Unsupported("windows of unequal size")
         return self.pool(node, kind, input, [n // m for n, m in zip(*sizes, strict=True)])
 
-    def mean(self, node: fx.Node, input: fx.Node, dim, keepdim: bool = False) -> int:
+    def mean(self, node: fx.Node, input: fx.Node, dim: Any, keepdim: bool = False) -> int:
         shape = self.image(input)
         if isinstance(dim, int) or sorted(d % 4 for d in dim) != [2, 3]:
             raise Unsupported("a mean over other axes than 2 and 3")
@@ -311,9 +352,9 @@ class _Lowering:
         self.lowered.steps.append(Flatten((pooled,), out))
         return out
 
-    def flatten(self, node: fx.Node, input: fx.Node, *args, **kwargs) -> int:
+    def flatten(self, node: fx.Node, input: fx.Node, *args: Any, **kwargs: Any) -> int:
         """``flatten``, ``view`` and ``reshape``, where they give (N, all the rest)."""
-        shape, out = self.shape(input), self.found[node][0][1:]
+        shape, out = self.shape(input), self.given(node)[1:]
         if out == shape:
             return self.read(input)
         if len(out) != 1 or not shape:
@@ -327,7 +368,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
 
 
-def _needed(node: fx.Node, known: dict) -> list[fx.Node]:
+def _needed(node: fx.Node, known: dict[fx.Node, int]) -> list[fx.Node]:
     """The nodes among ``known`` that ``node`` depends on, without going beyond them."""
     found, left = [], list(node.all_input_nodes)
     while left:
@@ -341,7 +382,7 @@ def _needed(node: fx.Node, known: dict) -> list[fx.Node]:
 
 # The signatures here are those of what is traced; the arguments that follow lowering and node (and module) are the traced call's.
 _L = _Lowering
-_MODULES: dict[type, Callable] = {
+_MODULES: dict[type[nn.Module], Callable[..., int]] = {
     S2APConv2d: _L.conv,
     S2APLinear: _L.linear,
     nn.Conv2d: _L.conv,
@@ -362,7 +403,7 @@ _MODULES: dict[type, Callable] = {
 }
 
 
-def _combined(change: str) -> Callable:
+def _combined(change: str) -> Callable[..., int]:
     return lambda low, node, input, other: low.arithmetic(node, change, input, other)
 
 
@@ -372,7 +413,7 @@ def _dropped(low: _Lowering, node: fx.Node, input: fx.Node, p: float = 0.5, trai
     return low.same(node, input)
 
 
-_FUNCTIONS: dict[Any, Callable] = {
+_FUNCTIONS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_), _L.relu),
     **dict.fromkeys((operator.add, operator.iadd, torch.add), _combined("add")),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub), _combined("sub")),
@@ -387,7 +428,7 @@ _FUNCTIONS: dict[Any, Callable] = {
     **dict.fromkeys((torch.flatten, torch.reshape), _L.flatten),
     **dict.fromkeys((F.dropout, F.dropout2d), _dropped),
 }
-_METHODS: dict[str, Callable] = {
+_METHODS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys(("relu", "relu_"), lambda low, node, input: low.relu(node, input)),
     **{name + end: _combined(name) for name in ("add", "sub", "mul", "div") for end in ("", "_")},
     "mean": _L.mean,

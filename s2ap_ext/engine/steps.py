@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,15 @@ class Step(ABC):
     sources: tuple[int, ...]
     out: int
 
-    gates = False  # whether backward reads what was written, because of a ReLU in it
-    saves = ()  # other slots that backward reads
+    @property
+    def gates(self) -> bool:
+        """Whether backward reads what was written, because of a ReLU in it."""
+        return False
+
+    @property
+    def saves(self) -> tuple[int, ...]:
+        """Other slots that backward reads."""
+        return ()
 
     @abstractmethod
     def run(self, run: Run) -> None: ...
@@ -51,10 +59,14 @@ class WithRelu(Step):
 
 
 @dataclass(frozen=True)
-class Conv(WithRelu):
+class Weighted(WithRelu):
+    weights: int = 0
+
+
+@dataclass(frozen=True)
+class Conv(Weighted):
     """A convolution of the first source with ``weights``, plus the second source, if there are two."""
 
-    weights: int = 0
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -62,7 +74,7 @@ class Conv(WithRelu):
     groups: int = 1
 
     @property
-    def geometry(self) -> tuple:
+    def geometry(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups
 
 
@@ -119,10 +131,9 @@ class DenseConv(Conv):
 
 
 @dataclass(frozen=True)
-class Linear(WithRelu):
+class Linear(Weighted):
     """A linear layer on vectors; ``sparse`` ones compute with the kept weights."""
 
-    weights: int = 0
     sparse: bool = False
 
     ONE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, 0)  # a convolution of one position, without halo
@@ -156,10 +167,8 @@ def _points(vectors: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Affine(WithRelu):
+class Affine(Weighted):
     """A scale and a shift for each channel: a BatchNorm that no layer before it takes in."""
-
-    weights: int = 0
 
     def run(self, run: Run) -> None:
         w, x, out = run.weights[self.weights], inside(run.values[self.sources[0]], run.halo), inside(run.new(self.out), run.halo)
@@ -176,7 +185,9 @@ class Affine(WithRelu):
 
 @dataclass(frozen=True)
 class Relu(Step):
-    gates = True
+    @property
+    def gates(self) -> bool:
+        return True
 
     def run(self, run: Run) -> None:
         torch.clamp_min(run.values[self.sources[0]], 0, out=run.new(self.out))
@@ -322,17 +333,19 @@ class Part(Step):
 
     def run(self, run: Run) -> None:
         module, inputs = run.weights[self.weights], [run.values[s].detach() for s in self.sources]
-        wanted = run.graphs is not None
+        graphs = run.graphs
+        wanted = graphs is not None
         with torch.set_grad_enabled(wanted):
             inputs = [x.requires_grad_(wanted) for x in inputs]
             y = module(*(x.clone() for x in inputs)) if self.in_place else module(*inputs)
         if y.shape != (run.n, *run.slots[self.out].shape):
             raise RuntimeError(f"a dense part gave {tuple(y.shape)}, expected {(run.n, *run.slots[self.out].shape)}")
-        if wanted:
-            run.graphs[self.out] = inputs, y
+        if graphs is not None:
+            graphs[self.out] = inputs, y
         run.new(self.out).copy_(y.detach())
 
     def backward(self, run: Run, grad: Tensor, targets: Sequence[Target]) -> None:
+        assert run.graphs is not None
         inputs, y = run.graphs.pop(self.out)
         grads = torch.autograd.grad(y, inputs, grad, allow_unused=True) if y.requires_grad else [None] * len(inputs)
         for target, g in zip(reversed(targets), reversed(grads), strict=True):

@@ -9,22 +9,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..nn.kept_weights import KeptWeights
 from ..sparse_reference import pass_of_tap
-from .steps import STEPS, Add, Affine, Conv, DenseConv, Flatten, Linear, Pool, Relu, SparseConv, Step
+from .steps import STEPS, Add, Affine, Conv, DenseConv, Flatten, Linear, Pool, Relu, SparseConv, Step, Weighted
 from .weights import Dense, Scale, Source
 
 MOST = 2**31 - 1  # elements of an image's activation, and any size or setting; csrc/cpu/sparse_binding.h has the same numbers
 MOST_TAPS = 2**16 - 1
 MOST_TAPS_OF_PASSES = 2**26
-KINDS = {step.__name__: step for step in STEPS.values() if issubclass(step, (Conv, Linear, Affine, Relu, Add, Pool, Flatten))}
+KINDS: dict[str, type[Step]] = {
+    step.__name__: step for step in STEPS.values() if issubclass(step, (Conv, Linear, Affine, Relu, Add, Pool, Flatten))
+}
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 # ---- What JSON holds
@@ -55,14 +58,14 @@ def source_of(described: Any, what: str) -> Source:
     return _of_class(Source, of_type(described, dict, what), what)
 
 
-def _of_class(cls: type, described: dict[str, Any], what: str) -> Any:
+def _of_class(cls: type[T], described: dict[str, Any], what: str) -> T:
     """An instance of a dataclass whose fields are of the types that it names."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
     if described.keys() != fields.keys():
         raise ValueError(f"{what}: expected {', '.join(fields)}, got {', '.join(described)}")
     values = tuples(described)
     for name, value in values.items():
-        if not _is(value, fields[name].type):
+        if not _is(value, str(fields[name].type)):
             raise ValueError(f"{what}: {name}: expected {fields[name].type}, got {value!r:.100}")
     return cls(**values)
 
@@ -76,17 +79,18 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def shape_of(described: Any, what: str) -> Shape:
-    shape = tuples(described)
+    shape: Shape = tuples(described)
     if not _is(shape, "tuple[int, ...]") or len(shape) not in (1, 3) or 0 in shape or math.prod(shape) > MOST:
         raise ValueError(f"{what}: expected 1 or 3 sizes of fewer than 2**31 elements, got {shape!r:.100}")
     return shape
 
 
 def layers_of(described: Any, what: str) -> dict[str, str]:
-    for name, kind in of_type(described, dict, what).items():
+    layers: dict[str, str] = of_type(described, dict, what)
+    for name, kind in layers.items():
         if kind not in ("sparse", "dense"):
             raise ValueError(f"{what}: {name}: expected sparse or dense, got {kind!r:.100}")
-    return described
+    return layers
 
 
 # ---- Whether it belongs together
@@ -128,12 +132,15 @@ def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[
         check_convolution(step, first)
         if first[0] % step.groups or out[0] % step.groups:
             raise ValueError(f"groups: expected a divisor of {first[0]} and of {out[0]}, got {step.groups}")
+        assert isinstance(own, (KeptWeights, Dense))
         _check_weights(own, (out[0], first[0] // step.groups, *step.kernel), step)
         result = (out[0], *_positions(step, first))
     elif isinstance(step, Linear):
+        assert isinstance(own, (KeptWeights, Dense))
         _check_weights(own, (out[0], first[0]) if isinstance(own, Dense) else (out[0], first[0], 1, 1), SparseConv((0,), 1))
         result = (out[0],)
     elif isinstance(step, Affine):
+        assert isinstance(own, Scale)
         _check_floats(own.scale, (first[0],), "scale")
         _check_floats(own.shift, (first[0],), "shift")
         result = first
@@ -154,7 +161,7 @@ def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[
 def _weights_of(step: Step, weights: Sequence[KeptWeights | Dense | Scale]) -> KeptWeights | Dense | Scale | None:
     sparse = isinstance(step, SparseConv) or (isinstance(step, Linear) and step.sparse)
     kind = KeptWeights if sparse else Dense if isinstance(step, (DenseConv, Linear)) else Scale if isinstance(step, Affine) else None
-    if kind is None:
+    if kind is None or not isinstance(step, Weighted):
         return None
     if step.weights >= len(weights) or not isinstance(weights[step.weights], kind):
         raise ValueError(f"weights: expected {kind.__name__} weights, got number {step.weights} of {len(weights)}")

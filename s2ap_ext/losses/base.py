@@ -107,4 +107,5 @@ class Loss(Part):
         norm = getattr(self.adversary.settings, "norm", None)
         if norm != "linf":
             raise ValueError(f"loss {self.name}: expected an adversary of norm linf, got {norm or self.adversary.name}")
-        return self.adversary.settings.eps
+        eps: float = self.adversary.settings.eps
+        return eps

@@ -94,7 +94,11 @@ def scores_of(model: nn.Module) -> list[nn.Parameter]:
 
 def listen(model: nn.Module, listener: Callable[[Pruned, Tensor], None]) -> list[RemovableHandle]:
     """Calls ``listener(layer, grad)`` in every backward for each pruned layer, with the gradient of its masked weight."""
-    return [layer.mask_state.listen(lambda _, grad, layer=layer: listener(layer, grad)) for layer in pruned_layers(model).values()]
+
+    def of(layer: Pruned) -> Callable[[Tensor, Tensor], None]:
+        return lambda scores, grad: listener(layer, grad)
+
+    return [layer.mask_state.listen(of(layer)) for layer in pruned_layers(model).values()]
 
 
 def batchnorm_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -111,7 +111,8 @@ class Harp(Method):
         self._rates.grad[i] += (grad * layer.weight).sum(dtype=torch.float64) * self._of.slopes(self._rates[i])
 
     def penalty(self, epoch: int) -> Tensor:
-        return (epoch + 1) * self.settings.penalty * self._of.excess(self._rates)
+        penalty: float = self.settings.penalty
+        return (epoch + 1) * penalty * self._of.excess(self._rates)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:

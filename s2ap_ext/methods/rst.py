@@ -38,7 +38,8 @@ class RobustScratchTickets(Method):
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.affine = False
-                module.weight = module.bias = None
+                module.register_parameter("weight", None)
+                module.register_parameter("bias", None)
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.zero_()

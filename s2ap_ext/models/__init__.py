@@ -38,7 +38,7 @@ def build_model(name: str, *, num_classes: int, in_channels: int | None = None, 
     >>> sum(p.numel() for p in build_model("resnet18", num_classes=10, width=16).parameters() if p.dim() > 1)
     699056
     """
-    part = make("model", name, **options)
+    part: Model = make("model", name, **options)
     sizes = {"num_classes": num_classes, "in_channels": part.usual_channels if in_channels is None else in_channels}
     if seed is None:
         return part.build(**sizes)

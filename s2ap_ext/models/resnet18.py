@@ -58,7 +58,8 @@ class ResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(out.mean(dim=(2, 3)))
+        logits: Tensor = self.linear(out.mean(dim=(2, 3)))
+        return logits
 
 
 @register("resnet18")

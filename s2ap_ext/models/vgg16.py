@@ -45,7 +45,8 @@ class VGG16(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+        logits: Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))
+        return logits
 
 
 @register("vgg16")

@@ -23,7 +23,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(active)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(active))))
+        out: Tensor = shortcut + self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return out
 
 
 class _Stage(nn.Module):
@@ -35,7 +36,8 @@ class _Stage(nn.Module):
         self.layer = nn.Sequential(_Block(c_in, c_out, stride), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        out: Tensor = self.layer(x)
+        return out
 
 
 class WideResNet(nn.Module):
@@ -73,7 +75,8 @@ class WideResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(F.relu(self.bn1(out)).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(F.relu(self.bn1(out)).mean(dim=(2, 3)))
+        return logits
 
 
 @register("wrn28_4")

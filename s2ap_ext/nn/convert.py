@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -84,13 +84,15 @@ def sparsify(
     shared: dict[int, Pruned] = {}  # the first pruned layer of each weight
     for target in targets:
         weight, pattern = target.layer.weight, target.layer.pattern
+        assert isinstance(weight, nn.Parameter)
         first = shared.get(id(weight))
-        same = {"kept": torch.tensor(kept[id(weight)], device=weight.device)}
+        same: dict[str, Any] = {"kept": torch.tensor(kept[id(weight)], device=weight.device)}
         if first is not None:
             same = {"kept": first.kept, "scores": first.scores}
         if type(target.module) in DENSE_TO_PRUNED and target.module not in read_by_name:
             pruned = target.module
             pruned.__class__ = DENSE_TO_PRUNED[type(pruned)]
+            assert isinstance(pruned, Pruned)
             pruned._start_pruning(sparsity, pattern, group=group, **same)
         else:
             pruned = PrunedWeight(weight, sparsity=sparsity, pattern=pattern, group=group, **same)
@@ -139,7 +141,7 @@ def _targets(model: nn.Module, sparsity: float, granularity: str, exclude: Seque
 
 def _candidates(model: nn.Module, granularity: str, exclude: Sequence[str]) -> list[tuple[str, nn.Module, str]]:
     """The layers that are not excluded: (name of the module, module, name of its weight)."""
-    found = []
+    found: list[tuple[str, nn.Module, str]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             found += [(name, module, weight) for weight in ATTENTION_WEIGHTS if getattr(module, weight) is not None]

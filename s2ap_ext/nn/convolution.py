@@ -12,6 +12,7 @@ dense counterpart gives, and a network for inference is :func:`s2ap_ext.engine.c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .layout import empty_batch_innermost
 class _SparseConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -46,7 +47,7 @@ class _SparseConv2d(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         kept, convolution = ctx.kept, ctx.convolution
         grad_x = grad_weight = grad_bias = None
@@ -69,9 +70,10 @@ class _SparseConv2d(torch.autograd.Function):
 
 def _dense_weight_grad(grad: Tensor, x: Tensor, weight: Tensor, convolution: Convolution) -> Tensor:
     _, stride, padding, dilation, groups = convolution
-    return torch.ops.aten.convolution_backward(
+    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
         grad.contiguous(), x.contiguous(), weight, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
-    )[1]
+    )
+    return gradients[1]
 
 
 def _add_pruned_weights(
@@ -114,4 +116,5 @@ def sparse_conv2d(
 
         layer._conv_forward(x, torch.where(mask, weight, 0), layer.bias)
     """
-    return _SparseConv2d.apply(x, weight, layer.bias, kept, convolution_of(layer), every_weight, sampled_channels)
+    out: Tensor = _SparseConv2d.apply(x, weight, layer.bias, kept, convolution_of(layer), every_weight, sampled_channels)
+    return out

@@ -78,7 +78,8 @@ def sparse_terms(shape: Shape, density: float, *, blocks: bool = False, computed
 
 def seconds(terms: Terms, rates: Rates | None = None) -> float:
     rates = rates or load()
-    return 1e-9 * sum(amount / getattr(rates, name) for name, amount in terms.items())
+    taken: float = sum(amount / getattr(rates, name) for name, amount in terms.items())
+    return 1e-9 * taken
 
 
 def is_faster_sparse(shape: Shape, density: float) -> bool:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ..sparse_reference import rows_of
 
-Convolution = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int], int]
+Convolution = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 """Kernel size, stride, padding, dilation and groups."""
 
 
 def convolution_of(layer: nn.Conv2d) -> Convolution:
+    assert not isinstance(layer.padding, str)
     return layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
 
 

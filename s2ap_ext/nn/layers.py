@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,24 +28,36 @@ from ..reference import CUT_COLUMNS, SINGLE_WEIGHTS, Pattern, score_grad
 from ..sparsity import kept_in_pattern, pattern_for, score_init, sparsity_of, units
 from .convolution import prefers_sparse, sparse_conv2d
 from .kept_weights import KeptWeights, convolution_of
-from .mask_state import MaskGroup, MaskState, Selection, can_remember
+from .mask_state import MaskGroup, MaskState, Perturbation, Selection, can_remember
 from .selection import mask_of, select_stale, selection_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+P = TypeVar("P", bound="Pruned")
 
 
 class _StraightThrough(torch.autograd.Function):
     """Gives the masked weight its straight-through gradients with respect to scores and weight."""
 
     @staticmethod
-    def forward(scores, weight, masked, mask, perturbation, state):
+    def forward(
+        scores: Tensor,
+        weight: Tensor,
+        masked: Tensor,
+        mask: Tensor | None,
+        perturbation: Perturbation | None,
+        state: MaskState | None,
+    ) -> Tensor:
         return masked.detach()  # an alias with the same version counter, but no view in the eyes of autograd
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         scores, weight, _, mask, ctx.perturbation, ctx.state = inputs
         ctx.save_for_backward(scores, weight, mask)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scores, weight, mask = ctx.saved_tensors
         collected = ctx.state is not None and ctx.state.tell(scores, grad)
         grad_scores = grad_weight = None
@@ -55,7 +68,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad_scores, grad_weight, None, None, None, None
 
 
-class Pruned:
+class Pruned(nn.Module):
     """What all pruned layers share: ``scores``, ``kept``, the mask and the masked weight. ``weight`` is the layer's own."""
 
     weight: Tensor
@@ -136,10 +149,11 @@ class Pruned:
             return masked
         if not weight.requires_grad:
             mask = None  # not needed then
-        elif mask is None:
+        elif mask is None and made is not None:
             mask = mask_of(self, made)
         state = None if torch.compiler.is_compiling() else self.mask_state
-        return _StraightThrough.apply(scores, weight, masked, mask, self.mask_state.perturbation, state)
+        passed: Tensor = _StraightThrough.apply(scores, weight, masked, mask, self.mask_state.perturbation, state)
+        return passed
 
     def _select_functionally(self) -> tuple[Tensor, Tensor]:
         """Masked weight and mask without remembering anything, in ops that a compiler can trace."""
@@ -156,16 +170,17 @@ class Pruned:
 
     # What follows keeps the remembered selection out of everything that moves, copies or stores a layer.
 
-    def _apply(self, fn: Callable, recurse: bool = True):
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         self.mask_state.forget()
-        return super()._apply(fn, recurse)
+        applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types here
+        return applied
 
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch has no types here
         self._begin_mask(self.mask_state.fresh(self.mask_state.group))
 
-    def _replicate_for_data_parallel(self):
-        replica = super()._replicate_for_data_parallel()
+    def _replicate_for_data_parallel(self) -> Self:
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]  # torch has no types here
         replica._begin_mask(self.mask_state.fresh())
         return replica
 
@@ -192,7 +207,7 @@ class S2APConv2d(Pruned, nn.Conv2d):
         F.conv2d(x, torch.where(layer.mask, layer.weight, 0), layer.bias, layer.stride, ...)
     """
 
-    def __init__(self, *args, sparsity: float = 0.9, granularity: str = "weight", **kwargs) -> None:
+    def __init__(self, *args: Any, sparsity: float = 0.9, granularity: str = "weight", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._start_pruning(sparsity, pattern_for(granularity, self.weight.shape, sparsity))
 
@@ -203,7 +218,8 @@ class S2APConv2d(Pruned, nn.Conv2d):
             weight = self._masked_weight() if every_weight else self.weight
             kept, channels = self._kept_weights(selection_of(self)), self.mask_state.sampled_channels
             return sparse_conv2d(self, input, weight, kept, every_weight=every_weight, sampled_channels=channels)
-        return self._conv_forward(input, self._masked_weight(), self.bias)
+        out: Tensor = self._conv_forward(input, self._masked_weight(), self.bias)
+        return out
 
     def _kept_weights(self, made: Selection) -> KeptWeights:
         """Of the layer's selection, made once for each; only their values where only the weights have changed."""
@@ -239,7 +255,7 @@ class S2APLinear(Pruned, nn.Linear):
         F.linear(x, torch.where(layer.mask, layer.weight, 0), layer.bias)
     """
 
-    def __init__(self, *args, sparsity: float = 0.9, granularity: str = "weight", **kwargs) -> None:
+    def __init__(self, *args: Any, sparsity: float = 0.9, granularity: str = "weight", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._start_pruning(sparsity, pattern_for(granularity, self.weight.shape, sparsity))
 
@@ -294,7 +310,7 @@ def baked_weight(layer: Pruned, baked: dict[tuple[int, int], nn.Parameter]) -> n
     return baked[key]
 
 
-def to_dense_class(layer, baked: dict[tuple[int, int], nn.Parameter] | None = None):
+def to_dense_class(layer: P, baked: dict[tuple[int, int], nn.Parameter] | None = None) -> P:
     """Changes ``layer`` into its dense class, with the zeros baked into its weight (:func:`baked_weight`)."""
     layer.weight = baked_weight(layer, {} if baked is None else baked)
     layer.mask_state.group.discard(layer)
@@ -303,7 +319,7 @@ def to_dense_class(layer, baked: dict[tuple[int, int], nn.Parameter] | None = No
     return layer
 
 
-def _from_dense(cls: type, dense: type, module: nn.Module, sparsity: float, granularity: str):
+def _from_dense(cls: type[P], dense: type[nn.Module], module: nn.Conv2d | nn.Linear, sparsity: float, granularity: str) -> P:
     if type(module) is not dense:
         raise TypeError(f"module: expected {dense.__name__}, got {type(module).__name__}")
     layer = cls.__new__(cls)  # an object of its own that shares module's tensors

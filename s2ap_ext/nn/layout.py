@@ -31,13 +31,15 @@ class _BatchNorm2d(nn.BatchNorm2d):
         return super().forward(input.permute(1, 2, 3, 0).reshape(1, c, h, w * n)).view(c, h, w, n).permute(3, 0, 1, 2)
 
 
-class _Pool2d:
+class _Pool2d(nn.Module):
     """Pools each plane on its own, so images and channels may change places: then the memory is channels_last."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_batch_innermost(input):
-            return super().forward(input)
-        return super().forward(input.transpose(0, 1)).transpose(0, 1)
+            pooled: Tensor = super().forward(input)
+            return pooled
+        pooled = super().forward(input.transpose(0, 1))
+        return pooled.transpose(0, 1)
 
 
 class _MaxPool2d(_Pool2d, nn.MaxPool2d):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ..reference import Pattern, perturbed, score_grad
 if TYPE_CHECKING:
     from .kept_weights import KeptWeights
 
-Listener = Callable[[Tensor, Tensor], None]
+Listener = Callable[[nn.Parameter, Tensor], None]
 """Takes ``(scores, gradient of the masked weight)``."""
 
 
@@ -103,7 +103,7 @@ class MaskGroup:
     def __init__(self) -> None:
         self._layers: weakref.WeakKeyDictionary[PrunedLayer, None] = weakref.WeakKeyDictionary()
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return MaskGroup, ()
 
     def add(self, layer: PrunedLayer) -> None:
@@ -142,7 +142,7 @@ class MaskState:
         self._listeners: OrderedDict[int, Listener] = OrderedDict()
         self._collectors: OrderedDict[int, Listener] = OrderedDict()  # one at most
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return MaskState, (self.label, self.pattern, self.group)
 
     def fresh(self, group: MaskGroup | None = None) -> MaskState:
@@ -189,7 +189,7 @@ class MaskState:
     def has_listeners(self) -> bool:
         return bool(self._listeners)
 
-    def tell(self, scores: Tensor, grad: Tensor) -> bool:
+    def tell(self, scores: nn.Parameter, grad: Tensor) -> bool:
         """Passes on a gradient of the masked weight. Returns whether it was collected, so that the scores are to get none."""
         for listener in (*self._listeners.values(), *self._collectors.values()):
             listener(scores, grad)

@@ -7,7 +7,9 @@ masked weight. For this the module gets a class that is made once for each dense
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -53,29 +55,35 @@ class _WithPrunedWeights:
         names: of its pruned weights.
     """
 
-    dense: type
+    dense: type[nn.Module]
     names: tuple[str, ...]
 
-    def __reduce_ex__(self, protocol):
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        return _empty, (self.dense, self.names), *state
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        reduced = super().__reduce_ex__(max(operator.index(protocol), 2))
+        assert isinstance(reduced, tuple)
+        return _empty, (self.dense, self.names), *reduced[2:]
 
 
 @functools.cache
-def _class_with(dense: type, names: tuple[str, ...]) -> type:
-    weights = {name: property(lambda self, child=PREFIX + name: getattr(self, child)()) for name in names}
+def _class_with(dense: type, names: tuple[str, ...]) -> type[Any]:
+    weights = {name: _computed_by(PREFIX + name) for name in names}
     return type(f"Pruned{dense.__name__}", (_WithPrunedWeights, dense), {"dense": dense, "names": names, **weights})
 
 
+def _computed_by(child: str) -> property:
+    return property(lambda self: getattr(self, child)())
+
+
 def _empty(dense: type, names: tuple[str, ...]) -> nn.Module:
-    cls = _class_with(dense, names)
+    cls: type[nn.Module] = _class_with(dense, names)
     return cls.__new__(cls)
 
 
 def put_in(module: nn.Module, name: str, pruned: PrunedWeight) -> None:
     """From now on ``module`` computes with ``pruned`` in place of its parameter ``name``."""
     cls = type(module)
-    dense, names = (cls.dense, cls.names) if issubclass(cls, _WithPrunedWeights) else (cls, ())
+    dense: type = cls.dense if issubclass(cls, _WithPrunedWeights) else cls
+    names = cls.names if issubclass(cls, _WithPrunedWeights) else ()
     order = list(module._parameters)
     pruned._followers = tuple(order[order.index(name) + 1 :])
     del module._parameters[name]
@@ -86,26 +94,29 @@ def put_in(module: nn.Module, name: str, pruned: PrunedWeight) -> None:
 def pruned_weights(module: nn.Module) -> Iterable[tuple[str, PrunedWeight]]:
     """Name and child for each weight of ``module`` that :func:`put_in` has replaced."""
     names = type(module).names if isinstance(module, _WithPrunedWeights) else ()
-    return [(name, module.get_submodule(PREFIX + name)) for name in names]
+    return [(name, child) for name in names if isinstance(child := module.get_submodule(PREFIX + name), PrunedWeight)]
 
 
 def take_out(module: nn.Module, weights: dict[str, nn.Parameter]) -> None:
     """Undoes :func:`put_in`: ``module`` has its class again, and for each pruned weight the parameter in ``weights``, in its old place."""
-    module.__class__ = type(module).dense
+    cls = type(module)
+    assert issubclass(cls, _WithPrunedWeights)
+    module.__class__ = cls.dense
     for name, weight in weights.items():
         pruned = module._modules.pop(PREFIX + name)
+        assert isinstance(pruned, PrunedWeight)
         pruned.mask_state.group.discard(pruned)
         later = {follower: module._parameters.pop(follower) for follower in pruned._followers if follower in module._parameters}
         module.register_parameter(name, weight)
         module._parameters.update(later)
 
 
-def class_before(module: nn.Module) -> type:
+def class_before(module: nn.Module) -> type[nn.Module]:
     """The class of ``module`` without what :func:`s2ap_ext.sparsify` and torch's parametrizations have made of it.
 
     ``S2APConv2d`` and ``S2APLinear`` are classes in their own right and stay.
     """
-    cls = type(module)
+    cls: type[nn.Module] = type(module)
     if issubclass(cls, _WithPrunedWeights):
         cls = cls.dense
     if parametrize.is_parametrized(module):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,14 @@ def selection_of(layer: PrunedLayer) -> Selection:
     if made is None or not made.origin.matches(layer):
         with _writing:
             select_stale([layer])
-            made = layer.mask_state.selection
+            made = _made(layer)
+    return made
+
+
+def _made(layer: PrunedLayer) -> Selection:
+    """The selection of a layer that has one."""
+    made = layer.mask_state.selection
+    assert made is not None
     return made
 
 
@@ -164,11 +172,11 @@ def ascend(
 
 
 def _ascend(
-    layers: Sequence[PrunedLayer], grads: Mapping[nn.Parameter, Tensor], *, straight_through: bool, **sizes: Tensor | float
+    layers: Sequence[PrunedLayer], grads: Mapping[nn.Parameter, Tensor], *, gamma: Tensor, eps: float, straight_through: bool
 ) -> Tensor:
     """:func:`ascend` for layers of one device and dtype, in one call; the cuts at ``s + z``."""
     along, origins = [grads[layer.scores] for layer in layers], [Origin.of(layer) for layer in layers]
-    cuts_now, squares = _cuts(layers), [layer.mask_state.selection.square for layer in layers]
+    cuts_now, squares = _cuts(layers), _squares(layers)
     scores, weights, kept = _operands(layers)
     masked, cuts, scales = ops.perturb(
         scores,
@@ -176,11 +184,12 @@ def _ascend(
         weights,
         kept,
         cuts_now,
+        gamma=gamma,
+        eps=eps,
         patterns=_patterns(layers),
         straight_through=straight_through,
-        squares=None if any(square is None for square in squares) else torch.stack(squares),
+        squares=squares,
         out=_memory(layers),
-        **sizes,
     )
     for layer, origin, out, cut, grad, scale, now in zip(layers, origins, masked, cuts, along, scales, cuts_now, strict=True):
         layer.mask_state.perturbation = Perturbation(grad, scale, straight_through, now)
@@ -210,7 +219,6 @@ def flips_at(
         gammas, found = dict(zip(layers, gamma, strict=True)), dict.fromkeys(layers, torch.zeros_like(gamma[0], dtype=torch.int64))
         for together in _in_calls(layer for layer, wanted in zip(layers, asked_of, strict=True) if wanted):
             scores, weights, kept = _operands(together)
-            squares = [layer.mask_state.selection.square for layer in together]
             _, cuts, _ = ops.perturb(
                 scores,
                 [grads[layer.scores] for layer in together],
@@ -221,7 +229,7 @@ def flips_at(
                 patterns=_patterns(together),
                 straight_through=straight_through,
                 eps=eps,
-                squares=None if any(square is None for square in squares) else torch.stack(squares),
+                squares=_squares(together),
                 out=[memory[layer] for layer in together],
             )
             found |= dict(zip(together, cuts[:, FLIPS].to(gamma.device), strict=True))
@@ -240,7 +248,11 @@ def descend(layers: Iterable[PrunedLayer]) -> dict[PrunedLayer, Perturbation]:
 
 @torch.no_grad()
 def step(
-    layers: Sequence[PrunedLayer], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor], moves: Sequence[Perturbation] | None, **how
+    layers: Sequence[PrunedLayer],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    moves: Sequence[Perturbation] | None,
+    **how: Any,
 ) -> Tensor:
     """One SGD step on the scores of ``layers``, of one device and dtype, and their masked weights at the new scores, in one fused call.
 
@@ -277,7 +289,7 @@ def _kind(layer: PrunedLayer) -> tuple[torch.device, torch.dtype]:
 
 def _in_calls(layers: Iterable[PrunedLayer]) -> list[list[PrunedLayer]]:
     """The layers by device and dtype: what one call of an op can take."""
-    calls: dict[tuple, list[PrunedLayer]] = {}
+    calls: dict[tuple[torch.device, torch.dtype], list[PrunedLayer]] = {}
     for layer in layers:
         calls.setdefault(_kind(layer), []).append(layer)
     return list(calls.values())
@@ -297,15 +309,23 @@ def _labels(layers: Sequence[PrunedLayer]) -> list[str]:
 
 def _cuts(layers: Sequence[PrunedLayer]) -> Tensor:
     """Those of the layers' selections, int64 [L, 5]."""
-    return torch.stack([layer.mask_state.selection.cut for layer in layers])
+    return torch.stack([_made(layer).cut for layer in layers])
+
+
+def _squares(layers: Sequence[PrunedLayer]) -> Tensor | None:
+    """The scores' sums of squares, float64 [L], if all of the layers' selections know theirs."""
+    squares = [square for layer in layers if (square := _made(layer).square) is not None]
+    return torch.stack(squares) if len(squares) == len(layers) else None
 
 
 def _memory(layers: Sequence[PrunedLayer]) -> list[Tensor]:
     """The memory for the layers' masked weights, in the layout of their weights. What was selected there before ends here."""
+    memories = []
     for layer in layers:
         state, weight = layer.mask_state, layer.weight
         state.selection, memory = None, state.memory
         like = memory is not None and (memory.shape, memory.dtype, memory.device) == (weight.shape, weight.dtype, weight.device)
-        if not like or memory.stride() != weight.stride():
-            state.memory = torch.empty_like(weight, requires_grad=False)
-    return [layer.mask_state.memory for layer in layers]
+        if memory is None or not like or memory.stride() != weight.stride():
+            memory = state.memory = torch.empty_like(weight, requires_grad=False)
+        memories.append(memory)
+    return memories

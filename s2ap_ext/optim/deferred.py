@@ -32,7 +32,7 @@ class Deferred:
             finally:
                 self.clear()
 
-    def _take(self, scores: Tensor, grad: Tensor) -> None:
+    def _take(self, scores: nn.Parameter, grad: Tensor) -> None:
         self.grads[scores] = self.grads[scores] + grad if scores in self.grads else grad.detach()
 
     def clear(self) -> None:

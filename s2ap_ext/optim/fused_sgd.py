@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..nn.layers import Pruned
-from ..nn.mask_state import Perturbation
+from ..nn.mask_state import Perturbation, PrunedLayer
 from ..nn.selection import select_stale, step
 
 
 class Call(NamedTuple):
     """What one call steps: scores of one device, dtype and group."""
 
-    group: dict  # of the base optimizer
+    group: dict[str, Any]  # of the base optimizer
     deferred: bool  # whether the gradients are those of the masked weights
     scores: list[nn.Parameter]
 
@@ -28,7 +28,7 @@ def calls(sgd: torch.optim.SGD, layers: Collection[Pruned], grads: Mapping[nn.Pa
         grads: the deferred gradients, those of masked weights, by scores. All other gradients are in ``scores.grad``.
         moved: the layers that stand at perturbed scores, or have just come back.
     """
-    found: dict[tuple, Call] = {}
+    found: dict[tuple[Any, ...], Call] = {}
     layer_of = {layer.scores: layer for layer in layers}
     for number, group in enumerate(sgd.param_groups):
         if group["maximize"] or group["differentiable"] or group["fused"] or isinstance(group["lr"], Tensor):
@@ -44,7 +44,11 @@ def calls(sgd: torch.optim.SGD, layers: Collection[Pruned], grads: Mapping[nn.Pa
 
 
 def take(
-    call: Call, sgd: torch.optim.SGD, layers: Collection[Pruned], grads: Mapping[nn.Parameter, Tensor], moves: Mapping[Pruned, Perturbation]
+    call: Call,
+    sgd: torch.optim.Optimizer,
+    layers: Collection[Pruned],
+    grads: Mapping[nn.Parameter, Tensor],
+    moves: Mapping[PrunedLayer, Perturbation],
 ) -> Tensor:
     """Makes one of :func:`calls`. Returns how many mask entries the step has flipped, an int64 scalar tensor.
 
@@ -62,7 +66,7 @@ def take(
         select_stale(stepped)
     return step(
         stepped,
-        [grads[s] if call.deferred else s.grad for s in call.scores],
+        [grad for s in call.scores if (grad := grads[s] if call.deferred else s.grad) is not None],
         [sgd.state[s]["momentum_buffer"] for s in call.scores] if call.group["momentum"] != 0 else [],
         [moves[layer] for layer in stepped] if moved else None,
         straight_through=call.deferred,

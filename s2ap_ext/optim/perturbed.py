@@ -47,7 +47,7 @@ class Perturbed(Stepper):
         check_size("warmup_epochs", warmup_epochs)
         if not isinstance(ascent, (str, Ascent)):
             raise TypeError(f"ascent: expected a name or an Ascent, got {type(ascent).__name__}")
-        self.ascent = make("ascent", ascent) if isinstance(ascent, str) else ascent
+        self.ascent: Ascent = make("ascent", ascent) if isinstance(ascent, str) else ascent
         self.eps = eps
         self.warmup_epochs = warmup_epochs
         self._moved = False
@@ -192,7 +192,7 @@ class Perturbed(Stepper):
 
     # State
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and groups, the epoch and the ascent's state.
 
         Raises:
@@ -201,7 +201,7 @@ class Perturbed(Stepper):
         self._check_at_rest("state_dict")
         return super().state_dict() | {"ascent": self.ascent.state()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.ascent.load_state(state["ascent"])
 

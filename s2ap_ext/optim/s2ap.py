@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn.layers import Pruned, pruned_layers
-from ..nn.mask_state import Perturbation
+from ..nn.mask_state import Perturbation, PrunedLayer
 from ..nn.selection import ascend, descend
 from ..reference import CUT_COLUMNS, FLIPS
 from . import fused_sgd
@@ -68,6 +68,8 @@ class S2AP(Perturbed):
         base_optimizer.step()
     """
 
+    _gamma: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -105,7 +107,7 @@ class S2AP(Perturbed):
     @gamma.setter
     def gamma(self, gamma: Gamma | str) -> None:
         self._budget = budget_of(gamma) if isinstance(gamma, str) else None
-        values = gamma_per_layer(gamma if self._budget is None else FlipBudget.START, pruned_layers(self.model))
+        values = gamma_per_layer(FlipBudget.START if isinstance(gamma, str) else gamma, pruned_layers(self.model))
         # Known on the host, so that no step waits for the device.
         self._still = not any(values) or (self._budget is not None and self._budget.share == 0)
         self._gamma = torch.tensor(values, dtype=torch.float64)
@@ -167,7 +169,7 @@ class S2AP(Perturbed):
 
     def _move(self, along: dict[nn.Parameter, Tensor] | None, gamma: Tensor | None) -> None:
         layers, own = self._pruned(), gamma is None
-        gamma = self.gamma if own else gamma
+        gamma = self.gamma if gamma is None else gamma
         if gamma.shape != (len(layers),):
             raise ValueError(f"gamma: expected float64 of shape ({len(layers)},), got shape {tuple(gamma.shape)}")
         self._straight_through = False
@@ -182,7 +184,7 @@ class S2AP(Perturbed):
         # In the order of the fused calls, each of which takes the layers of one device and dtype.
         kinds = list(dict.fromkeys((layer.scores.device, layer.scores.dtype) for layer in moved))
         ordered = sorted(moved, key=lambda layer: kinds.index((layer.scores.device, layer.scores.dtype)))
-        how = {"eps": self.eps, "straight_through": self._straight_through}
+        how: dict[str, Any] = {"eps": self.eps, "straight_through": self._straight_through}
         budget = self._budget if own else None
         if budget is not None and not budget.tracked:
             before = dict(zip(layers, gamma, strict=True))
@@ -200,7 +202,7 @@ class S2AP(Perturbed):
 
     def _set_gamma(self, layers: list[Pruned], values: Tensor) -> None:
         """Gives ``layers`` their next gamma. Layers that share their scores have that of the first of them."""
-        found = {}
+        found: dict[nn.Parameter, Tensor] = {}
         for layer, value in zip(layers, values, strict=True):
             found.setdefault(layer.scores, value)
         self._gamma = torch.stack([found.get(layer.scores, now) for layer, now in zip(self._pruned(), self._gamma, strict=True)])
@@ -242,11 +244,11 @@ class S2AP(Perturbed):
 
     # State
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """As :meth:`Perturbed.state_dict`, and ``gamma`` where it is not given but found."""
         return super().state_dict() | self._found_gamma()
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._load_gamma(state)
         super().load_state_dict(state)
 
@@ -269,7 +271,7 @@ class S2AP(Perturbed):
         if expected:
             self._gamma = state[GAMMA].to(self._gamma)
 
-    def _move_for_good(self, moves: dict[Pruned, Perturbation]) -> dict[nn.Parameter, Tensor]:
+    def _move_for_good(self, moves: Mapping[PrunedLayer, Perturbation]) -> dict[nn.Parameter, Tensor]:
         """Writes ``s + z`` into the scores; returns what that added."""
         added = {}
         for layer, move in moves.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Stepper(ABC):
         self.passes = 0
 
     @property
-    def param_groups(self) -> list[dict]:
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's parameter groups."""
         return self.base_optimizer.param_groups
 
@@ -107,11 +108,11 @@ class Stepper(ABC):
         """Looks at the NaN counts of the selections in force: on the CPU that was done already, on CUDA it waits for the device."""
         check_scores(pruned_layers(self.model).values())
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and groups, and the epoch. What the constructor takes is given anew at construction."""
         return {"base_optimizer": self.base_optimizer.state_dict(), "epoch": self.epoch}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what :meth:`state_dict` returned."""
         self.base_optimizer.load_state_dict(state["base_optimizer"])
         self.epoch = state["epoch"]

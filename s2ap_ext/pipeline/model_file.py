@@ -60,7 +60,8 @@ def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
 def _build(recipe: Recipe, seed: int, shape: dict[str, int]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return recipe.model.make().build(**shape)
+        model: nn.Module = recipe.model.make().build(**shape)
+        return model
 
 
 def make_sparse(model: nn.Module, recipe: Recipe, tell: Callable[[str], None] = lambda line: None) -> Method:
@@ -70,7 +71,7 @@ def make_sparse(model: nn.Module, recipe: Recipe, tell: Callable[[str], None] = 
         tell: takes what there is to say about layers that stay dense.
     """
     settings = recipe.prune
-    method = settings.method.make()
+    method: Method = settings.method.make()
     how = {"allocation": settings.allocation.make(), "granularity": settings.granularity, "exclude": settings.exclude}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -89,8 +90,8 @@ def check_prunable(recipe: Recipe, data: Dataset) -> int:
     """
     model = new_model(recipe, data)
     make_sparse(model, recipe)
-    pruned = sum(tensor.nbytes for tensor in model.state_dict().values())
-    images = 4 * math.prod(data.shape) * max(getattr(recipe, stage).batch_size for stage in STAGES)
+    pruned: int = sum(tensor.nbytes for tensor in model.state_dict().values())
+    images: int = 4 * math.prod(data.shape) * max(getattr(recipe, stage).batch_size for stage in STAGES)
     return 3 * pruned + 3 * (3 * pruned + RECENT * min(images, 4 * data.train.images.numel()))
 
 
@@ -106,7 +107,7 @@ def identity(recipe: Recipe, data: Dataset) -> str:
     for split in (data.train, data.test):
         for tensor in (split.images, split.labels):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 

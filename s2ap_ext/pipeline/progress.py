@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .extras import optional
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Silent:
@@ -50,7 +53,7 @@ class Bars(Silent):
 
     def __init__(self) -> None:
         optional("rich.progress")
-        self._bar = None
+        self._bar: Progress | None = None
 
     def start(self, label: str, total: int, done: int = 0) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -61,6 +64,7 @@ class Bars(Silent):
         self._bar.start()
 
     def advance(self, label: str, note: str) -> None:
+        assert self._bar is not None  # start() comes first
         self._bar.update(self._task, advance=1, description=f"{label:<15}", note=note)
 
     def stop(self, note: str = "") -> None:

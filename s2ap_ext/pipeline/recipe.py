@@ -91,7 +91,8 @@ def _from_table(table: Any, where: str, import_plugins: bool) -> Recipe:
         for module in (*plugins, *_modules_named(table)):
             if module not in _own_modules:
                 raise ValueError(f"{where}: needs the plugin {module}; to import that module, add --set plugins={module}")
-    return _section(Recipe, table, "", where)
+    recipe: Recipe = _section(Recipe, table, "", where)
+    return recipe
 
 
 def _modules_named(table: Any) -> list[str]:
@@ -113,7 +114,8 @@ def to_table(recipe: Recipe) -> dict[str, Any]:
 
 def to_toml(recipe: Recipe) -> str:
     """The complete recipe as TOML."""
-    return optional("tomli_w").dumps(to_table(recipe))
+    text: str = optional("tomli_w").dumps(to_table(recipe))
+    return text
 
 
 def explained_keys() -> list[tuple[str, str]]:
@@ -233,14 +235,14 @@ def _with_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str
 
 def _put(node: Any, steps: list[str], value: Text, part: typing.Mapping[str, Any] | None) -> dict[str, Any]:
     """A copy of ``node`` with ``value`` at ``steps``. A ``part`` that gets another name loses the options of the old one."""
-    node = dict(node) if isinstance(node, dict) else {"name": node}
+    table: dict[str, Any] = dict(node) if isinstance(node, dict) else {"name": node}
     first, *rest = steps
     if rest:
-        node[first] = _put(node.get(first, {}), rest, value, part)
-        return node
-    if part is not None and node.get("name", part["default"]) != value:
-        node = {name: kept for name, kept in node.items() if name in part["beside"]}
-    return node | {first: value}
+        table[first] = _put(table.get(first, {}), rest, value, part)
+        return table
+    if part is not None and table.get("name", part["default"]) != value:
+        table = {name: kept for name, kept in table.items() if name in part["beside"]}
+    return table | {first: value}
 
 
 def _part_places() -> dict[str, dict[str, Any]]:

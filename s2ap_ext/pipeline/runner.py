@@ -31,7 +31,8 @@ from .trainer import Session, Stopped, evaluation_attack, seed
 def open_data(recipe: Recipe) -> Dataset:
     """The recipe's images; errors as :func:`s2ap_ext.data.load_data`."""
     data = recipe.data
-    return data.source.make().load(limit=data.train_size or None, test_limit=data.test_size or None)
+    images: Dataset = data.source.make().load(limit=data.train_size or None, test_limit=data.test_size or None)
+    return images
 
 
 def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str, Any]]:
@@ -75,6 +76,7 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
                 row = evaluate(recipe, session.data, model, name, show=session.show, stop=session.stop)
                 folder.log({"stage": "evaluate", **row, "seconds": seconds})
             rows += folder.find("evaluate", model=name)
+        assert model is not None  # of the last stage
         layers = {name: int(mask.sum()) / mask.numel() for name, mask in layer_masks(model).items()}
         results = {"recipe": recipe.name, "attack": describe_attack(recipe), "images": rows[-1]["images"], "rows": rows, "density": layers}
         if pruned_layers(model) and next(model.parameters()).device.type == "cpu" and backend().cpu == "C++":
@@ -130,6 +132,7 @@ def evaluate(
     note = ""
     try:
         found = accuracy(model if run is None else run, shown(), evaluation_attack(recipe))
+        assert found.robust is not None
         note = f"clean {progress.percent(found.clean)}  robust {progress.percent(found.robust)}"
     finally:
         show.stop(note)
@@ -144,12 +147,13 @@ def reproducible(recipe: Recipe) -> Iterator[None]:
     Afterwards these settings and torch's random state are the caller's again.
     """
     algorithms, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
-    fill, threads = torch.utils.deterministic.fill_uninitialized_memory, torch.get_num_threads()
+    deterministic: Any = torch.utils.deterministic  # a module whose attributes are properties
+    fill, threads = deterministic.fill_uninitialized_memory, torch.get_num_threads()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a workspace of its own
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.deterministic = True
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and makes no difference here
+        deterministic.fill_uninitialized_memory = False  # costs time and makes no difference here
         torch.set_num_threads(recipe.threads or threads)
         with torch.random.fork_rng():
             yield
@@ -157,7 +161,7 @@ def reproducible(recipe: Recipe) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(algorithms)
         torch.backends.cudnn.deterministic = cudnn
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 def describe_attack(recipe: Recipe) -> str:

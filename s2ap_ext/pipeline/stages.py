@@ -113,7 +113,7 @@ class Search(Callbacks):
         self.method.load_state(under("method/"))
 
 
-def _sgd(groups: list[dict], settings: Training) -> torch.optim.SGD:
+def _sgd(groups: list[dict[str, Any]], settings: Training) -> torch.optim.SGD:
     """SGD with the stage's settings; a group may set its own, or ``lr_scale``, its learning rate relative to the stage's."""
     scaled = [{name: value for name, value in group.items() if name != "lr_scale"} for group in groups]
     for group, given in zip(scaled, groups, strict=True):

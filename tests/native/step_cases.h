@@ -73,10 +73,12 @@ struct PatternCase {
 };
 // Neighbours, input channels, more windows than one chunk; output channels, heads, columns, groups of several chunks, one group.
 inline const PatternCase kPatternCases[] = {
-    {{s2ap::kWindow, 4, 1}, 4100},     {{s2ap::kWindow, 4, 9}, 4 * 9 * 130}, {{s2ap::kWindow, 32, 7}, 32 * 7 * 23},
-    {{s2ap::kWindow, 3, 1}, 3},        {{s2ap::kWindow, 8, 1}, 9000},        {{s2ap::kGroup, 16, 27}, 16 * 27},
-    {{s2ap::kGroup, 12, 64}, 12 * 64 * 6}, {{s2ap::kGroup, 3, 4100}, 3 * 4100}, {{s2ap::kGroup, 2, 50}, 2 * 50 * 90},
-    {{s2ap::kGroup, 50, 1}, 5000},     {{s2ap::kGroup, 1, 500}, 500},        {{s2ap::kWeight, 0, 1}, 5000},
+    {{s2ap::kWindow, 4, 1}, 4100},         {{s2ap::kWindow, 4, 9}, 4 * 9 * 130},
+    {{s2ap::kWindow, 32, 7}, 32 * 7 * 23}, {{s2ap::kWindow, 3, 1}, 3},
+    {{s2ap::kWindow, 8, 1}, 9000},         {{s2ap::kGroup, 16, 27}, 16 * 27},
+    {{s2ap::kGroup, 12, 64}, 12 * 64 * 6}, {{s2ap::kGroup, 3, 4100}, 3 * 4100},
+    {{s2ap::kGroup, 2, 50}, 2 * 50 * 90},  {{s2ap::kGroup, 50, 1}, 5000},
+    {{s2ap::kGroup, 1, 500}, 500},         {{s2ap::kWeight, 0, 1}, 5000},
 };
 constexpr int kPatternCaseCount = static_cast<int>(sizeof kPatternCases / sizeof *kPatternCases);
 

@@ -65,7 +65,16 @@ Case<T> make_case(const std::string& what, const Pattern& p, const std::vector<d
   const auto n = static_cast<int64_t>(scores.size());
   Case<T> c = {what + ", kind " + std::to_string(p.kind) + ", " + std::to_string(p.size) + " * " + std::to_string(p.block) + " of " +
                    std::to_string(n) + ", kept " + std::to_string(kept),
-               p, stored<T>(scores), stored<T>(normal(n, 5)), stored<T>(normal(n, 7)), kept, 0, {}, {}, {}, {}};
+               p,
+               stored<T>(scores),
+               stored<T>(normal(n, 5)),
+               stored<T>(normal(n, 7)),
+               kept,
+               0,
+               {},
+               {},
+               {},
+               {}};
   const Selected now = oracle_pattern<T>(c.scores, kept, p);
   c.selected = outcome<T>(now, c.weight);
 
@@ -119,11 +128,23 @@ struct Shape {
 };
 
 const Shape kSmall[] = {
-    {{kWindow, 4, 1}, 4},          {{kWindow, 4, 1}, 4092},      {{kWindow, 8, 1}, 4096},  {{kWindow, 3, 1}, 3 * 1111},
-    {{kWindow, 4, 9}, 4 * 9 * 85}, {{kWindow, 8, 9}, 8 * 9 * 7}, {{kWindow, 2, 17}, 34 * 3}, {{kWindow, 32, 7}, 32 * 7 * 11},
-    {{kWindow, 5, 3}, 15},         {{kWindow, 1, 3}, 15},        {{kWindow, 7, 300}, 7 * 300 * 3},
-    {{kGroup, 16, 27}, 16 * 27},   {{kGroup, 5, 1}, 35},         {{kGroup, 1, 50}, 50},    {{kGroup, 9, 4}, 9 * 4 * 30},
-    {{kGroup, 3, 4097}, 3 * 4097}, {{kGroup, 2, 100}, 2 * 100 * 50},
+    {{kWindow, 4, 1}, 4},
+    {{kWindow, 4, 1}, 4092},
+    {{kWindow, 8, 1}, 4096},
+    {{kWindow, 3, 1}, 3 * 1111},
+    {{kWindow, 4, 9}, 4 * 9 * 85},
+    {{kWindow, 8, 9}, 8 * 9 * 7},
+    {{kWindow, 2, 17}, 34 * 3},
+    {{kWindow, 32, 7}, 32 * 7 * 11},
+    {{kWindow, 5, 3}, 15},
+    {{kWindow, 1, 3}, 15},
+    {{kWindow, 7, 300}, 7 * 300 * 3},
+    {{kGroup, 16, 27}, 16 * 27},
+    {{kGroup, 5, 1}, 35},
+    {{kGroup, 1, 50}, 50},
+    {{kGroup, 9, 4}, 9 * 4 * 30},
+    {{kGroup, 3, 4097}, 3 * 4097},
+    {{kGroup, 2, 100}, 2 * 100 * 50},
 };
 
 const Shape kLarge[] = {
@@ -135,7 +156,7 @@ const Shape kLarge[] = {
     {{kWindow, 31, 1234}, 31 * 1234},
     {{kGroup, 300, 127}, 300 * 127},
     {{kGroup, 12, 64 * 16}, 3 * 12 * 64 * 16},
-    {{kGroup, 6, 6}, 6 * 6 * 800},    // chunks end within runs
+    {{kGroup, 6, 6}, 6 * 6 * 800},  // chunks end within runs
     {{kGroup, 1000, 1}, 1000 * 30},
     {{kGroup, 3, 20001}, 3 * 20001},
     {{kGroup, 1, 40000}, 40000},
@@ -179,7 +200,8 @@ void test_tiles() {
       std::vector<int> seen(n);
       const Tiles tiles(pattern, n);
       for (int64_t t = 0; t < tiles.count(); ++t) {
-        EXPECT(tiles[t].number == t && tiles[t].elements.n > 0 && tiles[t].elements.n <= kTile, "tile %d of case %zu", static_cast<int>(t), i);
+        EXPECT(tiles[t].number == t && tiles[t].elements.n > 0 && tiles[t].elements.n <= kTile, "tile %d of case %zu", static_cast<int>(t),
+               i);
         int64_t last = -1;
         tiles[t].elements.for_each_piece([&](int64_t index, int64_t, int64_t count) {
           EXPECT(index > last && index + count <= n, "tile %d of case %zu", static_cast<int>(t), i);

@@ -25,8 +25,8 @@ template <class T>
 Case<T> make_case(const std::string& what, const std::vector<BitsOf<T>>& scores, const std::vector<BitsOf<T>>& grad, int64_t kept,
                   double gamma) {
   const auto n = static_cast<int64_t>(scores.size());
-  Case<T> c = {what + ", n " + std::to_string(n) + ", kept " + std::to_string(kept), scores, grad, stored<T>(normal(n, 7)), kept, gamma, {},
-               0, {}};
+  Case<T> c = {
+      what + ", n " + std::to_string(n) + ", kept " + std::to_string(kept), scores, grad, stored<T>(normal(n, 7)), kept, gamma, {}, 0, {}};
   c.now = oracle_select<T>(c.scores, kept);
   c.scale = oracle_scale<T>(c.scores, c.grad, gamma, kEps);
   const auto moved = oracle_moved<T>(c.scores, c.grad, static_cast<ComputeOf<T>>(c.scale));

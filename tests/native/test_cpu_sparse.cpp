@@ -29,14 +29,14 @@ const Case kCases[] = {
     {17, 6, 9, 3, {5, 7}, {2, 3}, {2, 2}, {0, 2}, {1, 2}, 0.5},
     {16, 4, 6, 1, {10, 10}, {3, 3}, {3, 3}, {1, 1}, {1, 1}, 0.5},  // a stride beyond 2
     {9, 3, 4, 1, {11, 11}, {7, 7}, {2, 2}, {3, 3}, {1, 1}, 0.3},
-    {16, 6, 5, 1, {6, 6}, {1, 1}, {2, 2}, {0, 0}, {1, 1}, 0.5},  // residues that no entry reaches
+    {16, 6, 5, 1, {6, 6}, {1, 1}, {2, 2}, {0, 0}, {1, 1}, 0.5},    // residues that no entry reaches
     {40, 33, 12, 1, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 0.2},  // a linear layer
     {1, 33, 12, 1, {1, 1}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, 0.2},
-    {16, 3, 3, 1, {4, 4}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0},  // nothing kept
-    {16, 3, 3, 1, {4, 4}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},  // all
+    {16, 3, 3, 1, {4, 4}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0},       // nothing kept
+    {16, 3, 3, 1, {4, 4}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 1},       // all
     {16, 70, 40, 1, {8, 37}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.3},  // several pieces, several runs
-    {21, 70, 10, 1, {5, 6}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.3},  // several runs, and images left over
-    {16, 80, 64, 2, {7, 6}, {3, 3}, {2, 2}, {1, 1}, {1, 1}, 0.4},  // with a stride and groups
+    {21, 70, 10, 1, {5, 6}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.3},   // several runs, and images left over
+    {16, 80, 64, 2, {7, 6}, {3, 3}, {2, 2}, {1, 1}, {1, 1}, 0.4},   // with a stride and groups
     {1, 300, 20, 1, {20, 21}, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.05},
 };
 
@@ -192,7 +192,8 @@ struct Problem {
   template <class F>
   void each_entry(const F& f) const {
     for (size_t row = 0; row + 1 < starts.size(); ++row) {
-      for (int32_t j = starts[row]; j < starts[row + 1]; ++j) f(j, static_cast<int64_t>(row) % c.out_channels * weight_shape.row() + columns[j]);
+      for (int32_t j = starts[row]; j < starts[row + 1]; ++j)
+        f(j, static_cast<int64_t>(row) % c.out_channels * weight_shape.row() + columns[j]);
     }
   }
 
@@ -260,7 +261,8 @@ void test_images(const Problem& p, Isa isa, Order order, bool with_epilogue, con
     Stored<float> out(p.out, order), grad_in(p.in, order);
     Machine m = machine(isa, threads);
     m.last_cache = threads > 1;  // and so past the caches, where results are whole lines
-    EXPECT(past_caches(m, p.shape.activations()) == (isa == Isa::kAvx512 && threads > 1) && is_line(out.images.data), "not the way to test");
+    EXPECT(past_caches(m, p.shape.activations()) == (isa == Isa::kAvx512 && threads > 1) && is_line(out.images.data),
+           "not the way to test");
     sparse_conv<float>(m, p.shape, p.forward(), in.input(), after, out.images);
     sparse_conv_input_grad<float>(m, p.shape, p.backward(), grad.input(), after_grad, grad_in.images);
     const Tensor got = out.read(p.out), got_in = grad_in.read(p.in);

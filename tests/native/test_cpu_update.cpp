@@ -7,7 +7,7 @@ using namespace cases;
 
 template <class T>
 void test_dtype() {
-  const SgdParameters settings[] = {{0.1, 0, 0, 0, false}, {0.1, 0, 0, 5e-4, false}, {0.01, 0.9, 0, 5e-4, false},
+  const SgdParameters settings[] = {{0.1, 0, 0, 0, false},     {0.1, 0, 0, 5e-4, false},  {0.01, 0.9, 0, 5e-4, false},
                                     {0.1, 0.9, 0.1, 0, false}, {0.1, 0.9, 0, 5e-4, true}, {0, 0.9, 0, 0, false}};
   std::vector<std::vector<BitsOf<T>>> s, g, b;
   for (int64_t n : {0, 1, 15, 16, 17, 1000, 70001}) {

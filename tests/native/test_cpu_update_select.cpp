@@ -25,8 +25,18 @@ template <class T>
 Case<T> make_case(const std::string& what, const std::vector<double>& scores, int64_t kept, const SgdParameters& sgd, Gradient gradient) {
   const auto n = static_cast<int64_t>(scores.size());
   const auto random = [&](uint64_t seed) { return stored<T>(normal(n, seed)); };
-  Case<T> c = {what + ", n " + std::to_string(n) + ", kept " + std::to_string(kept), stored<T>(scores), random(101), random(102),
-               random(103), random(104), kept, oracle_select<T>(stored<T>(scores), kept), {}, {}, 0, {}};
+  Case<T> c = {what + ", n " + std::to_string(n) + ", kept " + std::to_string(kept),
+               stored<T>(scores),
+               random(101),
+               random(102),
+               random(103),
+               random(104),
+               kept,
+               oracle_select<T>(stored<T>(scores), kept),
+               {},
+               {},
+               0,
+               {}};
   std::vector<BitsOf<T>> at = c.scores, grad = c.grad;
   if (gradient == Gradient::kFormedAscended) {
     at = oracle_moved<T>(c.scores, oracle_score_grad<T>(c.ascent_grad, c.weight, c.scores), kScale);
@@ -56,9 +66,12 @@ void expect_right(const std::vector<Case<T>>& all, const SgdParameters& sgd, Gra
       const Case<T>& c = all[l];
       scores.push_back(c.scores);
       buffers.push_back(c.buffer);
-      layers.push_back({{scores[l].data(), c.grad.data(), sgd.momentum != 0 ? buffers[l].data() : nullptr,
-                         static_cast<int64_t>(c.scores.size())},
-                        gradient == Gradient::kFormedAscended ? c.ascent_grad.data() : nullptr, c.weight.data(), masked[l].data(), c.kept});
+      layers.push_back(
+          {{scores[l].data(), c.grad.data(), sgd.momentum != 0 ? buffers[l].data() : nullptr, static_cast<int64_t>(c.scores.size())},
+           gradient == Gradient::kFormedAscended ? c.ascent_grad.data() : nullptr,
+           c.weight.data(),
+           masked[l].data(),
+           c.kept});
       cuts.insert(cuts.end(), {c.before.key, c.before.index, 0, 0, 0});
     }
     const UpdateSelect how = {sgd, true, gradient != Gradient::kGiven, scales.data()};

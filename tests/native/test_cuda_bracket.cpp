@@ -122,7 +122,8 @@ void test_a_misled_sample_costs_reads_only(Random& random) {
     std::vector<T> scores = numbers<T>(0, n, random);
     for (int64_t i = 0; i < kernels::kSample; ++i) {
       uint32_t scattered = static_cast<uint32_t>(i) * 0x9e3779b9u;
-      scores[i * n / kernels::kSample + static_cast<int64_t>(static_cast<uint64_t>(scattered) * part >> 32)] = make<T>(at_sample * (1 + i % 3));
+      scores[i * n / kernels::kSample + static_cast<int64_t>(static_cast<uint64_t>(scattered) * part >> 32)] =
+          make<T>(at_sample * (1 + i % 3));
     }
     Course course = check(scores, n / 2, {3, 64}, random(), at_sample != 0, "misled sample");
     EXPECT(!course.listed && course.reads > n * 3, "%s, %g: %lld reads", kName<T>, at_sample, (long long)course.reads);

@@ -104,7 +104,7 @@ void check(const Problem<T>& problem, const Settings& settings, GridSize size, u
   }
 }
 
-const Settings kSettings[] = {{0.1, 0, 0, 0, false},         {0.1, 0.9, 0, 0, false},    {0.1, 0.9, 0, 5e-4, false},
+const Settings kSettings[] = {{0.1, 0, 0, 0, false},        {0.1, 0.9, 0, 0, false},   {0.1, 0.9, 0, 5e-4, false},
                               {0.1, 0.9, 0.3, 5e-4, false}, {0.1, 0.9, 0, 5e-4, true}, {0, 0.9, 0, 0, true}};
 constexpr int kSettingsCount = static_cast<int>(sizeof kSettings / sizeof *kSettings);
 

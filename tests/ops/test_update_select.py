@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_kernels import HARD, assert_same, compiled, randn, same_bits, same_numbers
+from op_cases import HARD, assert_same, compiled, randn, same_bits, same_numbers
 
 from s2ap_ext import ops, reference
 
