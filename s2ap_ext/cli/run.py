@@ -34,6 +34,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     options.add_to(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
     parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with a run that was stopped")
+    parser.add_argument("--verbose", action="store_true", help="a line for each epoch, not only for each stage")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -82,7 +83,7 @@ def _train(arguments: argparse.Namespace, stage: str | None) -> int:
     else:
         raise ValueError(f"{stages[0]}: expected --from CHECKPOINT, the {before} model to start from")
 
-    show = progress.for_this_terminal()
+    show = progress.for_this_terminal(arguments.verbose)
     show.say(f"{recipe.name}: writing to {folder.path}")
     with folder, _stop_on_interrupt() as stop:
         try:

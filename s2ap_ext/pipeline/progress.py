@@ -1,9 +1,10 @@
-"""How a run shows where it is: bars on a terminal, one plain line per epoch elsewhere, nothing by default."""
+"""How a run shows where it is: a bar for each stage on a terminal, a line for each stage elsewhere, nothing by default."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from .extras import optional
@@ -32,17 +33,44 @@ class Silent:
 
 
 class Lines(Silent):
-    """One plain line for each epoch and each evaluation."""
+    """A plain line when a stage or an evaluation ends, and every ``PAUSE`` seconds one that says how long the rest will take.
+
+    Args:
+        verbose: a line for each epoch too.
+    """
+
+    PAUSE = 60.0
+
+    def __init__(self, verbose: bool = False) -> None:
+        self.verbose = verbose
+        self._label, self._total, self._done, self._first = "", 0, 0, 0
+        self._began = self._said = time.monotonic()
+        self._last = ""  # the last epoch of the stage
 
     def start(self, label: str, total: int, done: int = 0) -> None:
-        self._label = label
+        self._label, self._total, self._done, self._first, self._last = label, total, done, done, ""
+        self._began = self._said = time.monotonic()
+
+    def advance(self, label: str, note: str) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if now - self._said >= self.PAUSE:
+            left = (now - self._began) / (self._done - self._first) * (self._total - self._done)
+            self.say("  ".join(filter(None, (label, note, f"about {duration(left)} left"))))
+            self._said = now
 
     def stop(self, note: str = "") -> None:
+        took = f"{duration(time.monotonic() - self._began)}"
         if note:
-            self.say(f"{self._label}  {note}")
+            self.say(f"{self._label}  {note}  {took}")
+        elif self._last:
+            self.say(f"{self._last}  in {took}")
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
-        self.say(describe(record, epochs))
+        self._last = describe(record, epochs)
+        if self.verbose:
+            self.say(f"{self._last}  {record['seconds']:.1f} s")
+            self._said = time.monotonic()
 
     def say(self, line: str) -> None:
         say(line)
@@ -62,6 +90,10 @@ class Bars(Silent):
         self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), refresh_per_second=4)
         self._task = self._bar.add_task(f"{label:<15}", total=total, completed=done, note="")
         self._bar.start()
+
+    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+        assert self._bar is not None
+        self._bar.update(self._task, note=f"clean {percent(record['clean'])}  robust {percent(record['robust'])} (test)")
 
     def advance(self, label: str, note: str) -> None:
         assert self._bar is not None  # start() comes first
@@ -87,9 +119,18 @@ def say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def for_this_terminal() -> Silent:
-    """Bars where standard output is a terminal, lines where it is not."""
-    return Bars() if optional("rich.console").Console().is_terminal else Lines()
+def for_this_terminal(verbose: bool = False) -> Silent:
+    """Bars where standard output is a terminal, lines where it is not, or where each epoch is wanted."""
+    return Bars() if optional("rich.console").Console().is_terminal and not verbose else Lines(verbose)
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 5 s`` or ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def percent(fraction: float) -> str:
@@ -107,4 +148,4 @@ def describe(record: dict[str, Any], epochs: int) -> str:
     parts += [f"{percent(record['robust'])} (test)", f"clean {percent(record['clean'])} (test)"]
     if "mask_distance" in record and record["stage"] == "prune":
         parts.append(f"mask moved {percent(record['mask_distance'])}")
-    return "  ".join([*parts, f"{record['seconds']:.1f} s"])
+    return "  ".join(parts)

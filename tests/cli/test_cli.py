@@ -55,14 +55,22 @@ def refused(capsys, *arguments):
     return err
 
 
-def test_run_prints_a_line_per_epoch_a_table_and_the_outcome(tmp_path, capsys):
-    assert main(["run", "digits", *settings(), "--out", str(tmp_path / "run")]) == 0
+@pytest.mark.parametrize(
+    ("words", "labels"),
+    [
+        ([], ["pretrain 1/1", "test dense", "prune 2/2", "test pruned", "finetune 1/1", "test finetuned"]),
+        (["--verbose"], ["pretrain 1/1", "pretrain 1/1", "test dense", "prune 1/2", "prune 2/2", "prune 2/2", "test pruned"]),
+    ],
+    ids=["a line per stage", "a line per epoch"],
+)
+def test_run_prints_lines_a_table_and_the_outcome(words, labels, tmp_path, capsys):
+    assert main(["run", "digits", *settings(), *words, "--out", str(tmp_path / "run")]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
-    labels = ["pretrain 1/1", "test dense", "prune 1/2", "prune 2/2", "test pruned", "finetune 1/1", "test finetuned"]
-    assert [line.split("  ")[0] for line in lines[1:8]] == labels
-    assert all("robust" in line and ("loss" in line) != line.startswith("test") for line in lines[1:8])
+    shown = lines[1 : 1 + len(labels)]
+    assert [line.split("  ")[0] for line in shown] == labels
+    assert all("robust" in line and ("loss" in line) != line.startswith("test") for line in shown)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     for row in results["rows"]:
         (shown,) = [line for line in lines if line.startswith(f"│ {row['model']} ")]
@@ -257,7 +265,7 @@ def test_a_defect_is_not_hidden(finished, monkeypatch):
 def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bits(tmp_path, capsys):
     longer = settings("prune.epochs=20", "finetune.epochs=0", "prune.batch_size=16")
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    command = [sys.executable, "-m", "s2ap_ext.cli", "run", "digits", *longer, "--out", str(stopped)]
+    command = [sys.executable, "-m", "s2ap_ext.cli", "run", "digits", *longer, "--verbose", "--out", str(stopped)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("prune 2/20"):
