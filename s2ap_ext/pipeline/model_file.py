@@ -19,7 +19,7 @@ from .. import parts
 from ..data import Dataset, seeded_generator
 from ..methods import Method
 from . import checkpoint
-from .plan import STAGES, stage_before
+from .plan import STAGES, plan, stage_before
 from .recipe import from_table, load_recipe, override, to_table
 from .sections import Chosen, Recipe
 
@@ -82,12 +82,20 @@ def make_sparse(model: nn.Module, recipe: Recipe, tell: Callable[[str], None] = 
 
 
 def check_prunable(recipe: Recipe, data: Dataset) -> int:
-    """Raises ValueError if the recipe's granularity or its excluded layers do not fit its model: before the hours of pretraining.
+    """Raises ValueError if what the recipe says does not fit together: before the hours of pretraining.
+
+    That is a granularity or excluded layers that the model has not, or a loss that does not go with the attack.
 
     Returns:
         About how many bytes the files of a run take at most: three models and, while one is written, three states of up to three times
         a pruned model (itself, its momentum and its average) and the last images.
     """
+    for stage in plan(recipe):
+        settings = getattr(recipe, stage)
+        try:
+            settings.loss.make(adversary=recipe.attack.make(), label_smoothing=settings.label_smoothing)
+        except ValueError as error:
+            raise ValueError(f"{stage}: {error}") from None
     model = new_model(recipe, data)
     make_sparse(model, recipe)
     pruned: int = sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -31,7 +31,7 @@ from ..settings import shown
 from . import checkpoint, progress
 from .model_file import RECENT, identity
 from .plan import number_of
-from .run_folder import RunFolder
+from .run_folder import METRICS, RunFolder
 from .sections import Recipe, Training
 
 
@@ -340,6 +340,9 @@ class Trainer:
                 raise ValueError(f"expected tensors of {', '.join(states)}, got {shown(full_name)}")
             states[part][name] = tensor if part == "model" else tensor.to(self.device)
         done = EpochProgress.read(about["progress"], self.settings.epochs, len(self.batches))
+        recorded = {record.get("epoch") for record in self.session.folder.find(self.stage)}
+        if missing := set(range(1, done.epoch + 1)) - recorded:
+            raise ValueError(f"expected {METRICS} to have all finished epochs of {self.stage}, found none of epoch {min(missing)}")
         checkpoint.check_tensors(states["model"], self.model.state_dict(), "does not fit the model")
         self.model.load_state_dict(states["model"])
         self.stepper.load_state_tensors(states["optimizer"])

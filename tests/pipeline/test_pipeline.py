@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from command_line import refused
 
 from s2ap_ext import backend
 from s2ap_ext.nn import pruned_layers
@@ -228,21 +229,28 @@ def test_two_of_four(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override",
+    "overrides",
     [
-        "prune.loss=trades",
-        "prune.loss=natural",
-        "prune.loss=free_at",
-        "attack.norm=l2",
-        "attack.norm=l1",
-        "prune.loss=mart",
-        "data.shift=1",
-        "prune.schedule=constant",
+        ["prune.loss=trades"],
+        ["prune.loss=natural"],
+        ["prune.loss=free_at"],
+        ["attack.norm=l2", "pretrain.loss=pgd_at", "finetune.loss=pgd_at"],
+        ["attack.norm=l1", "pretrain.loss=pgd_at", "finetune.loss=pgd_at"],
+        ["prune.loss=mart"],
+        ["data.shift=1"],
+        ["prune.schedule=constant"],
     ],
+    ids=lambda overrides: overrides[0],
 )
-def test_the_other_settings_run(override, tmp_path):
-    rows = start(tmp_path / "run", override, "pretrain.epochs=1", "prune.epochs=2", "finetune.epochs=1")
+def test_the_other_settings_run(overrides, tmp_path):
+    rows = start(tmp_path / "run", *overrides, "pretrain.epochs=1", "prune.epochs=2", "finetune.epochs=1")
     assert len(rows) == 3
+
+
+def test_a_loss_that_does_not_go_with_the_attack_is_refused_before_the_run(tmp_path, capsys):
+    error = refused(capsys, "run", "digits", "--set", "attack.norm=l2", "--out", tmp_path / "run")
+    assert "pretrain: loss n_fgsm: expected an adversary of norm linf, got l2" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_learning_rate_follows_half_a_cosine(finished):

@@ -138,6 +138,16 @@ def test_a_damaged_state_falls_back_to_the_one_before(tmp_path, capsys):
     assert settled(tmp_path / "stopped") == settled(tmp_path / "whole")
 
 
+def test_records_that_were_cut_off_between_two_lines_are_missed(tmp_path, capsys):
+    recipe = load_recipe("digits", TINY)
+    asked = iter([False] * 6 + [True])  # in the second epoch of the first stage
+    with RunFolder.create(tmp_path / "run", recipe) as folder, contextlib.suppress(Stopped):
+        run(Session(recipe, open_data(recipe), folder, stop=lambda: next(asked)))
+    (tmp_path / "run/metrics.jsonl").write_text("")
+    assert main(["run", "--resume", str(tmp_path / "run")]) == 2
+    assert "expected metrics.jsonl to have all finished epochs of pretrain, found none of epoch 1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_runs_that_are_killed_at_any_moment_go_on_to_the_same_bits():
     result = subprocess.run(
