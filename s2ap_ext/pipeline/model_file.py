@@ -81,12 +81,14 @@ def make_sparse(model: nn.Module, recipe: Recipe, tell: Callable[[str], None] = 
 
 
 def check_prunable(recipe: Recipe, data: Dataset) -> int:
-    """Raises ValueError if the recipe's granularity or its excluded layers do not fit its model: before the hours of pretraining.
+    """Raises ValueError if the recipe's granularity, its excluded layers or its gamma do not fit: before the hours of pretraining.
 
     Returns:
         About how many bytes the files of a run take at most: three models and, while one is written, three states of up to three times
         a pruned model (itself, its momentum and its average) and the last images.
     """
+    if recipe.prune.perturbs == "weights" and isinstance(recipe.prune.gamma, str):
+        raise ValueError(f"prune.gamma: expected a number where prune.perturbs is weights, got {recipe.prune.gamma!r}: no mask entry flips")
     model = new_model(recipe, data)
     make_sparse(model, recipe)
     pruned = sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -105,6 +105,9 @@ class Prune(Training):
     )
     ascent: Chosen = part("ascent", "exact", "S2AP: in which steps the scores are perturbed, and along what")
     warmup_epochs: int = key(5, "S2AP: epochs of plain steps at the start", low=0)
+    perturbs: str = key(
+        "scores", "S2AP: what is perturbed; weights: the kept ones, as AWP does it, as a control", choices=("scores", "weights")
+    )
 
 
 @dataclass(frozen=True)
