@@ -221,5 +221,5 @@ def _flat(table: Any, where: str, prefix: str = "") -> Settings:
         else:
             found[f"{prefix}{name}"] = str(value)
     if owned := found.keys() & {"seed", "name"}:
-        raise ValueError(f"{where}: {min(owned)}: expected other settings; the experiment gives each run its own")
+        raise ValueError(f"{where}: {min(owned)}: the experiment gives each run its own")
     return found
