@@ -36,7 +36,7 @@ def _experiment(arguments: argparse.Namespace) -> int:
     from .. import experiments
     from ..pipeline import extras, progress
 
-    extras.require((*extras.TRAINING, "scipy"))
+    extras.require()
     overrides = options.overrides_of(arguments)
     if arguments.resume:
         if given := [text for text in (arguments.plan and "the plan", arguments.out and "--out", overrides and "--set") if text]:

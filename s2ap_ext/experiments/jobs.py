@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import pipeline
 from ..data import Dataset
-from ..pipeline import STAGES, Recipe, RunFolder, Session
+from ..pipeline import STAGES, Recipe, RunFolder, Session, progress
 from ..pipeline.model_file import adopt
 from ..pipeline.recipe import from_table, to_table
 from ..pipeline.records import CONFIG
@@ -55,7 +55,7 @@ def jobs_of(runs: Iterable[tuple[str, int, Recipe]], out: Path) -> list[Job]:
         ValueError: two arms whose recipes are the same.
     """
     runs = list(runs)
-    chains = {(arm, seed): _chain(recipe) for arm, seed, recipe in runs}
+    chains = {(arm, seed): chain_of(recipe) for arm, seed, recipe in runs}
     followers: dict[str, set[str]] = {}
     whole: dict[str, str] = {}
     for (arm, _), chain in chains.items():
@@ -77,7 +77,7 @@ def jobs_of(runs: Iterable[tuple[str, int, Recipe]], out: Path) -> list[Job]:
     return sorted(jobs.values(), key=lambda job: job.seed)  # so that an experiment that is cut short has whole seeds
 
 
-def _chain(recipe: Recipe) -> list[tuple[str, str]]:
+def chain_of(recipe: Recipe) -> list[tuple[str, str]]:
     """Each stage of the run with a digest of all that the model it leaves, and its records, depend on."""
     stages, chain = pipeline.plan(recipe), []
     for i, stage in enumerate(stages):
@@ -101,11 +101,15 @@ def is_done(job: Job) -> bool:
     return (job.folder / RESULTS).is_file() and bool(read_results(job.folder))
 
 
-def do(job: Job, stop: Callable[[], bool]) -> dict[str, Any]:
+def do(job: Job, stop: Callable[[], bool], show: progress.Silent | None = None) -> dict[str, Any]:
     """Does what is left of ``job``, and returns the row of its last model, as in ``results.json``.
 
+    Args:
+        stop: asked after each batch; when it says True the run is saved and :class:`Stopped` raised.
+        show: is told of each epoch.
+
     Raises:
-        Stopped: ``stop``, asked after each batch, said so; what was done is kept.
+        Stopped: ``stop`` said so.
         ValueError, OSError, FloatingPointError: as :func:`s2ap_ext.pipeline.run`.
     """
     recipe = from_table(job.recipe)
@@ -114,7 +118,7 @@ def do(job: Job, stop: Callable[[], bool]) -> dict[str, Any]:
     with RunFolder.resume(job.folder) if begun else RunFolder.create(job.folder, recipe) as folder:
         if job.start is not None:
             _take_over(job.start, folder, recipe, data)
-        return pipeline.run(Session(recipe, data, folder, stop=stop), job.stages)[-1]
+        return pipeline.run(Session(recipe, data, folder, show or progress.Silent(), stop), job.stages)[-1]
 
 
 def open_data(recipe: Recipe) -> Dataset:

@@ -24,7 +24,7 @@ from .. import pipeline
 from ..pipeline import progress
 from ..pipeline.checkpoint import write_text
 from ..pipeline.extras import optional
-from ..pipeline.run_folder import check_space
+from ..pipeline.run_folder import LOCK, check_space, locked
 from .jobs import Job, is_done, jobs_of, open_data
 from .plan import Plan, from_table, load_plan, to_toml
 from .summary import summarise, to_markdown
@@ -66,16 +66,21 @@ def run(
     Raises:
         ValueError: arms with the same or an invalid recipe; ``out`` holds something else than a part of this plan; too little disk.
     """
-    show = show or progress.Silent()
     jobs = _checked_jobs(plan, out)
-    _open(plan, out, jobs)
+    _open(plan, out)
+    with locked(out):
+        return _run(plan, out, jobs, workers or _default_workers(jobs), show or progress.Silent(), stop)
+
+
+def _run(plan: Plan, out: Path, jobs: Sequence[Job], workers: int, show: progress.Silent, stop: Callable[[], bool]) -> Result:
+    write_text(out / PLAN, to_toml(plan))
     done = {job.folder for job in jobs if is_done(job)}
     todo = _needed([job for job in jobs if job.folder not in done])
     failed: dict[str, str] = {}
     started, total = time.monotonic(), len(todo)
     show.start(plan.name, total)
     try:
-        for number, (job, outcome) in enumerate(work(todo, workers or _default_workers(jobs), stop), 1):
+        for number, (job, outcome) in enumerate(work(todo, workers, stop), 1):
             left = (total - number) * (time.monotonic() - started) / number
             show.say(f"{number}/{total}  {job.label}: {_told(outcome)}{f'  about {duration(left)} left' if number < total else ''}")
             show.advance(plan.name, "")
@@ -120,7 +125,7 @@ def _checked_jobs(plan: Plan, out: Path) -> list[Job]:
     return jobs
 
 
-def _open(plan: Plan, out: Path, jobs: Sequence[Job]) -> None:
+def _open(plan: Plan, out: Path) -> None:
     """Makes the folder, or sees that it is this plan's; more seeds than it had are fine."""
     if (out / PLAN).is_file():
         before = read_plan(out)
@@ -128,10 +133,9 @@ def _open(plan: Plan, out: Path, jobs: Sequence[Job]) -> None:
             raise ValueError(f"{out}: holds another plan, or this one with other settings; choose another folder, or --resume {out}")
         if before.seeds > plan.seeds:
             raise ValueError(f"{out}: has {before.seeds} seeds already, expected at least as many, got {plan.seeds}")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(entry.name != LOCK for entry in out.iterdir())):
         raise ValueError(f"out: {out} exists already and is not the folder of an experiment; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / PLAN, to_toml(plan))
 
 
 def _read_back(plan: Plan) -> Plan:
