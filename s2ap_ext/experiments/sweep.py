@@ -134,8 +134,8 @@ def run_sweep(
         stop: asked after each step; when it says True the trial in progress is saved, to go on with later.
 
     Returns:
-        the trials, the most robust first: ``trial`` (number), ``ended`` (done, pruned, or why it failed), ``robust`` (of the finished model,
-        or None), the value of each parameter, and ``folder``.
+        the trials, the most robust first: ``trial`` (number), ``ended`` (done, pruned, or why it failed), ``robust`` (of the finished
+        model, or None), the value of each parameter, and ``folder``.
 
     Raises:
         ValueError: ``out`` holds something else than this sweep; a storage that cannot be used.
@@ -211,7 +211,7 @@ def _trial(optuna: ModuleType, study: Any, sweep: Sweep, out: Path, stop: Callab
         return None
     except optuna.TrialPruned:
         state, ended = states.PRUNED, "pruned"
-    except FloatingPointError as error:
+    except (ValueError, FloatingPointError) as error:
         ended = str(error)
     trial.set_user_attr(ENDED, ended)
     study.tell(trial, robust, state=state)
