@@ -4,7 +4,9 @@ import csv
 import itertools
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from command_line import TINY, refused
@@ -102,6 +104,16 @@ def test_the_summary_comes_from_the_table_alone(finished, tmp_path):
     assert (one["against"], one["difference"]) == ("plain", pytest.approx(sum(moved["s2ap"]) / 2 - sum(moved["plain"]) / 2))
     assert one["p"] == pytest.approx(theirs.pvalue)
     assert one["p_corrected"] == pytest.approx(min(1, 2 * theirs.pvalue))
+
+
+def test_the_page_reads_a_table_as_it_says(finished, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "compare").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert capsys.readouterr().out.strip() == json.loads((finished / "summary.json").read_text())["verdict"]
 
 
 def test_what_was_stopped_goes_on_in_processes_to_the_same_table(finished, tmp_path):
