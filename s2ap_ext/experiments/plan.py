@@ -83,7 +83,7 @@ class Plan:
                 pairs.setdefault(frozenset((f"{cell}-{arm}", f"{cell}-{against}")), (arm_in(cell, arm), arm_in(cell, against)))
         return list(pairs.values())
 
-    def recipe_of(self, arm: str, seed: int) -> Recipe:
+    def recipe_of(self, arm: str, seed: int = 0) -> Recipe:
         """The recipe of one run. On a CPU it has one thread where the plan does not say how many, since runs are made side by side.
 
         Args:
@@ -100,6 +100,11 @@ class Plan:
         if recipe.threads == 0 and pick_device(recipe.device).type == "cpu":
             recipe = replace(recipe, threads=1)
         return recipe
+
+    def runs(self) -> list[tuple[str, int, Recipe]]:
+        """All runs, ``(arm, seed, recipe)``, arm by arm; errors as in :meth:`recipe_of`."""
+        recipes = {arm: self.recipe_of(arm) for arm in self.all_arms()}
+        return [(arm, seed, replace(recipe, seed=seed)) for arm, recipe in recipes.items() for seed in range(self.seeds)]
 
     def changed(self, overrides: Iterable[str] = (), seeds: int | None = None) -> Plan:
         """The plan with ``"section.key=value"`` added to the settings of all arms, and another number of seeds.

@@ -115,7 +115,7 @@ def read_plan(out: str | Path) -> Plan:
 
 def _checked_jobs(plan: Plan, out: Path) -> list[Job]:
     """All jobs of the plan; nothing is left that could be wrong with its recipes."""
-    runs = [(arm, seed, plan.recipe_of(arm, seed)) for arm in plan.all_arms() for seed in range(plan.seeds)]
+    runs = plan.runs()
     jobs = jobs_of(runs, out.absolute())
     first = [recipe for _, seed, recipe in runs if seed == 0]
     pipeline.pick_device(first[0].device)

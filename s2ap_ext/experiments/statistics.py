@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from .._extras import optional
 
 LEVEL = 0.95
+ROUNDING = 1e-9  # relative to the values: differences that vary less are equal, and what varies is their last bits
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def paired(values: Sequence[float], against: Sequence[float]) -> Difference:
     found = interval(differences)
     if len(differences) == 1:
         return Difference(found.mean, None, None, None)
-    if max(differences) == min(differences):
-        p = 1.0 if differences[0] == 0 else 2.0 ** (1 - len(differences))
-        return Difference(differences[0], differences[0], differences[0], p)
+    rounding = ROUNDING * max(map(abs, [*values, *against]))
+    if max(differences) - min(differences) <= rounding:
+        p = 1.0 if abs(found.mean) <= rounding else 2.0 ** (1 - len(differences))
+        return Difference(found.mean, found.mean, found.mean, p)
     return Difference(found.mean, found.low, found.high, float(optional("scipy.stats").ttest_1samp(differences, 0).pvalue))
 
 

@@ -4,8 +4,10 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,13 @@ from command_line import TINY, refused
 from scipy import stats
 
 from s2ap_ext.cli import main
-from s2ap_ext.experiments import read_plan, read_table, summarise, to_markdown
+from s2ap_ext.experiments import read_plan, read_table, summarise, to_markdown, workers
+from s2ap_ext.experiments.jobs import do
 from s2ap_ext.experiments.plan import from_table, to_toml
 from s2ap_ext.experiments.runner import run
 from s2ap_ext.pipeline import RunFolder, Session, checkpoint, load_recipe, open_data, progress
 from s2ap_ext.pipeline import run as run_alone
-from s2ap_ext.pipeline.run_folder import read_metrics
+from s2ap_ext.pipeline.run_folder import locked, read_metrics
 
 SETTINGS = dict(text.split("=") for text in [*TINY, "model.width=4", "prune.epochs=2", "prune.warmup_epochs=1", "prune.lr=1"])
 PLAN = from_table(
@@ -129,6 +132,28 @@ def test_what_was_stopped_goes_on_in_processes_to_the_same_table(finished, tmp_p
     assert timeless(read_table(out / "table.csv")) == timeless(read_table(finished / "table.csv"))
     assert all("clean" in line and "robust" in line for line in told.lines)
     assert told.lines[0].startswith("1/10  pretrain, seed 0: dense")
+
+
+def test_ctrl_c_is_answered_with_the_command_that_goes_on(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "tiny"
+    out.mkdir()
+    shutil.copy(finished / "plan.toml", out)
+
+    def interrupted(job, stop):
+        os.kill(os.getpid(), signal.SIGINT)
+        return do(job, stop)
+
+    monkeypatch.setattr(workers, "do", interrupted)
+    assert main(["experiment", "--resume", str(out), "--workers", "1"]) == 130
+    assert f"s2ap: stopped; to go on: s2ap experiment --resume {out}" in capsys.readouterr().err
+    (begun,) = out.glob("shared/*")
+    assert (begun / "state.safetensors").exists()
+    assert not (out / "table.csv").exists()
+
+
+def test_a_second_process_is_refused(finished):
+    with locked(finished), pytest.raises(ValueError, match=r"tiny: another process works in this folder \(process \d+\)"):
+        run(read_plan(finished), finished)
 
 
 def test_a_finished_experiment_has_nothing_to_do_and_takes_more_seeds(finished, tmp_path, capsys):

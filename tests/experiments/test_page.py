@@ -50,5 +50,5 @@ def test_the_commands_are_right(line, tmp_path):
             arguments.plan = tmp_path / "smoothing.toml"
             arguments.plan.write_text(blocks("toml")[0])
         plan = load_plan(arguments.plan).changed(arguments.set, arguments.seeds)
-        jobs = jobs_of([(arm, 0, plan.recipe_of(arm, 0)) for arm in plan.all_arms()], tmp_path)
+        jobs = jobs_of(plan.runs(), tmp_path)
         assert {job.arm for job in jobs if job.arm} == plan.all_arms().keys()

@@ -18,7 +18,7 @@ def plan(**table):
 
 
 def jobs(read):
-    return jobs_of([(arm, seed, read.recipe_of(arm, seed)) for arm in read.all_arms() for seed in range(read.seeds)], Path("out"))
+    return jobs_of(read.runs(), Path("out"))
 
 
 def test_arms_are_repeated_across_and_compared_in_their_cell():

@@ -46,6 +46,9 @@ def test_pairs_vary_less_than_arms():
 def test_differences_that_do_not_vary_are_compared_by_their_signs(a, n, p):
     found = paired([a] * n, [0.25] * n)
     assert (found.mean, found.low, found.high, found.p) == (a - 0.25, a - 0.25, a - 0.25, p)
+    rounded = paired([a + i / 359 for i in range(n)], [0.25 + i / 359 for i in range(n)])  # differ in their last bits
+    assert rounded.p == p
+    assert rounded.mean == pytest.approx(found.mean)
     sums = [sum(signs) for signs in _signs(n)]
     assert a == 0.25 or p == sum(abs(s) == n for s in sums) / len(sums)
 
