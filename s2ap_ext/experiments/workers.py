@@ -93,13 +93,14 @@ def _here(jobs: Sequence[Job], stop: Callable[[], bool]) -> Iterator[tuple[Job, 
 
 
 def _in_processes(jobs: Sequence[Job], workers: int, stop: Callable[[], bool]) -> Iterator[tuple[Job, Outcome]]:
-    queue, idle = _Queue(jobs), [_Worker() for _ in range(min(workers, len(jobs)))]
+    queue = _Queue(jobs)
+    idle: list[_Worker] = []
     busy: dict[Connection, tuple[_Worker, Job]] = {}
     stopping = False
     try:
         while True:
-            while idle and not stopping and (job := queue.next()) is not None:
-                worker = idle.pop()
+            while len(busy) < workers and not stopping and (job := queue.next()) is not None:
+                worker = idle.pop() if idle else _Worker()
                 worker.connection.send(job)
                 busy[worker.connection] = worker, job
             if not busy:
@@ -108,8 +109,8 @@ def _in_processes(jobs: Sequence[Job], workers: int, stop: Callable[[], bool]) -
             for connection in [connection for connection in busy if connection in ready]:
                 worker, job = busy.pop(connection)
                 outcome, alive = worker.outcome()
-                if alive or (queue.waiting and not stopping):
-                    idle.append(worker if alive else _Worker())
+                if alive:
+                    idle.append(worker)
                 if outcome is not None and not (stopping and not alive):
                     queue.ended(job, outcome)
                     yield job, outcome
