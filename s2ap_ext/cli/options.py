@@ -10,11 +10,12 @@ if TYPE_CHECKING:
     from ..pipeline import Recipe
 
 
-def add_to(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--set`` and its short forms to ``parser``."""
+def add_to(parser: argparse.ArgumentParser, *, seed: bool = True) -> None:
+    """Adds ``--set`` and its short forms to ``parser``; without ``seed`` all but that of the seed."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe; may be repeated")
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the data's parquet files (data.dir)")
-    parser.add_argument("--seed", metavar="N", help="everything random follows from it (seed)")
+    if seed:
+        parser.add_argument("--seed", metavar="N", help="everything random follows from it (seed)")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (device)")
 
 
@@ -47,7 +48,7 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
     overrides = list(arguments.set)
     if arguments.data_dir is not None:
         overrides.append(f"data.dir={_absolute(arguments.data_dir)}")
-    if arguments.seed is not None:
+    if getattr(arguments, "seed", None) is not None:
         overrides.append(f"seed={arguments.seed}")
     if arguments.device is not None:
         overrides.append(f"device={arguments.device}")

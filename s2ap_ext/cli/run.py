@@ -72,12 +72,12 @@ def _train(arguments: argparse.Namespace, stage: str | None) -> int:
         raise ValueError(f"--from: {stages[0]} of the method {recipe.prune.method.name} starts from an untrained model; leave it out")
     elif start:
         recipe = pipeline.start_from(recipe, stages[0], start, data)
-        path = arguments.out or _free_folder(recipe.name)
+        path = arguments.out or free_folder(recipe.name)
         check_space(path, pipeline.check_prunable(recipe, data))
         folder = RunFolder.create(path, recipe)
         adopt(start, folder.path / f"{before}.safetensors", recipe, data)
     elif before is None:
-        path = arguments.out or _free_folder(recipe.name)
+        path = arguments.out or free_folder(recipe.name)
         check_space(path, pipeline.check_prunable(recipe, data))
         folder = RunFolder.create(path, recipe)
     else:
@@ -85,7 +85,7 @@ def _train(arguments: argparse.Namespace, stage: str | None) -> int:
 
     show = progress.for_this_terminal(arguments.verbose)
     show.say(f"{recipe.name}: writing to {folder.path}")
-    with folder, _stop_on_interrupt() as stop:
+    with folder, stop_on_interrupt() as stop:
         try:
             pipeline.run(Session(recipe, data, folder, show, stop), stages)
         except Stopped:
@@ -103,14 +103,14 @@ def _refuse_with_resume(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--resume: the run goes on with its own recipe; leave out {', '.join(given)}")
 
 
-def _free_folder(name: str) -> Path:
-    """``runs/NAME``, or the first of ``runs/NAME-2``, ``runs/NAME-3``, ... that does not exist."""
-    numbered = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+def free_folder(name: str, within: str = "runs") -> Path:
+    """``WITHIN/NAME``, or the first of ``WITHIN/NAME-2``, ``WITHIN/NAME-3``, ... that does not exist."""
+    numbered = (Path(within) / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
     return next(path for path in numbered if not path.exists())
 
 
 @contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether Ctrl-C was pressed, or the process told to end. A second time interrupts at once."""
     pressed = False
 

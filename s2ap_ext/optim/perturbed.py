@@ -126,7 +126,9 @@ class Perturbed(Stepper):
 
     @torch.no_grad()
     def move(self, along: Mapping[str, Tensor] | None = None, gamma: Any = None) -> None:
-        """Moves the model to the perturbed point, once in a step. For ascents; :meth:`ascend` is the one to call by hand.
+        """Moves the model to the perturbed point, once in a step unless :meth:`back` takes it back.
+
+        For ascents; :meth:`ascend` is the one to call by hand.
 
         Args:
             along: the directions, by the names of :meth:`perturbed_parameters`; parameters without one stay. None: the gradients that
@@ -147,6 +149,18 @@ class Perturbed(Stepper):
             directions = {known[name]: direction for name, direction in along.items()}
         self._move(directions, gamma)
         self._moved = True
+
+    @torch.no_grad()
+    def back(self) -> None:
+        """Takes the move back, exactly, so that another one can follow in the same step. For ascents that look where a move would lead.
+
+        Raises:
+            RuntimeError: the model has not moved.
+        """
+        if not self._moved:
+            raise RuntimeError("back(): the model has not moved in this step")
+        self._moved = False
+        self._return()
 
     @abstractmethod
     def perturbed_parameters(self) -> dict[str, nn.Parameter]:

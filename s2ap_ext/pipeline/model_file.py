@@ -96,6 +96,8 @@ def check_prunable(recipe: Recipe, data: Dataset) -> int:
             settings.loss.make(adversary=recipe.attack.make(), label_smoothing=settings.label_smoothing)
         except ValueError as error:
             raise ValueError(f"{stage}: {error}") from None
+    if recipe.prune.perturbs == "weights" and isinstance(recipe.prune.gamma, str):
+        raise ValueError(f"prune.gamma: expected a number where prune.perturbs is weights, got {recipe.prune.gamma!r}: no mask entry flips")
     model = new_model(recipe, data)
     make_sparse(model, recipe)
     pruned: int = sum(tensor.nbytes for tensor in model.state_dict().values())

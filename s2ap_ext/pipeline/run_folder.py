@@ -17,12 +17,13 @@ events.out.tfevents.*  TensorBoard
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -228,6 +229,17 @@ def read_results(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: the run has not finished; go on with: s2ap run --resume {path}")
         raise ValueError(f"{path}: not the folder of a run (no {RESULTS} in it)")
     return unsealed(file.read_text(encoding="utf-8", errors="replace"), Path(path), str(file))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it no other process can work in the folder ``path``; raises ValueError if one does."""
+    lock = _lock(path)
+    try:
+        yield
+    finally:
+        (path / LOCK).unlink(missing_ok=True)
+        lock.close()
 
 
 def _lock(path: Path) -> IO[str]:

@@ -112,6 +112,9 @@ class Prune(Training):
         low=0.001,
         high=1,
     )
+    perturbs: str = key(
+        "scores", "S2AP: what is perturbed; weights: the kept ones, as AWP does it, as a control", choices=("scores", "weights")
+    )
 
 
 @dataclass(frozen=True)

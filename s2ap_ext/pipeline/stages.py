@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..analysis import layer_masks, mask_distance
 from ..methods import Method
-from ..nn import sampled_gradients, train_weights
+from ..nn import pruned_layers, sampled_gradients, train_weights
 from ..optim import AWP, S2AP, Plain, Stepper
 from .checkpoint import check_tensors
 from .model_file import make_sparse
@@ -31,9 +31,14 @@ def prune(session: Session, model: nn.Module) -> nn.Module:
     """Makes the dense ``model`` sparse, in place, and searches its mask with the recipe's method, plain or with S2AP."""
     settings = session.recipe.prune
     method = make_sparse(model, session.recipe, session.show.say)
-    base = _sgd(method.parameters(model, perturbed=settings.s2ap), settings)
+    on_weights = settings.s2ap and settings.perturbs == "weights"
+    base = _sgd(method.parameters(model, perturbed=settings.s2ap and not on_weights), settings)
     stepper: Stepper = Plain(model, base)
-    if settings.s2ap:
+    if on_weights:
+        for layer in pruned_layers(model).values():
+            layer.weight.requires_grad_(True)  # wanted for the perturbation only, where the method does not train them
+        stepper = AWP(model, base, gamma=float(settings.gamma), warmup_epochs=settings.warmup_epochs)
+    elif settings.s2ap:
         ascent = settings.ascent.make()
         stepper = S2AP(model, base, gamma=settings.gamma, ascent=ascent, warmup_epochs=settings.warmup_epochs, defer_grads=True)
     Trainer(session, "prune", settings, model, stepper, Search(method, model, stepper, settings.sampled_gradients)).fit()

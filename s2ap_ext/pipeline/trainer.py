@@ -262,6 +262,7 @@ class Trainer:
                 "clean": found.clean,
                 "robust": found.robust,
                 "seconds": done.seconds,
+                "steps": done.batch * self.loss.replays,
                 **besides,
             }
 

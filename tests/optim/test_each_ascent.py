@@ -9,11 +9,11 @@ from torch import nn
 
 from s2ap_ext import S2AP, sparsify
 from s2ap_ext._files import load, save
-from s2ap_ext.nn import train_scores
+from s2ap_ext.nn import pruned_layers, train_scores
 from s2ap_ext.optim.ascents.every import orthogonal
 from s2ap_ext.parts import make, names
 
-ASCENTS = ["adaptive", "asam", "every", "exact", "late", "momentum", "previous", "random", "reuse", "skip"]
+ASCENTS = ["adaptive", "asam", "descent", "every", "exact", "late", "momentum", "previous", "random", "random_set", "reuse", "sam", "skip"]
 GAMMA, LR, EPOCHS = 0.3, 0.02, 4
 
 
@@ -228,6 +228,68 @@ def test_random(defer_grads):
         return toy.gradient(toy.above(s, torch.randn(6, 8, generator=generator).double()), x)
 
     check(toy, expected, make("ascent", "random", seed=7), [1] * 12, defer_grads)
+
+
+def test_descent(defer_grads):
+    toy = Toy()
+    check(toy, lambda s, x, n: toy.gradient(toy.above(s, -toy.gradient(s, x)), x), "descent", [2] * 12, defer_grads)
+
+
+def test_sam(defer_grads):
+    toy = Toy()
+
+    def expected(s, x, n):
+        g = toy.gradient(s, x)
+        return toy.gradient(s + 0.7 * g / g.norm(), x)
+
+    check(toy, expected, make("ascent", "sam", rho=0.7), [2] * 12, defer_grads)
+
+
+def test_sam_has_one_radius_for_all_layers():
+    net = pruned_net()
+    optimizer, stood = s2ap(net, make("ascent", "sam", rho=0.25), momentum=0), []
+    layers = list(pruned_layers(net).values())
+
+    def closure():
+        stood.append(
+            [layer.mask_state.perturbation and layer.mask_state.perturbation.position(layer.scores, layer.weight) for layer in layers]
+        )
+        return closure_for(net, optimizer)()
+
+    scores = [layer.scores.detach().clone() for layer in layers]
+    optimizer.step(closure)
+    moved = torch.cat([(at - s).flatten() for at, s in zip(stood[1], scores, strict=True)])
+    torch.testing.assert_close(moved.norm(), torch.tensor(0.25), rtol=1e-5, atol=0)
+
+
+def test_random_set(defer_grads):
+    """As many leave the mask as with ``exact``; chance draws which, and which enter; as a set the sizes of the scores stay the same."""
+    toy, generator = Toy(), torch.Generator().manual_seed(7)
+
+    def exchanged(s, x):
+        kept = oracle_mask(s, toy.kept)
+        count = int((kept & ~oracle_mask(toy.above(s, toy.gradient(s, x)), toy.kept)).sum())
+        if not count:
+            return s
+        out, into = (
+            entries[torch.randperm(len(entries), generator=generator)[:count]]
+            for entries in (kept.flatten().nonzero().flatten(), (~kept).flatten().nonzero().flatten())
+        )
+        at = s.clone().flatten()
+        for i, j in zip(out.tolist(), into.tolist(), strict=True):
+            at[i], at[j] = s.flatten()[i].sign() * s.flatten()[j].abs(), s.flatten()[j].sign() * s.flatten()[i].abs()
+        assert int((oracle_mask(at.view_as(s), toy.kept) & ~kept).sum()) == count
+        return at.view_as(s)
+
+    flips = check(toy, lambda s, x, n: toy.gradient(exchanged(s, x), x), make("ascent", "random_set", seed=7), [2] * 12, defer_grads)
+    assert sum(flips) > 0
+
+
+def test_random_set_is_for_single_weights():
+    net = train_scores(sparsify(small_net(), 0.5, granularity="channel"))
+    optimizer = s2ap(net, "random_set")
+    with pytest.raises(ValueError, match="ascent random_set: expected single weights as the unit of pruning, layer 0 has another"):
+        optimizer.step(closure_for(net, optimizer))
 
 
 def test_asam(defer_grads):

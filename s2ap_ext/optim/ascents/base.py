@@ -17,6 +17,7 @@ from ...settings import key
 class Step(Protocol):
     """What an ascent sees of the step in progress: a :class:`s2ap_ext.optim.Perturbed`, which explains each."""
 
+    model: nn.Module
     gamma: Any
     epoch: int | None
     epochs: int | None
@@ -24,6 +25,8 @@ class Step(Protocol):
     given: Mapping[str, Tensor] | None
 
     def move(self, along: Mapping[str, Tensor] | None = None, gamma: Any = None) -> None: ...
+
+    def back(self) -> None: ...
 
     def unchanged(self) -> bool: ...
 
@@ -49,9 +52,10 @@ class Ascent(Part, ABC):
         When it returns, the model is moved back, if it was moved, and the base optimizer steps with the gradients that are there.
 
         Args:
-            at: the step in progress. ``at.move(along, gamma)`` moves the model, at most once; ``at.gradients()`` are the present gradients
-                and may be written into; ``at.gamma``, ``at.epoch`` (of ``at.epochs``), ``at.perturbed_parameters()`` and
-                ``at.base_optimizer`` tell the rest. After a move, ``at.unchanged()`` says whether a second pass would be the first again.
+            at: the step in progress. ``at.move(along, gamma)`` moves the model, once unless ``at.back()`` takes that back;
+                ``at.gradients()`` are the present gradients and may be written into; ``at.model``, ``at.gamma``, ``at.epoch`` (of
+                ``at.epochs``), ``at.perturbed_parameters()`` and ``at.base_optimizer`` tell the rest. After a move, ``at.unchanged()`` says
+                whether a second pass would be the first again.
             backward: clears the gradients, computes those of the loss where the model stands, and returns the loss, detached. It has to be
                 called at least once. The optimizer's ``step`` returns the loss of the first call.
         """
