@@ -43,7 +43,8 @@ PACKAGES = {
     "model": "s2ap_ext.models",
 }
 ENTRY_POINTS = "s2ap_ext.parts"
-OWN = r"[^\W\d][\w.]*:[^\W\d]\w*"  # package.module:attribute, the names of parts that a user's own module defines
+# package.module:attribute, the names of parts that a user's own module defines; those of the libraries have families of their own.
+OWN = r"(?!(?:torchvision|timm|hf):)[^\W\d][\w.]*:[^\W\d]\w*"
 
 _registered: dict[tuple[str, str], type[Part]] = {}
 
