@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..settings import key
 from .base import AnySplit, Data, Dataset, check_limits
@@ -18,7 +19,13 @@ IN_MEMORY = 2 << 30  # bytes of pixels: what is larger is streamed
 
 
 class ImageData(Data):
-    """A data set of encoded images. A subclass says where they are; its ``Settings`` may have other defaults."""
+    """A data set of encoded images. A subclass says where they are; its ``Settings`` may have other defaults.
+
+    Attributes:
+        by_class: whether the files are sorted by class, so that images in memory are put in a fixed random order.
+    """
+
+    by_class: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Settings:
@@ -75,4 +82,4 @@ class ImageData(Data):
         wants = count * math.prod(shape) > IN_MEMORY or (decoder.fit is not None and decoder.fit.is_random)
         if self.settings.stream == "always" or (self.settings.stream == "auto" and wants):
             return Stream(source, decoder, count, self.settings.workers or default_workers())
-        return load(source, decoder, limit)
+        return load(source, decoder, limit, mixed=self.by_class)

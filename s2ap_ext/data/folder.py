@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..parts import register
 from .checksums import Files
 from .encoded import ImageData
 from .images import decode
 from .parquet import TESTS, Sources
-from .source import Decoder, Row, Source
+from .source import Decoder, Row, Source, fixed_order
 
-ORDER_SEED = 0  # the order belongs to the data: the first so many images are the same in every run
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 LAYOUT = f"train/CLASS/IMAGE and one of {', '.join(f'{name}/CLASS/IMAGE' for name in TESTS)}"
 
@@ -29,8 +27,7 @@ class FolderSource(Source):
     """
 
     def __init__(self, images: list[tuple[Path, int]]) -> None:
-        generator = torch.Generator().manual_seed(ORDER_SEED)
-        self.images = [images[i] for i in torch.randperm(len(images), generator=generator).tolist()]
+        self.images = [images[i] for i in fixed_order(len(images)).tolist()]
         self.sizes = (1,) * len(images)
 
     def rows(self, block: int) -> Iterator[Row]:

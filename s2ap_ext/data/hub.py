@@ -71,7 +71,7 @@ class SVHN(HubData):
 class TinyImageNet(HubData):
     """Tiny ImageNet, 200 classes: 100,000 training images of 64x64 pixels, and to test on the 10,000 of its validation split."""
 
-    hub, tests = "zh-plus/tiny-imagenet", ("valid",)
+    hub, tests, by_class = "zh-plus/tiny-imagenet", ("valid",), True
 
 
 @register("imagenet")

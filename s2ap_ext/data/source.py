@@ -19,6 +19,7 @@ from .base import Split
 from .images import Fit
 
 Shape = tuple[int, int, int]
+ORDER_SEED = 0
 CHUNK = 1024  # images that are put together at once
 
 
@@ -101,19 +102,35 @@ def shape_of(source: Source, decoder: Decoder) -> Shape:
     return channels, height, width
 
 
-def load(source: Source, decoder: Decoder, limit: int | None = None) -> Split:
+def load(source: Source, decoder: Decoder, limit: int | None = None, *, mixed: bool = False) -> Split:
     """The first ``limit`` images of ``source``, or all, in memory; without a shape in ``decoder`` all must have that of the first.
+
+    Args:
+        mixed: puts all in a fixed random order first, for files that are sorted by class.
 
     Raises:
         ValueError: as :meth:`Source.decode`.
     """
-    rows = itertools.islice(source.all_rows(), limit)
+    rows: Iterator[Row] = itertools.islice(source.all_rows(), None if mixed else limit)
+    order = fixed_order(len(source))[:limit] if mixed else None
+    if order is not None:
+        chosen = set(order.tolist())
+        rows = (row for number, row in enumerate(rows) if number in chosen)
     decoder = decoder if decoder.shape else Decoder(decoder.num_classes, shape_of(source, decoder), decoder.fit)
     images, labels = [], []
     while chunk := [source.decode(row, decoder) for row in itertools.islice(rows, CHUNK)]:
         images.append(stacked([pixels for pixels, _ in chunk]))
         labels += [label for _, label in chunk]
-    return Split(torch.cat(images), torch.tensor(labels))
+    split = Split(torch.cat(images), torch.tensor(labels))
+    if order is None:
+        return split
+    place = order.argsort().argsort()  # the rows came in rising order
+    return Split(split.images[place], split.labels[place])
+
+
+def fixed_order(n: int) -> torch.Tensor:
+    """A random order of ``n`` images that belongs to the data: it is the same in every run."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(ORDER_SEED))
 
 
 def stacked(pixels: list[np.ndarray]) -> torch.Tensor:
