@@ -60,7 +60,8 @@ def test_digits_limits():
     [
         (
             {"name": "mnist"},
-            "data: expected one of cifar10, cifar100, digits, folder, imagenet, owner/name, package.module:attribute, svhn, tiny_imagenet",
+            "data: expected one of cifar10, cifar100, digits, folder, imagenet, owner/name, package.module:attribute, svhn, tiny_imagenet, "
+            "torchvision:NAME, got 'mnist'",
         ),
         (
             {"name": "digits", "data_dir": "."},

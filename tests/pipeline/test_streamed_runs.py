@@ -19,7 +19,8 @@ from s2ap_ext.pipeline.model_file import identity
 pytest.importorskip("pyarrow")
 
 SMALL = ["model.width=2", "attack.steps=1", "evaluate.steps=1", "evaluate.images_per_epoch=8", "data.flip=true", "save_every=0"]
-SMALL += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=2", "batch_size=16")]
+SMALL += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=1", "batch_size=16")]
+SMALL += ["pretrain.epochs=2"]
 MODELS = ("dense", "pruned", "finetuned")
 
 
