@@ -167,5 +167,7 @@ def check_limits(limit: int | None, test_limit: int | None) -> None:
 
 
 def as_floats(images: Tensor) -> Tensor:
-    """``images`` as float32 in [0, 1]: those of uint8 divided by 255, others as they are."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+    """``images`` as float32 in [0, 1]: those of uint8 divided by 255, in the usual order of dimensions in memory; others as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)

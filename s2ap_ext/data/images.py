@@ -147,5 +147,5 @@ def _pixels(image: Any, shape: tuple[int, int, int] | None, fit: Fit | None, key
         image = image.convert("LA" if channels == 1 else "RGBA")
         if image.getchannel("A").getextrema() != (255, 255):
             raise transparent
-    array = np.asarray(fit.apply(image, key) if fit else image.convert("L" if channels == 1 else "RGB"))
+    array = np.array(fit.apply(image, key) if fit else image.convert("L" if channels == 1 else "RGB"))
     return array.reshape(*array.shape[:2], -1)

@@ -119,7 +119,7 @@ def load(source: Source, decoder: Decoder, limit: int | None = None, *, mixed: b
     decoder = decoder if decoder.shape else Decoder(decoder.num_classes, shape_of(source, decoder), decoder.fit)
     images, labels = [], []
     while chunk := [source.decode(row, decoder) for row in itertools.islice(rows, CHUNK)]:
-        images.append(stacked([pixels for pixels, _ in chunk]))
+        images.append(torch.from_numpy(np.stack([pixels for pixels, _ in chunk]).transpose(0, 3, 1, 2).copy()))
         labels += [label for _, label in chunk]
     split = Split(torch.cat(images), torch.tensor(labels))
     if order is None:
@@ -131,8 +131,3 @@ def load(source: Source, decoder: Decoder, limit: int | None = None, *, mixed: b
 def fixed_order(n: int) -> torch.Tensor:
     """A random order of ``n`` images that belongs to the data: it is the same in every run."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(ORDER_SEED))
-
-
-def stacked(pixels: list[np.ndarray]) -> torch.Tensor:
-    """Images [H, W, C] as one tensor uint8 [N, C, H, W]."""
-    return torch.from_numpy(np.stack(pixels).transpose(0, 3, 1, 2).copy())

@@ -20,18 +20,20 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .source import Decoder, Row, Shape, Source, stacked
+from .source import Decoder, Row, Shape, Source
 
 BUFFER_BYTES, BUFFER_ROWS = 256 << 20, 16_384  # of encoded rows that are held for shuffling: at most so many
 AHEAD = 2  # batches that each process has to do while one is waited for
 PR_SET_PDEATHSIG = 1  # of prctl
 
-Batch = tuple[list[Row], list[tuple[int, ...] | None]]  # rows with the key of each
-Decoded = tuple[Tensor, Tensor]
+Key = tuple[int, ...] | None
+Batch = list[tuple[Row, Key]]
+Sample = tuple[np.ndarray, int]
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,10 @@ class Stream:
         stretch = torch.arange(self.count) // self.buffer
         return rows[(stretch + torch.rand(self.count, generator=generator, dtype=torch.float64)).argsort()]
 
-    def read(self, order: Tensor, batch_size: int, *, start: int = 0, key: tuple[int, ...] | None = None) -> Iterator[Decoded]:
-        """The batches of the images in ``order``, from batch ``start`` on: uint8 [B, C, H, W] and int64 [B].
+    def read(
+        self, order: Tensor, batch_size: int, *, start: int = 0, key: tuple[int, ...] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of the images in ``order``, from batch ``start`` on: uint8 [B, C, H, W], channels innermost, and int64 [B].
 
         Any order is right; one of :meth:`shuffled` or the plain one is fast.
 
@@ -100,18 +104,19 @@ class Stream:
             warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             batches = iter(self._loader(self._batches(order, batch_size, start, key)))
-        for decoded in batches:
-            if isinstance(decoded, ValueError):
-                raise decoded
-            yield decoded
+        for batch in batches:
+            if isinstance(batch, ValueError):
+                raise batch
+            images, labels = batch
+            yield images.permute(0, 3, 1, 2), labels
 
-    def _loader(self, batches: Iterator[Batch]) -> DataLoader[Decoded | ValueError]:
+    def _loader(self, batches: Iterator[Batch]) -> DataLoader[Any]:
         return DataLoader(
             _Decoding(self.source, self.decoder),
-            batch_sampler=batches,  # type: ignore[arg-type]  # what it hands out are rows, not indices
+            batch_sampler=batches,  # of rows, where others hand out indices
             num_workers=self.workers,
             prefetch_factor=AHEAD if self.workers else None,
-            collate_fn=_as_it_is,
+            collate_fn=_collated,
             worker_init_fn=functools.partial(_start_worker, os.getpid()),
             multiprocessing_context="fork" if self.workers else None,  # at once, and with no demands on the user's main module
             generator=torch.Generator(),  # else it would draw from torch's own
@@ -126,7 +131,7 @@ class Stream:
             starts.append(min(starts[-1] + size, self.count))
         return starts
 
-    def _batches(self, order: Tensor, batch_size: int, start: int, key: tuple[int, ...] | None) -> Iterator[Batch]:
+    def _batches(self, order: Tensor, batch_size: int, start: int, key: Key) -> Iterator[Batch]:
         """The rows of each batch. At most a buffer and a batch of rows are held: as some leave, as many of the next stretch are read."""
         given = start * batch_size
         skipped = given // self.buffer * self.buffer  # whole stretches
@@ -142,7 +147,7 @@ class Stream:
                     if number not in gone:
                         held[number] = row
                 numbers = batch.tolist()
-                yield [held.pop(number) for number in numbers], [None if key is None else (*key, number) for number in numbers]
+                yield [(held.pop(number), None if key is None else (*key, number)) for number in numbers]
 
     def _encoded(self, order: Tensor) -> Generator[tuple[int, Row], None, None]:
         """The numbers and rows of ``order``, stretch by stretch, those of a stretch in whatever order reads each block once."""
@@ -178,28 +183,27 @@ class _Block:
                 return row
 
 
-class _Decoding(Dataset[Decoded]):
+class _Decoding(Dataset[Sample]):
     """What the processes run: a batch of encoded rows in, images and labels out."""
 
     def __init__(self, source: Source, decoder: Decoder) -> None:
         self.source, self.decoder = source, decoder
 
-    def __getitem__(self, index: tuple[Row, tuple[int, ...] | None]) -> Decoded:
+    def __getitem__(self, index: tuple[Row, Key]) -> Sample:
         row, key = index
-        pixels, label = self.source.decode(row, self.decoder, key)
-        return stacked([pixels]), torch.tensor([label])
+        return self.source.decode(row, self.decoder, key)
 
-    def __getitems__(self, batch: Batch) -> Decoded | ValueError:
+    def __getitems__(self, batch: Batch) -> list[Sample] | ValueError:
         """An error is handed back like a batch: raised in another process it would lose its type and its one line."""
         try:
-            decoded = [self.source.decode(row, self.decoder, key) for row, key in zip(*batch, strict=True)]
+            return [self[index] for index in batch]
         except ValueError as error:
             return ValueError(str(error))
-        return stacked([pixels for pixels, _ in decoded]), torch.tensor([label for _, label in decoded])
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _collated(batch: list[Sample] | ValueError) -> Any:
+    """One tensor for the images [N, H, W, C], which another process writes into memory that this one sees, and one for the labels."""
+    return batch if isinstance(batch, ValueError) else default_collate(batch)
 
 
 def _start_worker(parent: int, worker: int) -> None:

@@ -70,6 +70,7 @@ def test_an_epoch_has_every_image_once(folder, small_buffer):
 
 def test_the_batches_do_not_depend_on_the_number_of_processes(folder, small_buffer):
     one, three = (batches(folder, workers=workers) for workers in (1, 3))
+    assert all(x.is_contiguous() for x, _ in one)
     assert same(one, three)
     assert not same(one, batches(folder, epoch=1))
     decoded_here = opened(folder).train
@@ -114,7 +115,7 @@ def test_at_most_a_buffer_and_a_batch_of_rows_are_held(folder, small_buffer, rea
     stream = opened(folder).train
     read.clear()
     given = 0
-    for rows, _ in stream._batches(stream.shuffled(torch.Generator()), 16, 0, None):
+    for rows in stream._batches(stream.shuffled(torch.Generator()), 16, 0, None):
         given += len(rows)
         assert len(read) - given <= 20
     assert given == len(read) == N
