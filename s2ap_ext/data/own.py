@@ -37,6 +37,8 @@ def _check(split: AnySplit, data: Dataset, where: str) -> None:
     Of a streamed one only the shape is known; its images are checked as they come.
     """
     if not isinstance(split, Split):
+        if not data.files.groups:
+            raise ValueError(f"{where}: expected the files of streamed images (Dataset.files), for their checksums, got none")
         if split.shape != data.shape:
             raise ValueError(f"{where}: expected images of one shape in both splits, got {split.shape} and {data.shape}")
         return

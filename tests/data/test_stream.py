@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from image_files import encoded, huge_png, pictures, write
 
-from s2ap_ext.data import Batches, load_data
+from s2ap_ext.data import Batches, Files, load_data
 from s2ap_ext.data import stream as streaming
 from s2ap_ext.data.images import Fit, decode
 from s2ap_ext.data.parquet import ParquetSource
@@ -210,7 +211,7 @@ def test_processes_end_with_a_parent_that_is_killed(folder, tmp_path):
     """Also at once: what they have inherited, such as the lock of a run's folder, they would hold for seconds."""
     code = f"""
 import torch
-from s2ap_ext.data import Batches, load_data
+from s2ap_ext.data import Batches, Files, load_data
 for x, y in Batches(load_data("my/set", data_dir={str(folder)!r}, size=12, workers=2).train, 4).epoch(0):
     print("begun", flush=True)
     import time; time.sleep(60)
@@ -289,3 +290,17 @@ def test_fitted_images_have_three_channels(mode):
 def test_an_absurd_size_is_refused_before_it_is_decoded():
     with pytest.raises(ValueError, match=r"FILE: not a readable image \(Image size .* exceeds limit"):
         decode(huge_png(60_000, 60_000), None, "FILE", fit=Fit(8, 9))
+
+
+def test_streams_of_a_users_function_come_with_their_files(folder, monkeypatch):
+    data = opened(folder)
+    module = types.ModuleType("own_streams")
+    module.whole = lambda: data
+    module.without = lambda: streaming.replace(data, files=Files())
+    module.other = lambda: streaming.replace(data, test=opened(folder, size=10).test)
+    monkeypatch.setitem(sys.modules, "own_streams", module)
+    assert load_data("own_streams:whole", limit=20).train.count == 20
+    with pytest.raises(ValueError, match=r"without: train: expected the files of streamed images \(Dataset.files\)"):
+        load_data("own_streams:without")
+    with pytest.raises(ValueError, match=r"other: test: expected images .* of one shape in both splits, got \[8, 3, 10, 10\]"):
+        load_data("own_streams:other")
