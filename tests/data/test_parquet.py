@@ -201,6 +201,8 @@ def test_real_cifar10():
     assert cifar.shape == (3, 32, 32)
     assert (len(cifar.train), len(cifar.test)) == (2000, 500)
     assert cifar.train.labels.bincount(minlength=10).min() > 100
+    stream = load_data("cifar10", data_dir=Path(CIFAR10), limit=300, stream="always", workers=2).train
+    assert torch.equal(torch.cat([x for x, _ in stream.read(torch.arange(300), 64)]), cifar.train.images[:300])
     mean = cifar.train.floats().mean((0, 2, 3))
     torch.testing.assert_close(mean, torch.tensor([0.4914, 0.4822, 0.4465]), rtol=0, atol=0.02)
 
