@@ -31,21 +31,21 @@ class Files:
 
     Attributes:
         folder: what the names of the groups are relative to.
-        groups: the files of each group by its name: one parquet file, or all files of a class's folder.
+        groups: the paths of each group by its name: one parquet file, or all files of a class's folder.
     """
 
     folder: Path = Path()
-    groups: tuple[tuple[str, tuple[Path, ...]], ...] = ()
+    groups: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @classmethod
     def single(cls, folder: Path, paths: Iterable[Path]) -> Files:
         """Each of ``paths`` as a group of its own."""
-        return cls(folder, tuple((path.relative_to(folder).as_posix(), (path,)) for path in paths))
+        return cls(folder, tuple((path.relative_to(folder).as_posix(), (str(path),)) for path in paths))
 
     @cached_property
     def bytes(self) -> int:
         """How large the files are together."""
-        return sum(path.stat().st_size for _, paths in self.groups for path in paths)
+        return sum(os.path.getsize(path) for _, paths in self.groups for path in paths)
 
     @cached_property
     def checksums(self) -> dict[str, str]:
@@ -64,32 +64,33 @@ class Files:
         return sums
 
 
-def _checksum(paths: tuple[Path, ...], known: _Remembered | None) -> str:
+def _checksum(paths: tuple[str, ...], known: _Remembered | None) -> str:
     stamp = _stamp(paths)
     if known is not None and stamp in known.before:
         return known.keep(stamp, known.before[stamp])
     size = value = 0
     for path in paths:
         if len(paths) > 1:
-            value = zlib.crc32(path.name.encode(), value)
+            value = zlib.crc32(os.fsencode(os.path.basename(path)), value)
         for chunk in _chunks(path):
             value, size = zlib.crc32(chunk, value), size + len(chunk)
     checksum = f"{size} {value:08x}"
     return checksum if known is None else known.keep(stamp, checksum, paths)
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+def _chunks(path: str) -> Iterator[bytes]:
+    with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             yield chunk
 
 
-def _stamp(paths: tuple[Path, ...]) -> str:
+def _stamp(paths: tuple[str, ...]) -> str:
     """A digest of the names, sizes and times of change of ``paths``."""
     digest = hashlib.sha256()
     for path in paths:
-        about = path.stat()
-        digest.update(f"{path.name}\0{about.st_size} {about.st_mtime_ns} {about.st_ino}\0".encode(errors="surrogateescape"))
+        about = os.stat(path)
+        digest.update(os.fsencode(os.path.basename(path)))
+        digest.update(f"\0{about.st_size} {about.st_mtime_ns} {about.st_ino}\0".encode())
     return digest.hexdigest()
 
 
@@ -109,9 +110,9 @@ class _Remembered:
             if isinstance(read, dict) and all(isinstance(value, str) for value in read.values()):
                 self.before = read
 
-    def keep(self, stamp: str, checksum: str, paths: tuple[Path, ...] = ()) -> str:
+    def keep(self, stamp: str, checksum: str, paths: tuple[str, ...] = ()) -> str:
         """Remembers ``checksum``, unless one of ``paths``, which were just read, has changed a moment ago or since."""
-        if all(time.time() - path.stat().st_mtime > SETTLED for path in paths) and (not paths or _stamp(paths) == stamp):
+        if all(time.time() - os.path.getmtime(path) > SETTLED for path in paths) and (not paths or _stamp(paths) == stamp):
             self._now[stamp] = checksum
         return checksum
 

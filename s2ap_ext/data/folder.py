@@ -23,20 +23,21 @@ class FolderSource(Source):
     """Image files, each a block of its own, in a fixed random order: the first so many are of all classes.
 
     Args:
-        images: the files and their labels, in any fixed order.
+        paths, labels: the files and their classes, in any fixed order. There may be millions, so the paths are texts.
     """
 
-    def __init__(self, images: list[tuple[Path, int]]) -> None:
-        self.images = [images[i] for i in fixed_order(len(images)).tolist()]
-        self.sizes = (1,) * len(images)
+    def __init__(self, paths: list[str], labels: list[int]) -> None:
+        self.paths, self.labels = paths, labels
+        self.order = fixed_order(len(paths)).tolist()
+        self.sizes = (1,) * len(paths)
 
     def rows(self, block: int) -> Iterator[Row]:
-        path, label = self.images[block]
-        yield Row(str(path), path, label)
+        path, label = self.paths[self.order[block]], self.labels[self.order[block]]
+        yield Row(path, path, label)
 
     def pixels(self, row: Row, decoder: Decoder, key: tuple[int, ...] | None) -> tuple[np.ndarray, int | None]:
         try:
-            data = row.image.read_bytes()
+            data = Path(row.image).read_bytes()
         except OSError as error:
             raise ValueError(f"{row.where}: not a readable image ({error.strerror})") from error
         return decode(data, decoder.shape, row.where, fit=decoder.fit, key=key), row.label
@@ -58,17 +59,19 @@ class Folder(ImageData):
             raise FileNotFoundError(f"{splits[0]}: expected a folder for each class, found {_entries(splits[0])}")
         if unknown := sorted(set(_folders(splits[1])) - set(classes)):
             raise ValueError(f"{splits[1] / unknown[0]}: expected only classes that {splits[0]} has, found {unknown[0]}")
-        groups: list[tuple[str, tuple[Path, ...]]] = []
+        groups: list[tuple[str, tuple[str, ...]]] = []
         sources = []
         for split in splits:
-            images: list[tuple[Path, int]] = []
+            paths: list[str] = []
+            labels: list[int] = []
             for label, name in enumerate(classes):
                 files = _images(split / name)
                 groups += [(f"{split.name}/{name}", tuple(files))] if files else []
-                images += [(path, label) for path in files]
-            if not images:
+                paths += files
+                labels += [label] * len(files)
+            if not paths:
                 raise FileNotFoundError(f"{split}: no images; expected files such as {split / classes[0]}/1.png")
-            sources.append(FolderSource(images))
+            sources.append(FolderSource(paths, labels))
         train, test = sources
         return Sources(train, test, classes, Files(folder, tuple(groups)))
 
@@ -85,13 +88,13 @@ def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[str]:
     """The image files in ``folder``, or, as in Tiny ImageNet's archive, in its folder ``images``; sorted by name."""
     if not folder.is_dir():
         return []
     if (folder / "images").is_dir():
         folder = folder / "images"
-    return sorted(Path(entry) for entry in os.scandir(folder) if Path(entry).suffix.lower() in SUFFIXES and entry.is_file())
+    return sorted(entry.path for entry in os.scandir(folder) if os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file())
 
 
 def _entries(folder: Path) -> str:

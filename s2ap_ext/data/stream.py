@@ -81,8 +81,10 @@ class Stream:
     def shuffled(self, generator: torch.Generator) -> Tensor:
         """An order that is read block by block: the blocks shuffled, and stretches as long as the buffer shuffled in themselves."""
         starts = self._starts()
-        blocks = torch.randperm(len(starts) - 1, generator=generator).tolist()
-        rows = torch.cat([torch.arange(starts[block], starts[block + 1]) for block in blocks])
+        blocks = torch.randperm(len(starts) - 1, generator=generator)
+        sizes = starts.diff()[blocks]
+        moved = starts[blocks] - (sizes.cumsum(0) - sizes)  # how far the rows of each block are from where they stand now
+        rows = torch.arange(self.count) + moved.repeat_interleave(sizes)
         stretch = torch.arange(self.count) // self.buffer
         return rows[(stretch + torch.rand(self.count, generator=generator, dtype=torch.float64)).argsort()]
 
@@ -122,14 +124,10 @@ class Stream:
             generator=torch.Generator(),  # else it would draw from torch's own
         )
 
-    def _starts(self) -> list[int]:
+    def _starts(self) -> Tensor:
         """The number of the first row of each block, and after the last one how many rows there are."""
-        starts = [0]
-        for size in self.source.sizes:
-            if starts[-1] == self.count:
-                break
-            starts.append(min(starts[-1] + size, self.count))
-        return starts
+        starts = torch.tensor([0, *self.source.sizes]).cumsum(0)
+        return starts[: int((starts < self.count).sum()) + 1].clamp(max=self.count)
 
     def _batches(self, order: Tensor, batch_size: int, start: int, key: Key) -> Iterator[Batch]:
         """The rows of each batch. At most a buffer and a batch of rows are held: as some leave, as many of the next stretch are read."""
@@ -151,7 +149,7 @@ class Stream:
 
     def _encoded(self, order: Tensor) -> Generator[tuple[int, Row], None, None]:
         """The numbers and rows of ``order``, stretch by stretch, those of a stretch in whatever order reads each block once."""
-        starts = torch.tensor(self._starts())
+        starts = self._starts()
         blocks: dict[int, _Block] = {}  # those that have been read in part
         for stretch in torch.split(order, self.buffer):
             stretch = stretch.sort().values

@@ -99,11 +99,11 @@ class TorchvisionData(ImageData):
 
 def _files(root: Path, sets: list[Any]) -> Files:
     """The files of ``sets``, those of each folder in a group: those that they list, or else all in their own folder, or in ``root``."""
-    groups: dict[Path, set[Path]] = {}
+    groups: dict[str, set[str]] = {}
     for images in sets:
         listed = [sample[0] for sample in getattr(images, "samples", ())] or getattr(images, "_image_files", [])
         own = next((getattr(images, name) for name in FOLDERS if getattr(images, name, "")), "")
-        for path in map(Path, listed or (path for path in (root / own).rglob("*") if path.is_file())):
-            groups.setdefault(path.parent, set()).add(path)
+        for path in map(os.fspath, listed or (path for path in (root / own).rglob("*") if path.is_file())):
+            groups.setdefault(os.path.dirname(path), set()).add(path)
     named = ((Path(os.path.relpath(folder, root)).as_posix(), tuple(sorted(paths))) for folder, paths in groups.items())
     return Files(root, tuple(sorted(named)))

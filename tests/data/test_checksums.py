@@ -39,7 +39,7 @@ def cache(folder):
 def read(monkeypatch):
     seen = []
     chunks = checksums._chunks
-    monkeypatch.setattr(checksums, "_chunks", lambda path: seen.append(path.name) or chunks(path))
+    monkeypatch.setattr(checksums, "_chunks", lambda path: seen.append(os.path.basename(path)) or chunks(path))
     return seen
 
 
