@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="tiny sizes: shows that the benchmarks run, measures nothing")
     group.addoption("--device", default="cpu", help="cpu or cuda (default: cpu)")
     group.addoption("--threads", type=int, default=None, help="threads of torch (default: as torch chooses)")
+    group.addoption("--images", type=int, default=20_000, help="images that test_streaming.py makes (default: 20,000)")
     group.addoption(
         "--table",
         default=None,

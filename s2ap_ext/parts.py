@@ -43,7 +43,8 @@ PACKAGES = {
     "model": "s2ap_ext.models",
 }
 ENTRY_POINTS = "s2ap_ext.parts"
-OWN = r"[^\W\d][\w.]*:[^\W\d]\w*"  # package.module:attribute, the names of parts that a user's own module defines
+LIBRARIES = ("hf", "timm", "torchvision")  # what stands before the colon in the names of parts that these packages define
+OWN = rf"(?!(?:{'|'.join(LIBRARIES)}):)[^\W\d][\w.]*:[^\W\d]\w*"  # package.module:attribute, those that a user's own module defines
 
 _registered: dict[tuple[str, str], type[Part]] = {}
 

@@ -14,6 +14,7 @@ import io
 import random
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fuzzing
@@ -23,7 +24,7 @@ from command_line import TINY, settings
 from fuzz_native import changed_json, changed_tensor, is_plain
 
 from s2ap_ext import cli
-from s2ap_ext.data import load_parquet
+from s2ap_ext.data import Batches, load_data, load_parquet
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, checkpoint, load_model, load_recipe, open_data, run
 from s2ap_ext.pipeline.recipe import to_table, to_toml
 from s2ap_ext.pipeline.run_folder import read_results
@@ -161,7 +162,13 @@ class Fuzzer:
         shutil.copytree(self.folder / "images", folder)
         path = folder / f"{generator.choice(['train', 'test'])}.parquet"
         path.write_bytes(changed_bytes(path.read_bytes(), generator))
-        return self._read(lambda: load_parquet(folder), folder)
+        return self._read(generator.choice([lambda: load_parquet(folder), lambda: self._stream(folder)]), folder)
+
+    def _stream(self, folder: Path) -> None:
+        """An epoch of both splits, decoded in this process."""
+        data = load_data("my/images", data_dir=folder, size=4, stream="always", workers=1)
+        for split in (data.train, data.test):
+            list(Batches(replace(split, workers=0), 4).epoch(0))
 
     def run(self, generator: random.Random) -> str:
         """A file of a run that was damaged, or that another run or another file has taken the place of."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def add_to(parser: argparse.ArgumentParser, *, seed: bool = True) -> None:
     """Adds ``--set`` and its short forms to ``parser``; without ``seed`` all but that of the seed."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe; may be repeated")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data's parquet files (data.dir)")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data's files (data.dir)")
     if seed:
         parser.add_argument("--seed", metavar="N", help="everything random follows from it (seed)")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ... (device)")

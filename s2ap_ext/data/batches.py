@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Split, as_floats
+from .base import AnySplit, as_floats
 
 
 def seeded_generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -56,7 +56,7 @@ class Batches:
     Iterating gives the images as they are and in order, for evaluation. :meth:`epoch` gives them shuffled and augmented, for training.
 
     Args:
-        split: the images; moved to ``device`` here, once.
+        split: the images. Those in memory are moved to ``device`` here, once; streamed ones batch by batch.
         batch_size: images per batch; the last one may have fewer.
         device: where the batches are made.
         seed: of shuffling and augmentation.
@@ -69,7 +69,7 @@ class Batches:
 
     def __init__(
         self,
-        split: Split,
+        split: AnySplit,
         batch_size: int,
         *,
         device: str | torch.device = "cpu",
@@ -80,26 +80,32 @@ class Batches:
         for name, value, least in (("batch_size", batch_size, 1), ("shift", shift, 0), ("split: number of images", len(split), 1)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        self.split, self.device = split.to(device), device
         self.batch_size, self.seed, self.shift, self.flip = batch_size, seed, shift, flip
 
     def __len__(self) -> int:
         """The number of batches."""
-        return -(-len(self.labels) // self.batch_size)
+        return -(-len(self.split) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in zip(self.images.split(self.batch_size), self.labels.split(self.batch_size), strict=True):
-            yield as_floats(images), labels
+        for images, labels in self.split.read(torch.arange(len(self.split)), self.batch_size):
+            yield as_floats(images.to(self.device)), labels.to(self.device)
 
-    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of epoch ``number``, from 0: the same ones whenever it is asked for."""
-        n, device = len(self.labels), self.labels.device
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch ``number``, from 0: the same ones whenever it is asked for.
+
+        Args:
+            start: leaves out so many batches at the beginning, which costs little: their images are not decoded.
+        """
+        n = len(self.split)
         generator = seeded_generator(self.seed, number)
-        order = torch.randperm(n, generator=generator).to(device)
-        shifts = torch.randint(-self.shift, self.shift + 1, (n, 2), generator=generator).to(device)
-        flips = (torch.rand(n, generator=generator) < (0.5 if self.flip else 0)).to(device)
-        for index in order.split(self.batch_size):
-            images = self.images[index]
+        order = self.split.shuffled(generator)
+        shifts = torch.randint(-self.shift, self.shift + 1, (n, 2), generator=generator)[order]
+        flips = (torch.rand(n, generator=generator) < (0.5 if self.flip else 0))[order]
+        moves = zip(*(torch.split(t.to(self.device), self.batch_size)[start:] for t in (shifts, flips)), strict=True)
+        batches = self.split.read(order, self.batch_size, start=start, key=(self.seed, number))
+        for (images, labels), move in zip(batches, moves, strict=True):
+            images = images.to(self.device)
             if self.shift or self.flip:
-                images = augmented(images, shifts[index], flips[index])
-            yield as_floats(images), self.labels[index]
+                images = augmented(images, *move)
+            yield as_floats(images), labels.to(self.device)

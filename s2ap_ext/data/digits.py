@@ -31,9 +31,9 @@ def load_digits() -> Dataset:
     one_hot = F.one_hot(labels[order])
     rank = (one_hot.cumsum(0) * one_hot).sum(1) - 1
     share = (one_hot.sum(0).float() / 5).round().long()
-    test = rank < share[labels[order]]
-    train, held_out = (Split(images[index], labels[index]) for index in (order[~test], order[test]))
-    return Dataset("digits", train, held_out, classes=tuple("0123456789"))
+    is_test = rank < share[labels[order]]
+    train, test = (Split(images[index], labels[index]) for index in (order[~is_test], order[is_test]))
+    return Dataset("digits", train, test, classes=tuple("0123456789"))
 
 
 @register("digits")

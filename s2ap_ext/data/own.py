@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..parts import OWN, Part, attribute, call_own, register
-from .base import Data, Dataset, Split
+from .base import AnySplit, Data, Dataset, Split
 
 
 @register("package.module:attribute", pattern=OWN)
@@ -31,10 +31,19 @@ class OwnData(Data):
         return data.limited(limit, test_limit)
 
 
-def _check(split: Split, data: Dataset, where: str) -> None:
-    """Raises ValueError if ``split`` is not what :class:`Split` says, or does not fit the set's shape and classes."""
+def _check(split: AnySplit, data: Dataset, where: str) -> None:
+    """Raises ValueError if ``split`` is not what :class:`Split` says, or does not fit the set's shape and classes.
+
+    Of a streamed one only the shape is known; its images are checked as they come.
+    """
+    if not isinstance(split, Split):
+        if not data.files.groups:
+            raise ValueError(f"{where}: expected the files of streamed images (Dataset.files), for their checksums, got none")
+        if split.shape != data.shape:
+            raise ValueError(f"{where}: expected images of one shape in both splits, got {split.shape} and {data.shape}")
+        return
     images, labels = split.images, split.labels
-    if images.dim() != 4 or len(images) == 0 or tuple(images.shape[1:]) != data.shape or images.dtype not in (torch.uint8, torch.float32):
+    if images.dim() != 4 or len(images) == 0 or split.shape != data.shape or images.dtype not in (torch.uint8, torch.float32):
         wanted = "images [N, C, H, W] of uint8 or float32, of one shape in both splits"
         raise ValueError(f"{where}: expected {wanted}, got {list(images.shape)} of {images.dtype}")
     if images.dtype == torch.float32 and not (images.min() >= 0 and images.max() <= 1):

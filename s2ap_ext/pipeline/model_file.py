@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from .. import parts
-from ..data import Dataset, seeded_generator
+from ..data import Dataset, Split, seeded_generator
+from ..data.encoded import FITTING
 from ..methods import Method
 from . import checkpoint
 from .plan import STAGES, plan, stage_before
@@ -101,23 +102,26 @@ def check_prunable(recipe: Recipe, data: Dataset) -> int:
     model = new_model(recipe, data)
     make_sparse(model, recipe)
     pruned: int = sum(tensor.nbytes for tensor in model.state_dict().values())
-    images: int = 4 * math.prod(data.shape) * max(getattr(recipe, stage).batch_size for stage in STAGES)
-    return 3 * pruned + 3 * (3 * pruned + RECENT * min(images, 4 * data.train.images.numel()))
+    images: int = min(len(data.train), max(getattr(recipe, stage).batch_size for stage in STAGES))
+    return 3 * pruned + 3 * (3 * pruned + RECENT * 4 * math.prod(data.shape) * images)
 
 
 def identity(recipe: Recipe, data: Dataset) -> str:
     """What tells a run from any other: a digest of all of its recipe that its results depend on, and of its images.
 
     The files of a run hold it, so that a file of another run, or of this one before its recipe was edited, is not taken for its own.
+    For images that are streamed the checksums of their files stand.
     """
     table = to_table(recipe)
     del table["save_every"]
-    table["data"].pop("dir", None)  # the images count, not where they lie
+    for setting in recipe.data.source.make().local:  # the images count, not where they lie
+        table["data"].pop(setting, None)
     digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
     for split in (data.train, data.test):
-        for tensor in (split.images, split.labels):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        for part in split.fingerprint():
+            digest.update(part)
+    if not all(isinstance(split, Split) for split in (data.train, data.test)):
+        digest.update(json.dumps(data.files.checksums, sort_keys=True).encode())
     return digest.hexdigest()[:32]
 
 
@@ -166,19 +170,26 @@ def recipe_to_evaluate(path: str | Path, overrides: Iterable[str] = (), plugins:
     """The recipe of the checkpoint ``path`` with ``overrides``, for measuring its model.
 
     A checkpoint may have been written by somebody else, so it does not choose what is read: of its data section, the name of a set whose
-    images come with a package is taken, but neither a set of the hub nor a folder, unless ``overrides`` name one of the two.
+    images come with a package is taken, but neither a set of the hub nor a folder, unless ``overrides`` name one of the two. Nor does it
+    say how large images become; where they were not as large as by default, ``overrides`` must say so too.
 
     Raises:
         ValueError: as :func:`load_model` and :func:`override`; data that ``overrides`` must name.
     """
     _, _, recipe = _read(path, plugins)
-    source, overrides = recipe.data.source, list(overrides)
+    source, overrides, sizes = recipe.data.source, list(overrides), []
+    keys = {text.partition("=")[0].strip() for text in overrides}
     if parts.find("data", source.name).pattern or fields(source.settings):
-        if not {text.partition("=")[0].strip() for text in overrides} & {"data", "data.name", "data.dir"}:
+        if not keys & {"data", "data.name", "data.dir"}:
             way = f"add --data-dir DIR or --set data.name={source.name}"
             raise ValueError(f"checkpoint {path}: its images are those of {source.name}; to read them, {way}")
-        recipe = replace(recipe, data=replace(recipe.data, source=Chosen.of("data", source.name)))
-    return override(recipe, overrides)
+        plain = Chosen.of("data", source.name)
+        sizes = [f"--set data.{name}={getattr(source, name)}" for name in FITTING if getattr(source, name, 0) != getattr(plain, name, 0)]
+        recipe = replace(recipe, data=replace(recipe.data, source=plain))
+    recipe = override(recipe, overrides)
+    if sizes and recipe.data.source.name == source.name and not keys & {f"data.{name}" for name in FITTING}:
+        raise ValueError(f"checkpoint {path}: its images were brought to another size than by default; add {' '.join(sizes)}")
+    return recipe
 
 
 def _read(path: str | Path, plugins: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any], Recipe]:

@@ -197,9 +197,12 @@ def _explained(cls: type, prefix: str) -> Iterator[tuple[str, str]]:
             name, known = f.metadata["default"], parts.registered(f.metadata["kind"])
             sections = f.metadata["flat"] or not prefix  # [model] and [data] name their part in a key of their own
             yield f"{path}.name" if sections else path, f"{f.metadata['help']}: {', '.join(known)} [{name}]"
+            shared: dict[tuple[str, str], list[str]] = {}  # the parts that have an option of the same name and meaning
             for part_name, part in known.items():
                 for option in fields(part.Settings):
-                    yield f"{path}.{option.name}", f"{part_name}: {explained(part.Settings, option.name)}"
+                    shared.setdefault((option.name, explained(part.Settings, option.name)), []).append(part_name)
+            for (option_name, text), part_names in sorted(shared.items(), key=lambda entry: entry[1][0]):
+                yield f"{path}.{option_name}", f"{', '.join(part_names)}: {text}"
         elif is_dataclass(types[f.name]):
             yield from _explained(types[f.name], f"{path}.")
         else:

@@ -2,6 +2,7 @@
 
 =====================  =====================================================================
 config.toml            the complete recipe
+data.json              size and checksum of each file that the images came from
 metrics.jsonl          one JSON object for each training epoch and each evaluation
 dense.safetensors      the models after pretrain, prune and finetune
 pruned.safetensors
@@ -29,6 +30,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
+from ..data import Files
 from . import checkpoint
 from .extras import optional
 from .plan import STAGES
@@ -36,7 +38,7 @@ from .recipe import load_recipe, to_toml
 from .records import CONFIG, sealed, unsealed
 from .sections import Recipe
 
-METRICS, RESULTS, LOCK = "metrics.jsonl", "results.json", ".lock"
+METRICS, RESULTS, FILES, LOCK = "metrics.jsonl", "results.json", "data.json", ".lock"
 CHECKSUM = "\n# checksum: "  # of config.toml, in its last line
 STATE, STATE_BEFORE = "state.safetensors", "state-before.safetensors"
 
@@ -114,6 +116,26 @@ class RunFolder:
             if isinstance(value, float):
                 self._writer.add_scalar(f"{record.get('model', record['stage'])}/{name}", value, record.get("epoch", 0))
         self._writer.flush()
+
+    def check_files(self, files: Files) -> None:
+        """Writes data.json; where the run has one already, compares it with ``files``.
+
+        Raises:
+            ValueError: a file of the images is not as it was when the run began, or data.json is not as the run wrote it.
+        """
+        if not files.groups:
+            return
+        path = self.path / FILES
+        if not path.is_file():
+            checkpoint.write_text(path, json.dumps(sealed({"files": files.checksums}, self.path), indent=2) + "\n")
+            return
+        began = unsealed(path.read_text(encoding="utf-8", errors="replace"), self.path, str(path)).get("files")
+        if began != files.checksums:
+            began = began if isinstance(began, dict) else {}
+            names = sorted(set(began) | set(files.checksums))
+            name = next(name for name in names if began.get(name) != files.checksums.get(name))
+            was, now = (f"{sums[name]}" if name in sums else "missing" for sums in (began, files.checksums))
+            raise ValueError(f"{files.folder / name}: not as it was when the run began (size and CRC-32 were {was}, now {now}; see {path})")
 
     def save_results(self, results: dict[str, Any]) -> None:
         """Writes results.json."""

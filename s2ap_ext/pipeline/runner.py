@@ -17,6 +17,7 @@ from .._library import backend
 from ..analysis import layer_masks
 from ..attacks import accuracy
 from ..data import Batches, Dataset
+from ..data.checksums import REMEMBERED
 from ..nn import pruned_layers, sparsity_table
 from ..speed import latency
 from . import checkpoint, progress
@@ -55,6 +56,9 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
     recipe, folder = session.recipe, session.folder
     stages = plan(recipe) if stages is None else tuple(stages)
     model, rows = None, []
+    if session.data.files.bytes >= REMEMBERED:
+        session.show.say(f"checksums of the data's files ({session.data.files.bytes / 1e9:.1f} GB), which are read once for it")
+    folder.check_files(session.data.files)
     with reproducible(recipe):
         for stage in plan(recipe):
             name = STAGES[stage]

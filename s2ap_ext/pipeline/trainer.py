@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..attacks import accuracy, pgd
 from ..averaging import WeightAverage, reestimate_batchnorm
-from ..data import Batches, Dataset, Split, seeded_generator
+from ..data import Batches, Dataset, seeded_generator
 from ..losses import Loss
 from ..nn import refresh
 from ..optim import Stepper
@@ -142,7 +142,7 @@ class Trainer:
             shift=recipe.data.shift,
             flip=recipe.data.flip,
         )
-        few = Split(*(t[: recipe.evaluate.images_per_epoch] for t in (session.data.test.images, session.data.test.labels)))
+        few = session.data.test.first(recipe.evaluate.images_per_epoch)
         self.watched = Batches(few, recipe.evaluate.batch_size, device=self.device)
         self.average = WeightAverage(model, settings.averaging) if settings.averaging else None
         self.recent: deque[Tensor] = deque(maxlen=RECENT)  # images that the loss has shown the model
@@ -183,9 +183,8 @@ class Trainer:
     def _train_epoch(self) -> None:
         done, saved = self.progress, time.monotonic()
         self.model.train()
-        for number, (x, y) in enumerate(self.batches.epoch(done.epoch)):
-            if number < done.batch:  # done before the run was stopped
-                continue
+        # From the batch on before which the run was stopped.
+        for number, (x, y) in enumerate(self.batches.epoch(done.epoch, done.batch), done.batch):
             started = time.perf_counter()
             seed(self.session.recipe.seed, self.number, done.epoch, number)
             for _ in range(self.loss.replays):

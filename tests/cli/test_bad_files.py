@@ -11,7 +11,7 @@ from engine_models import all_sparse, images, pruned
 
 from s2ap_ext import _files
 from s2ap_ext.cli import main
-from s2ap_ext.data import load_parquet
+from s2ap_ext.data.parquet import parquet_sources
 from s2ap_ext.engine import SparseNetwork, compile_sparse
 from s2ap_ext.pipeline import checkpoint
 
@@ -144,8 +144,10 @@ def test_a_checkpoint_chooses_neither_folder_nor_download(finished, here, monkey
     tensors, about = checkpoint.load(finished / "dense.safetensors")
     checkpoint.save("x.safetensors", tensors, put({"name": "some/set", "dir": str(here / "theirs")}, "recipe", "data")(about))
     read = []
-    monkeypatch.setattr("s2ap_ext.data.hub.load_parquet", lambda folder, **how: read.append(str(folder)) or load_parquet(folder, **how))
-    monkeypatch.setattr("s2ap_ext.data.hub._download", lambda name: here / "mine")
+    monkeypatch.setattr(
+        "s2ap_ext.data.hub.parquet_sources", lambda folder, **how: read.append(str(folder)) or parquet_sources(folder, **how)
+    )
+    monkeypatch.setattr("s2ap_ext.data.hub._download", lambda name, *which: here / "mine")
     refused(capsys, "evaluate", "x.safetensors")
     assert read == []
     assert main(["evaluate", "x.safetensors", "--data-dir", "mine"]) == 0

@@ -58,7 +58,11 @@ def test_digits_limits():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "mnist"}, "data: expected one of digits, owner/name, package.module:attribute, got 'mnist'"),
+        (
+            {"name": "mnist"},
+            "data: expected one of cifar10, cifar100, digits, folder, imagenet, owner/name, package.module:attribute, svhn, tiny_imagenet, "
+            "torchvision:NAME, got 'mnist'",
+        ),
         (
             {"name": "digits", "data_dir": "."},
             "data_dir: expected none, since digits is not read from a folder",

@@ -1,16 +1,13 @@
 """Parquet files laid out as the hub's CIFAR-10, whole and damaged."""
 
 import importlib.util
-import io
-import json
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_files import encoded, huge_png, pictures, write
 
 from s2ap_ext.data import load_data, load_parquet
 
@@ -18,33 +15,6 @@ pytest.importorskip("pyarrow")
 pytest.importorskip("PIL")
 
 CIFAR10 = os.environ.get("S2AP_CIFAR10_DIR")  # a folder with the real files
-
-
-def encoded(pixels, kind="PNG"):
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, kind)
-    return out.getvalue()
-
-
-def pictures(n, seed=0, shape=(32, 32, 3)):
-    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
-
-
-def write(path, cells, labels, image="img", names=None):
-    """A parquet file as the hub's: an image struct, a label, and perhaps the class names in the metadata."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cell_type = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    rows = [cell if cell is None or isinstance(cell, dict) else {"bytes": cell, "path": None} for cell in cells]
-    table = pa.table({image: pa.array(rows, cell_type), "label": pa.array(labels, pa.int64())})
-    if names:
-        features = {image: {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    pq.write_table(table, path, row_group_size=4)
 
 
 @pytest.fixture
@@ -231,16 +201,10 @@ def test_real_cifar10():
     assert cifar.shape == (3, 32, 32)
     assert (len(cifar.train), len(cifar.test)) == (2000, 500)
     assert cifar.train.labels.bincount(minlength=10).min() > 100
+    stream = load_data("cifar10", data_dir=Path(CIFAR10), limit=300, stream="always", workers=2).train
+    assert torch.equal(torch.cat([x for x, _ in stream.read(torch.arange(300), 64)]), cifar.train.images[:300])
     mean = cifar.train.floats().mean((0, 2, 3))
     torch.testing.assert_close(mean, torch.tensor([0.4914, 0.4822, 0.4465]), rtol=0, atol=0.02)
-
-
-def huge_png(width, height):
-    """A PNG whose header promises ``width`` x ``height`` pixels."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 @pytest.mark.filterwarnings("default")  # as in a program of the user's

@@ -166,6 +166,7 @@ def test_every_key_is_explained_and_can_be_set_to_its_default():
     recipe, table = load_recipe("digits"), to_table(load_recipe("digits"))
     keys = [key for key, _ in explained_keys()]
     assert len(set(keys)) >= 60
+    assert keys.count("data.size") == 2  # with the usual default, and with that of ImageNet
     assert all(text for _, text in explained_keys())
     tried = 0
     for key in dict.fromkeys(keys):
