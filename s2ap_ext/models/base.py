@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,12 +26,23 @@ class Model(Part, ABC):
     def build(self, *, num_classes: int, in_channels: int) -> nn.Module:
         """The network, [N, in_channels, H, W] -> logits [N, num_classes], its weights drawn from torch's random state.
 
+        A network that fits images of one size only takes ``image_size: tuple[int, int]``, H and W, too; its default is the usual size.
+
         Raises:
             ValueError: a size below 1.
         """
 
-    def count_parameters(self, *, num_classes: int, in_channels: int) -> int:
-        """How many parameters :meth:`build` makes, found without memory for them.
+    def sizes(self, shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+        """The arguments of :meth:`build` for images of ``shape``, (C, H, W), in ``num_classes`` classes."""
+        sizes: dict[str, Any] = {"num_classes": num_classes, "in_channels": shape[0]}
+        return sizes | {"image_size": shape[1:]} if self.takes_image_size() else sizes
+
+    def takes_image_size(self) -> bool:
+        """Whether :meth:`build` has a parameter ``image_size``."""
+        return "image_size" in inspect.signature(self.build).parameters
+
+    def count_parameters(self, **sizes: Any) -> int:
+        """How many parameters :meth:`build` makes of its arguments ``sizes``, found without memory for them.
 
         It builds on torch's meta device. A class whose ``build`` cannot run there overrides this.
 
@@ -39,7 +51,7 @@ class Model(Part, ABC):
         """
         try:
             with torch.device("meta"):
-                return sum(p.numel() for p in self.build(num_classes=num_classes, in_channels=in_channels).parameters())
+                return sum(p.numel() for p in self.build(**sizes).parameters())
         except RuntimeError as error:
             raise ValueError(f"model {self.name}: {self.settings} has too many parameters to count ({error})") from None
 

@@ -47,20 +47,20 @@ def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
     Raises:
         ValueError: a model that is larger than this machine's memory.
     """
-    count = recipe.model.make().count_parameters(**_shape(data))
+    count = recipe.model.make().count_parameters(**_sizes(recipe, data))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:
         keys = ", ".join(f"model.{f.name}" for f in fields(recipe.model.settings)) or "model"
         raise ValueError(
             f"{keys}: expected a model that fits this machine's {memory / 2**30:.1f} GiB of memory, got one of {count:,} parameters"
         )
-    return _build(recipe, recipe.seed, _shape(data)).to(pick_device(recipe.device))
+    return _build(recipe, recipe.seed, _sizes(recipe, data)).to(pick_device(recipe.device))
 
 
-def _build(recipe: Recipe, seed: int, shape: dict[str, int]) -> nn.Module:
+def _build(recipe: Recipe, seed: int, sizes: dict[str, Any]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return recipe.model.make().build(**shape)
+        return recipe.model.make().build(**sizes)
 
 
 def make_sparse(model: nn.Module, recipe: Recipe, tell: Callable[[str], None] = lambda line: None) -> Method:
@@ -112,7 +112,7 @@ def identity(recipe: Recipe, data: Dataset) -> str:
 
 def save_model(path: Path, model: nn.Module, name: str, recipe: Recipe, run: str, data: Dataset) -> None:
     """Writes ``model`` with the recipe that made it and the identity of the ``run``; ``name`` is dense, pruned or finetuned."""
-    about = {"model": name, "recipe": to_table(recipe), "shape": _shape(data), "run": run}
+    about = {"model": name, "recipe": to_table(recipe), "shape": _sizes(recipe, data), "run": run}
     checkpoint.save(path, model.state_dict(), about)
 
 
@@ -123,7 +123,7 @@ def load_model(
 
     Args:
         path: the checkpoint.
-        data: images that the model must fit, by the number of their channels and classes.
+        data: images that the model must fit, by the number of their channels and classes and, where it takes one size only, by their size.
         device: where the model goes.
         plugins: modules that the checkpoint may use besides those that recipes read before have named; they are imported. A checkpoint
             may have been written by somebody else, so it does not choose itself what is imported or called.
@@ -133,16 +133,15 @@ def load_model(
             is not among ``plugins``.
     """
     tensors, about, recipe = _read(path, plugins)
-    shape = about["shape"]
-    if data is not None and shape != _shape(data):
-        text = "{in_channels} channels and {num_classes} classes"
-        raise ValueError(f"checkpoint {path}: the model is for {text.format(**shape)}, {data.name} has {text.format(**_shape(data))}")
+    sizes = about["shape"]
+    if data is not None and sizes != (found := _sizes(recipe, data)):
+        raise ValueError(f"checkpoint {path}: the model is for {_told(sizes)}, {data.name} has {_told(found)}")
     held = sum(t.numel() for t in tensors.values())
     try:
         # Compared before anything is made, so that a file of some bytes cannot ask for a model of any size.
-        if (count := recipe.model.make().count_parameters(**shape)) > held:
+        if (count := recipe.model.make().count_parameters(**sizes)) > held:
             raise ValueError(f"does not fit the model: it has {count:,} parameters, and the file holds {held:,} numbers")
-        model = _build(recipe, 0, shape)
+        model = _build(recipe, 0, sizes)
         if about["model"] != "dense":
             make_sparse(model, recipe)
     except ValueError as error:
@@ -177,13 +176,22 @@ def _read(path: str | Path, plugins: Iterable[str]) -> tuple[dict[str, torch.Ten
     if not {"shape", "recipe", "model"} <= about.keys():
         found = f"the state of the stage {about['stage']!s:.80}" if "stage" in about else "something else"
         raise ValueError(f"checkpoint {path}: expected a model, found {found}")
-    shape = about["shape"]
-    is_shape = isinstance(shape, dict) and sorted(shape) == ["in_channels", "num_classes"]
-    if not is_shape or not all(type(value) is int and 1 <= value <= MOST for value in shape.values()):
-        raise ValueError(f"checkpoint {path}: shape: expected in_channels and num_classes from 1 to {MOST}, got {str(shape)[:80]}")
     if about["model"] not in STAGES.values():
         raise ValueError(f"checkpoint {path}: model: expected one of {', '.join(STAGES.values())}, got {str(about['model'])[:80]}")
-    return tensors, about, from_table(about["recipe"], f"checkpoint {path}", import_plugins=False)
+    recipe = from_table(about["recipe"], f"checkpoint {path}", import_plugins=False)
+    return tensors, about | {"shape": _checked_sizes(about["shape"], recipe, path)}, recipe
+
+
+def _checked_sizes(found: Any, recipe: Recipe, path: str | Path) -> dict[str, Any]:
+    """``found``, as JSON holds them, as sizes of the recipe's model."""
+    known = recipe.model.make().sizes((1, 1, 1), 1)
+    if isinstance(found, dict) and found.keys() == known.keys():
+        size = found.get("image_size", [1, 1])
+        if isinstance(size, list) and len(size) == 2:
+            sizes = {name: tuple(value) if name == "image_size" else value for name, value in found.items()}
+            if all(type(value) is int and 1 <= value <= MOST for value in (found["in_channels"], found["num_classes"], *size)):
+                return sizes
+    raise ValueError(f"checkpoint {path}: shape: expected {' and '.join(sorted(known))} from 1 to {MOST}, got {str(found)[:80]}")
 
 
 def start_from(recipe: Recipe, stage: str, path: str | Path, data: Dataset) -> Recipe:
@@ -215,6 +223,11 @@ def model_before(recipe: Recipe, stage: str) -> str | None:
     return None if before is None else STAGES[before]
 
 
-def _shape(data: Dataset) -> dict[str, int]:
-    """What a model must know of the images."""
-    return {"num_classes": data.num_classes, "in_channels": data.shape[0]}
+def _sizes(recipe: Recipe, data: Dataset) -> dict[str, Any]:
+    """What the recipe's model must know of the images."""
+    return recipe.model.make().sizes(data.shape, data.num_classes)
+
+
+def _told(sizes: dict[str, Any]) -> str:
+    size = "{}x{} pixels, ".format(*sizes["image_size"]) if "image_size" in sizes else ""
+    return f"{size}{sizes['in_channels']} channels and {sizes['num_classes']} classes"
