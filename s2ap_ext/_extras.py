@@ -11,16 +11,16 @@ PROJECTS = {"tomli_w": "tomli-w", "sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 class MissingExtra(ImportError):
-    """A package of the ``train`` extra is not installed; the message says how to get it."""
+    """A package of an extra is not installed; the message says how to get it."""
 
-    def __init__(self, *names: str) -> None:
+    def __init__(self, *names: str, extra: str = "train") -> None:
         projects = ", ".join(PROJECTS.get(name, name) for name in names)
-        super().__init__(f'{projects} missing; install with: pip install "s2ap_ext[train]"')
+        super().__init__(f'{projects} missing; install with: pip install "s2ap_ext[{extra}]"')
 
 
-def optional(name: str, *, or_else: str = "") -> ModuleType:
-    """Imports ``name``, or ``or_else`` where it is missing; raises :class:`MissingExtra` without either."""
+def optional(name: str, *, or_else: str = "", extra: str = "train") -> ModuleType:
+    """Imports ``name``, or ``or_else`` where it is missing; raises :class:`MissingExtra`, which names the ``extra``, without either."""
     for candidate in filter(None, (name, or_else)):
         if importlib.util.find_spec(candidate.partition(".")[0]) is not None:
             return importlib.import_module(candidate)
-    raise MissingExtra((or_else or name).partition(".")[0])
+    raise MissingExtra((or_else or name).partition(".")[0], extra=extra)

@@ -43,7 +43,8 @@ PACKAGES = {
     "model": "s2ap_ext.models",
 }
 ENTRY_POINTS = "s2ap_ext.parts"
-OWN = r"[^\W\d][\w.]*:[^\W\d]\w*"  # package.module:attribute, the names of parts that a user's own module defines
+LIBRARIES = ("hf", "timm", "torchvision")  # what stands before the colon in the names of parts that these packages define
+OWN = rf"(?!(?:{'|'.join(LIBRARIES)}):)[^\W\d][\w.]*:[^\W\d]\w*"  # package.module:attribute, those that a user's own module defines
 
 _registered: dict[tuple[str, str], type[Part]] = {}
 
@@ -69,7 +70,7 @@ class Part:
 
     def __init__(self, settings: Any = None, **options: Any) -> None:
         where = f"{self.kind} {self.name or type(self).__name__}"
-        self.settings = check(read(type(self).Settings, options, where) if settings is None else settings, where)
+        self.settings: Any = check(read(type(self).Settings, options, where) if settings is None else settings, where)
 
     @classmethod
     def member(cls, name: str) -> type[Part]:

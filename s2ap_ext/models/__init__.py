@@ -39,8 +39,9 @@ def build_model(
     """The model called ``name``, with torch's default initial weights.
 
     Args:
-        name: such as ``"resnet18"`` (``s2ap_ext.parts.names("model")`` lists them), or ``"package.module:attribute"`` for a class derived
-            from :class:`Model`, or a function ``(num_classes=, in_channels=) -> nn.Module``, of a module of your own.
+        name: such as ``"resnet18"`` (``s2ap_ext.parts.names("model")`` lists them); ``"torchvision:NAME"``, ``"timm:NAME"`` or
+            ``"hf:NAME"`` for a network of another package; or ``"package.module:attribute"`` for a class derived from :class:`Model`,
+            or a function ``(num_classes=, in_channels=) -> nn.Module``, of a module of your own.
         num_classes: size of the output.
         in_channels: channels of the images; None takes those of the images that the model is usual for (1 for ``"digits_cnn"``, else 3).
         image_size: H and W of the images; None takes the usual ones. Only networks that fit images of one size ask for it.
@@ -49,6 +50,7 @@ def build_model(
 
     Raises:
         ValueError: an unknown name or option, a size below 1, or an attribute of your own that gives no model.
+        ImportError: the package that the name leads to is missing.
 
     >>> sum(p.numel() for p in build_model("resnet18", num_classes=10, width=16).parameters() if p.dim() > 1)
     699056

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,4 +88,4 @@ class ResNet50Model(Model):
         width: int = key(64, "channels inside the first stage's blocks; the following ones have 2, 4 and 8 times as many", low=1)
 
     def build(self, *, num_classes: int, in_channels: int) -> nn.Module:
-        return ResNet50(num_classes=num_classes, width=self.settings.width, in_channels=in_channels)
+        return ResNet50(num_classes=num_classes, in_channels=in_channels, **asdict(self.settings))

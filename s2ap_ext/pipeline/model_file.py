@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
@@ -18,13 +19,15 @@ from torch import nn
 from .. import parts
 from ..data import Dataset, seeded_generator
 from ..methods import Method
+from ..models.base import at_most
 from . import checkpoint
 from .plan import STAGES, stage_before
 from .recipe import from_table, load_recipe, override, to_table
 from .sections import Chosen, Recipe
 
 RECENT = 16  # batches of images, the last of an epoch, from which BatchNorm's statistics are taken anew
-MOST = 65_536  # channels and classes that a checkpoint may ask for
+MOST = 65_536  # channels, classes and pixels of a side that a checkpoint may ask for
+SLACK = 1000  # parameters beyond those in its file at which counting a model's is given up at the latest
 
 
 def pick_device(name: str) -> torch.device:
@@ -112,7 +115,7 @@ def identity(recipe: Recipe, data: Dataset) -> str:
 
 def save_model(path: Path, model: nn.Module, name: str, recipe: Recipe, run: str, data: Dataset) -> None:
     """Writes ``model`` with the recipe that made it and the identity of the ``run``; ``name`` is dense, pruned or finetuned."""
-    about = {"model": name, "recipe": to_table(recipe), "shape": _sizes(recipe, data), "run": run}
+    about = {"model": name, "recipe": to_table(_self_contained(recipe)), "shape": _sizes(recipe, data), "run": run}
     checkpoint.save(path, model.state_dict(), about)
 
 
@@ -129,8 +132,9 @@ def load_model(
             may have been written by somebody else, so it does not choose itself what is imported or called.
 
     Raises:
-        ValueError: no such file; a truncated or foreign file; one that holds no model; a model that does not fit ``data``; a module that
-            is not among ``plugins``.
+        ValueError: no such file; a truncated or foreign file; one that holds no model; a model that does not fit ``data``, or that is
+            not described by the file alone; a module that is not among ``plugins``.
+        ImportError: the model is one of a package that is not installed.
     """
     tensors, about, recipe = _read(path, plugins)
     sizes = about["shape"]
@@ -138,8 +142,12 @@ def load_model(
         raise ValueError(f"checkpoint {path}: the model is for {_told(sizes)}, {data.name} has {_told(found)}")
     held = sum(t.numel() for t in tensors.values())
     try:
+        if outside := recipe.model.make().outside():
+            raise ValueError(f"its model needs {outside}, and a checkpoint does not choose what is read")
         # Compared before anything is made, so that a file of some bytes cannot ask for a model of any size.
-        if (count := recipe.model.make().count_parameters(**sizes)) > held:
+        with at_most(2 * held + SLACK):
+            count = recipe.model.make().count_parameters(**sizes)
+        if count > held:
             raise ValueError(f"does not fit the model: it has {count:,} parameters, and the file holds {held:,} numbers")
         model = _build(recipe, 0, sizes)
         if about["model"] != "dense":
@@ -204,11 +212,16 @@ def start_from(recipe: Recipe, stage: str, path: str | Path, data: Dataset) -> R
     wanted = model_before(recipe, stage)
     if name != wanted:
         raise ValueError(f"checkpoint {path}: {stage} starts from a {wanted} model, this one is {name}")
-    if made_by.model != recipe.model:
-        settings = " ".join(f"--set model.{key}={value}" for key, value in to_table(made_by)["model"].items())
+    if made_by.model != _self_contained(recipe).model:
+        settings = " ".join(f"--set model.{key}={shlex.quote(str(value))}" for key, value in to_table(made_by)["model"].items())
         raise ValueError(f"checkpoint {path}: not the recipe's model; to take it, add {settings}")
     earlier = list(STAGES)[: list(STAGES).index(stage)]
     return replace(recipe, **{section: getattr(made_by, section) for section in earlier})
+
+
+def _self_contained(recipe: Recipe) -> Recipe:
+    """``recipe`` as the files of its models hold it."""
+    return replace(recipe, model=Chosen("model", recipe.model.name, recipe.model.make().self_contained().settings))
 
 
 def adopt(path: str | Path, into: Path, recipe: Recipe, data: Dataset) -> None:
