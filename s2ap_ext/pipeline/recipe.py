@@ -62,7 +62,9 @@ def _from_table(table: Any, where: str, import_plugins: bool) -> Recipe:
     if import_plugins:
         for module in plugins:
             _import_plugin(module, where)
-        _own_modules.update(_modules_named(table))
+        if modules := _modules_named(table):
+            _search_here()
+            _own_modules.update(modules)
     else:
         for module in (*plugins, *_modules_named(table)):
             if module not in _own_modules:
@@ -200,11 +202,20 @@ def _with_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str
     known = [key for key, _ in explained_keys()]
     # The names of parts come first, since they say which options there are.
     for path, value in sorted(pairs, key=lambda pair: f"{pair[0].removesuffix('.name')}.name" not in places):
-        full = path if path in known and f"{path}.name" not in places else f"{path.removesuffix('.name')}.name"
-        if full not in places and path not in known:
+        full = f"{path.removesuffix('.name')}.name"
+        full = full if full in places else path
+        if full not in places and path not in known and not _is_own(table, path.rpartition(".")[0]):
             raise ValueError(f"{value.where}: no such key in a recipe{nearest(path, known)}")
         table = _put(table, full.split("."), value, places.get(full))
     return table
+
+
+def _is_own(table: Any, place: str) -> bool:
+    """Whether ``table`` names at ``place`` a part of a user's own module, of whose options nothing is known before it is imported."""
+    for step in place.split("."):
+        table = table.get(step) if isinstance(table, dict) else None
+    name = table.get("name") if isinstance(table, dict) else table
+    return isinstance(name, str) and re.fullmatch(parts.OWN, name) is not None
 
 
 def _put(node: Any, steps: list[str], value: Text, part: typing.Mapping[str, Any] | None) -> dict[str, Any]:
@@ -221,10 +232,15 @@ def _put(node: Any, steps: list[str], value: Text, part: typing.Mapping[str, Any
 
 def _import_plugin(module: str, where: str) -> None:
     """Imports a module that registers parts, from where Python finds modules or from the current folder."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    _search_here()
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever the module raises
         raise ValueError(f"{where}: cannot import the plugin {module} ({type(error).__name__}: {error})") from error
     _own_modules.add(module)
+
+
+def _search_here() -> None:
+    """From here on Python finds modules in the current folder too, after all others."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())

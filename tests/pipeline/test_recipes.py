@@ -1,5 +1,6 @@
 """Recipes: what ships, what may be overridden, and what each mistake is answered with."""
 
+import sys
 from dataclasses import fields
 
 import pytest
@@ -158,6 +159,28 @@ def test_a_plugin_brings_a_part(tmp_path, monkeypatch):
     assert recipe.prune.method.name == "hydra_by_another_name"
     assert from_table(table, import_plugins=False).prune.method == recipe.prune.method
     assert from_table(to_table(recipe)) == recipe
+
+
+def test_options_of_a_part_of_ones_own_can_be_set_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "nets_here.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from s2ap_ext.models import Model\n"
+        "from s2ap_ext.settings import key\n"
+        "class Mine(Model):\n"
+        "    @dataclass(frozen=True)\n"
+        "    class Settings:\n"
+        "        strata: int = key(2, 'layers', low=1)\n"
+        "    def build(self, *, num_classes, in_channels): ...\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("digits", ["model.strata=3", "model.name=nets_here:Mine"]).model.strata == 3
+    with pytest.raises(ValueError, match=r"unknown key model\.strat; did you mean strata\?; nets_here:Mine takes name, strata"):
+        load_recipe("digits", ["model.name=nets_here:Mine", "model.strat=3"])
+    with pytest.raises(ValueError, match=r"--set model\.strata: expected an integer >= 1, got 0"):
+        load_recipe("digits", ["model.name=nets_here:Mine", "model.strata=0"])
+    with pytest.raises(ValueError, match=r"--set prune\.strata: no such key"):
+        load_recipe("digits", ["model.name=nets_here:Mine", "prune.strata=0"])
 
 
 def test_every_key_is_explained_and_can_be_set_to_its_default():
