@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -122,7 +123,7 @@ class HFModel(LibraryModel):
         given = self._given()
         known = _architectures(transformers)
         if "/" in self.wanted and "model_type" not in given:
-            config = transformers.AutoConfig.from_pretrained(self.wanted, trust_remote_code=False)
+            config = _config_outside(self.wanted)
             cls, table = type(config), config.to_dict()
         else:
             architecture = given.get("model_type", self.wanted)
@@ -150,6 +151,12 @@ class HFModel(LibraryModel):
         path = cached_file(self.wanted, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
         about = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         return tuple(about.get("image_mean", HALF)), tuple(about.get("image_std", HALF))
+
+
+@functools.cache
+def _config_outside(name: str) -> Any:
+    """The configuration of the hub's network, or the folder, ``name``: read once, so that it stays what a run has started with."""
+    return library("transformers", "hf").AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def _architectures(transformers: Any) -> list[str]:

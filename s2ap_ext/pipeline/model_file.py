@@ -90,6 +90,7 @@ def check_prunable(recipe: Recipe, data: Dataset) -> int:
         About how many bytes the files of a run take at most: three models and, while one is written, three states of up to three times
         a pruned model (itself, its momentum and its average) and the last images.
     """
+    _self_contained(recipe)  # what the files of its models hold
     model = new_model(recipe, data)
     make_sparse(model, recipe)
     pruned = sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -4,6 +4,7 @@ import hashlib
 import importlib.machinery
 import json
 import pickle
+import shutil
 import socket
 import sys
 import types
@@ -16,7 +17,7 @@ from torch import nn
 
 from s2ap_ext import parts
 from s2ap_ext.models import build_model
-from s2ap_ext.pipeline import checkpoint, load_model, load_recipe, open_data
+from s2ap_ext.pipeline import check_prunable, checkpoint, load_model, load_recipe, open_data
 from s2ap_ext.pipeline.model_file import new_model, save_model, start_from
 from s2ap_ext.pipeline.recipe import to_table
 
@@ -284,18 +285,15 @@ def test_configurations_that_cannot_be_used(name, options, message):
 # ---------------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def saved(path, *overrides):
-    """A checkpoint of the recipe's untrained model: its recipe, the data, the model."""
-    recipe = load_recipe("digits", overrides)
-    data = open_data(recipe)
-    model = new_model(recipe, data)
-    save_model(path, model, "dense", recipe, "0", data)
-    return recipe, data, model
-
-
 def test_a_checkpoint_of_a_folders_network_needs_the_folder_no_more(folder, tmp_path, request):
     path = tmp_path / "dense.safetensors"
-    recipe, data, model = saved(path, f"model.name=hf:{folder}", "model.pretrained=true", 'model.config={"hidden_dropout_prob": 0.5}')
+    here = shutil.copytree(folder, tmp_path / "tiny")
+    recipe = load_recipe("digits", [f"model.name=hf:{here}", "model.pretrained=true", 'model.config={"hidden_dropout_prob": 0.5}'])
+    data = open_data(recipe)
+    check_prunable(recipe, data)
+    model = new_model(recipe, data)
+    shutil.rmtree(here)  # after the start of a run, which then saves its model
+    save_model(path, model, "dense", recipe, "0", data)
     assert start_from(recipe, "prune", path, data).model == recipe.model
     request.getfixturevalue("nothing_outside")
     again, made_by, _ = load_model(path, data=data)
