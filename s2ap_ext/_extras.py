@@ -8,7 +8,8 @@ from types import ModuleType
 
 # Import name -> name on the package index, where the two differ.
 PROJECTS = {"tomli_w": "tomli-w", "sklearn": "scikit-learn", "PIL": "pillow"}
-EXTRAS = {"optuna": "sweep", "torchvision": "torchvision"}  # import name -> the extra that brings it; the others come with "train"
+# Import name -> the extra that brings it; the others come with "train".
+EXTRAS = {"optuna": "sweep", "timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
 
 
 class MissingExtra(ImportError):

@@ -12,8 +12,10 @@ import torch
 
 from s2ap_ext import sparsify
 from s2ap_ext.cli import COMMANDS as COMMANDS_OF_THE_PROGRAM
+from s2ap_ext.cli import main
 from s2ap_ext.cli.parser import Commands
 from s2ap_ext.pipeline import check_prunable, load_recipe, open_data
+from s2ap_ext.pipeline.recipe_files import read_table
 
 DOCS = Path(__file__).parent.parent / "docs"
 TINY = ["model.width=2", "data.train_size=64", "data.test_size=16", "attack.steps=1", "evaluate.steps=1", "evaluate.images_per_epoch=8"]
@@ -88,6 +90,53 @@ def test_the_commands_name_what_there_is(command):
     assert set(options) <= {"--set", "--seed"}
     recipe = load_recipe(name, [word for option, word in zip(words[0::2], words[1::2], strict=True) if option == "--set"])
     check_prunable(recipe, open_data(recipe))
+
+
+NETWORKS = [line for block in blocks("networks-and-recipes.md", "bash") for line in block.splitlines() if line.startswith("s2ap run")]
+OWN = [line for line in NETWORKS if "nets:" in line]
+
+
+@pytest.mark.parametrize("command", [line for line in NETWORKS if line not in OWN])
+def test_the_commands_about_networks_are_recipes(command):
+    program, verb, name, *words = shlex.split(command, comments=True)
+    assert (program, verb) == ("s2ap", "run")
+    assert set(words[0::2]) <= {"--set", "--seed"}
+    data = read_table(name)[0]["data"]["name"]
+    recipe = load_recipe(name, [word for option, word in zip(words[0::2], words[1::2], strict=True) if option == "--set"])
+    if data == "digits" and "hf:" in command:
+        pytest.importorskip("transformers")
+    if data == "digits":
+        check_prunable(recipe, open_data(recipe))
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_a_network_of_ones_own_is_a_function_or_a_class(command, tmp_path, monkeypatch):
+    (tmp_path / "nets.py").write_text(blocks("networks-and-recipes.md", "python")[1])
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # the current folder is found without it
+    monkeypatch.chdir(tmp_path)
+    tiny = [setting for setting in TINY if not setting.startswith("model.")]
+    words = [*shlex.split(command)[1:], *(word for setting in tiny for word in ("--set", setting)), "--out", "run"]
+    try:
+        assert main(words) == 0
+        rows = json.loads((tmp_path / "run/results.json").read_text())["rows"]
+        assert [row["model"] for row in rows] == ["dense", "pruned", "finetuned"]
+        assert rows[1]["sparsity"] == pytest.approx(0.9, abs=0.03)
+    finally:
+        sys.modules.pop("nets", None)
+
+
+def test_a_recipe_that_extends_another(tmp_path):
+    (text,) = blocks("networks-and-recipes.md", "toml")
+    (tmp_path / "mine.toml").write_text(text)
+    recipe = load_recipe(tmp_path / "mine.toml")
+    assert (recipe.name, recipe.model.name, recipe.attack.steps) == ("mine", "vgg16", 10)
+    assert (recipe.prune.method.name, recipe.prune.method.penalty, recipe.prune.sparsity) == ("harp", 0.02, 0.95)
+
+
+def test_a_network_by_name():
+    space = {}
+    exec(blocks("networks-and-recipes.md", "python")[0], space)
+    assert space["model"](torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_its_settings_are_a_class_like_this_one(tmp_path):

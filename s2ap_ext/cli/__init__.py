@@ -1,7 +1,7 @@
 """The ``s2ap`` command: one file for each of its commands.
 
 Exit codes: 0 done; 1 a defect of this program (with a traceback); 2 input that cannot be used, told in one line; 130 stopped by Ctrl-C,
-with the command that goes on. Only ``doctor`` works from the core install; the others ask for the ``train`` extra.
+with the command that goes on. ``doctor`` and the list of ``recipes`` work from the core install; all else asks for the ``train`` extra.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import doctor, evaluate, experiment, profile, report, run, sweep
+from . import doctor, evaluate, experiment, profile, recipes, report, run, sweep
 from .parser import STOPPED, Commands, refuse
 
 __all__ = ["main"]
 
-COMMANDS = (run, experiment, sweep, evaluate, profile, report, doctor)  # in the order of the help
+COMMANDS = (run, recipes, experiment, sweep, evaluate, profile, report, doctor)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

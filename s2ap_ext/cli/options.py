@@ -21,7 +21,8 @@ def add_to(parser: argparse.ArgumentParser, *, seed: bool = True) -> None:
 
 def help_page() -> dict[str, Any]:
     """The recipes and their keys, for the end of a help page."""
-    from ..pipeline.recipe import explained_keys, known_recipes
+    from ..pipeline import known_recipes
+    from ..pipeline.recipe import explained_keys
 
     lines = [f"recipes: {', '.join(known_recipes())}", "", "keys of a recipe, with their defaults:"]
     lines += [f"  {key:<32} {text}" for key, text in explained_keys()]

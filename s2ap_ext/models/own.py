@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from torch import nn
 
 from ..parts import OWN, Part, attribute, call_own, register
@@ -10,7 +13,10 @@ from .base import Model
 
 @register("package.module:attribute", pattern=OWN)
 class OwnModel(Model):
-    """What an importable module defines: a class derived from :class:`Model`, or a function (num_classes=, in_channels=) -> nn.Module."""
+    """What an importable module defines: a class derived from :class:`Model`, or a function (num_classes=, in_channels=) -> nn.Module.
+
+    A function that has a parameter ``image_size`` gets the images' (H, W) in it.
+    """
 
     @classmethod
     def member(cls, name: str) -> type[Part]:
@@ -22,12 +28,19 @@ class OwnModel(Model):
             raise ValueError(f"model {name}: expected {wanted}, got {type(found).__name__}")
         return cls
 
-    def build(self, *, num_classes: int, in_channels: int) -> nn.Module:
-        model = call_own("model", self.name, attribute("model", self.name), num_classes=num_classes, in_channels=in_channels)
+    def build(self, *, num_classes: int, in_channels: int, **image_size: Any) -> nn.Module:
+        sizes = {"num_classes": num_classes, "in_channels": in_channels, **image_size}
+        model = call_own("model", self.name, attribute("model", self.name), **sizes)
         if not isinstance(model, nn.Module):
             raise ValueError(f"model {self.name}: expected an nn.Module from it, got {type(model).__name__}")
         return model
 
-    def count_parameters(self, *, num_classes: int, in_channels: int) -> int:
+    def takes_image_size(self) -> bool:
+        try:
+            return "image_size" in inspect.signature(attribute("model", self.name)).parameters
+        except (TypeError, ValueError):  # it has no signature, which build will tell
+            return False
+
+    def count_parameters(self, **sizes: Any) -> int:
         """Of a user's function nothing is known before it is called."""
         return 0

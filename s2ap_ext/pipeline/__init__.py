@@ -2,7 +2,8 @@
 
 from .model_file import check_prunable, load_model, new_model, pick_device, recipe_to_evaluate, start_from
 from .plan import STAGES, plan
-from .recipe import known_recipes, load_recipe, override
+from .recipe import load_recipe, override
+from .recipe_files import known_recipes
 from .run_folder import RunFolder
 from .runner import describe_attack, evaluate, open_data, reproducible, run
 from .sections import Recipe

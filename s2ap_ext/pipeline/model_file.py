@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
@@ -19,13 +20,15 @@ from .. import parts
 from ..data import Dataset, Split, seeded_generator
 from ..data.encoded import FITTING
 from ..methods import Method
+from ..models.base import at_most
 from . import checkpoint
 from .plan import STAGES, plan, stage_before
 from .recipe import from_table, load_recipe, override, to_table
 from .sections import Chosen, Recipe
 
 RECENT = 16  # batches of images, the last of an epoch, from which BatchNorm's statistics are taken anew
-MOST = 65_536  # channels and classes that a checkpoint may ask for
+MOST = 65_536  # channels, classes and pixels of a side that a checkpoint may ask for
+SLACK = 1000  # parameters beyond those in its file at which counting a model's is given up at the latest
 
 
 def pick_device(name: str) -> torch.device:
@@ -48,20 +51,20 @@ def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
     Raises:
         ValueError: a model that is larger than this machine's memory.
     """
-    count = recipe.model.make().count_parameters(**_shape(data))
+    count = recipe.model.make().count_parameters(**_sizes(recipe, data))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:
         keys = ", ".join(f"model.{f.name}" for f in fields(recipe.model.settings)) or "model"
         raise ValueError(
             f"{keys}: expected a model that fits this machine's {memory / 2**30:.1f} GiB of memory, got one of {count:,} parameters"
         )
-    return _build(recipe, recipe.seed, _shape(data)).to(pick_device(recipe.device))
+    return _build(recipe, recipe.seed, _sizes(recipe, data)).to(pick_device(recipe.device))
 
 
-def _build(recipe: Recipe, seed: int, shape: dict[str, int]) -> nn.Module:
+def _build(recipe: Recipe, seed: int, sizes: dict[str, Any]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model: nn.Module = recipe.model.make().build(**shape)
+        model: nn.Module = recipe.model.make().build(**sizes)
         return model
 
 
@@ -99,6 +102,7 @@ def check_prunable(recipe: Recipe, data: Dataset) -> int:
             raise ValueError(f"{stage}: {error}") from None
     if recipe.prune.perturbs == "weights" and isinstance(recipe.prune.gamma, str):
         raise ValueError(f"prune.gamma: expected a number where prune.perturbs is weights, got {recipe.prune.gamma!r}: no mask entry flips")
+    _self_contained(recipe)  # what the files of its models hold
     model = new_model(recipe, data)
     make_sparse(model, recipe)
     pruned: int = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -127,7 +131,7 @@ def identity(recipe: Recipe, data: Dataset) -> str:
 
 def save_model(path: Path, model: nn.Module, name: str, recipe: Recipe, run: str, data: Dataset) -> None:
     """Writes ``model`` with the recipe that made it and the identity of the ``run``; ``name`` is dense, pruned or finetuned."""
-    about = {"model": name, "recipe": to_table(recipe), "shape": _shape(data), "run": run}
+    about = {"model": name, "recipe": to_table(_self_contained(recipe)), "shape": _sizes(recipe, data), "run": run}
     checkpoint.save(path, model.state_dict(), about)
 
 
@@ -138,26 +142,30 @@ def load_model(
 
     Args:
         path: the checkpoint.
-        data: images that the model must fit, by the number of their channels and classes.
+        data: images that the model must fit, by the number of their channels and classes and, where it takes one size only, by their size.
         device: where the model goes.
         plugins: modules that the checkpoint may use besides those that recipes read before have named; they are imported. A checkpoint
             may have been written by somebody else, so it does not choose itself what is imported or called.
 
     Raises:
-        ValueError: no such file; a truncated or foreign file; one that holds no model; a model that does not fit ``data``; a module that
-            is not among ``plugins``.
+        ValueError: no such file; a truncated or foreign file; one that holds no model; a model that does not fit ``data``, or that is
+            not described by the file alone; a module that is not among ``plugins``.
+        ImportError: the model is one of a package that is not installed.
     """
     tensors, about, recipe = _read(path, plugins)
-    shape = about["shape"]
-    if data is not None and shape != _shape(data):
-        text = "{in_channels} channels and {num_classes} classes"
-        raise ValueError(f"checkpoint {path}: the model is for {text.format(**shape)}, {data.name} has {text.format(**_shape(data))}")
+    sizes = about["shape"]
+    if data is not None and sizes != (found := _sizes(recipe, data)):
+        raise ValueError(f"checkpoint {path}: the model is for {_told(sizes)}, {data.name} has {_told(found)}")
     held = sum(t.numel() for t in tensors.values())
     try:
+        if outside := recipe.model.make().outside():
+            raise ValueError(f"its model needs {outside}, and a checkpoint does not choose what is read")
         # Compared before anything is made, so that a file of some bytes cannot ask for a model of any size.
-        if (count := recipe.model.make().count_parameters(**shape)) > held:
+        with at_most(2 * held + SLACK):
+            count = recipe.model.make().count_parameters(**sizes)
+        if count > held:
             raise ValueError(f"does not fit the model: it has {count:,} parameters, and the file holds {held:,} numbers")
-        model = _build(recipe, 0, shape)
+        model = _build(recipe, 0, sizes)
         if about["model"] != "dense":
             make_sparse(model, recipe)
     except ValueError as error:
@@ -199,13 +207,22 @@ def _read(path: str | Path, plugins: Iterable[str]) -> tuple[dict[str, torch.Ten
     if not {"shape", "recipe", "model"} <= about.keys():
         found = f"the state of the stage {about['stage']!s:.80}" if "stage" in about else "something else"
         raise ValueError(f"checkpoint {path}: expected a model, found {found}")
-    shape = about["shape"]
-    is_shape = isinstance(shape, dict) and sorted(shape) == ["in_channels", "num_classes"]
-    if not is_shape or not all(type(value) is int and 1 <= value <= MOST for value in shape.values()):
-        raise ValueError(f"checkpoint {path}: shape: expected in_channels and num_classes from 1 to {MOST}, got {str(shape)[:80]}")
     if about["model"] not in STAGES.values():
         raise ValueError(f"checkpoint {path}: model: expected one of {', '.join(STAGES.values())}, got {str(about['model'])[:80]}")
-    return tensors, about, from_table(about["recipe"], f"checkpoint {path}", import_plugins=False)
+    recipe = from_table(about["recipe"], f"checkpoint {path}", import_plugins=False)
+    return tensors, about | {"shape": _checked_sizes(about["shape"], recipe, path)}, recipe
+
+
+def _checked_sizes(found: Any, recipe: Recipe, path: str | Path) -> dict[str, Any]:
+    """``found``, as JSON holds them, as sizes of the recipe's model."""
+    known = recipe.model.make().sizes((1, 1, 1), 1)
+    if isinstance(found, dict) and found.keys() == known.keys():
+        size = found.get("image_size", [1, 1])
+        if isinstance(size, list) and len(size) == 2:
+            sizes = {name: tuple(value) if name == "image_size" else value for name, value in found.items()}
+            if all(type(value) is int and 1 <= value <= MOST for value in (found["in_channels"], found["num_classes"], *size)):
+                return sizes
+    raise ValueError(f"checkpoint {path}: shape: expected {' and '.join(sorted(known))} from 1 to {MOST}, got {str(found)[:80]}")
 
 
 def start_from(recipe: Recipe, stage: str, path: str | Path, data: Dataset) -> Recipe:
@@ -218,11 +235,16 @@ def start_from(recipe: Recipe, stage: str, path: str | Path, data: Dataset) -> R
     wanted = model_before(recipe, stage)
     if name != wanted:
         raise ValueError(f"checkpoint {path}: {stage} starts from a {wanted} model, this one is {name}")
-    if made_by.model != recipe.model:
-        settings = " ".join(f"--set model.{key}={value}" for key, value in to_table(made_by)["model"].items())
+    if made_by.model != _self_contained(recipe).model:
+        settings = " ".join(f"--set model.{key}={shlex.quote(str(value))}" for key, value in to_table(made_by)["model"].items())
         raise ValueError(f"checkpoint {path}: not the recipe's model; to take it, add {settings}")
     earlier = list(STAGES)[: list(STAGES).index(stage)]
     return replace(recipe, **{section: getattr(made_by, section) for section in earlier})
+
+
+def _self_contained(recipe: Recipe) -> Recipe:
+    """``recipe`` as the files of its models hold it."""
+    return replace(recipe, model=Chosen("model", recipe.model.name, recipe.model.make().self_contained().settings))
 
 
 def adopt(path: str | Path, into: Path, recipe: Recipe, data: Dataset) -> None:
@@ -237,6 +259,12 @@ def model_before(recipe: Recipe, stage: str) -> str | None:
     return None if before is None else STAGES[before]
 
 
-def _shape(data: Dataset) -> dict[str, int]:
-    """What a model must know of the images."""
-    return {"num_classes": data.num_classes, "in_channels": data.shape[0]}
+def _sizes(recipe: Recipe, data: Dataset) -> dict[str, Any]:
+    """What the recipe's model must know of the images."""
+    sizes: dict[str, Any] = recipe.model.make().sizes(data.shape, data.num_classes)
+    return sizes
+
+
+def _told(sizes: dict[str, Any]) -> str:
+    size = "{}x{} pixels, ".format(*sizes["image_size"]) if "image_size" in sizes else ""
+    return f"{size}{sizes['in_channels']} channels and {sizes['num_classes']} classes"

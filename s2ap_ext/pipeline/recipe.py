@@ -2,7 +2,8 @@
 
 :mod:`.sections` lists every key with its type, default, range and meaning. A key that names a part (:mod:`s2ap_ext.parts`) takes the
 name alone, ``method = "harp"``, or a table of the name and what can be set about that part, ``method = {name = "harp", penalty = 0.02}``.
-What a file leaves out takes the default, and the run folder keeps the complete recipe as ``config.toml``, which is a recipe again.
+What a file leaves out is inherited from the recipe that it extends (:mod:`.recipe_files`) or takes the default, and the run folder keeps
+the complete recipe as ``config.toml``, which is a recipe again.
 """
 
 from __future__ import annotations
@@ -14,24 +15,18 @@ import sys
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, is_dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .. import parts
 from ..settings import Text, explained, nearest, shown, types_of, value_of
 from .extras import optional
-from .sections import Chosen, Recipe
+from .recipe_files import read_table
+from .sections import Chosen, Recipe, part_places
 
 _own_modules: set[str] = set()  # that recipes of the user's have named, so that those of others may use them
 
 # ------------------------------------------------------------------------------------------------------------ reading and writing
-
-
-def known_recipes() -> list[str]:
-    """The names of the recipes that come with the package."""
-    folder = resources.files("s2ap_ext") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -43,29 +38,10 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises:
         ValueError: an unknown recipe, section or key (with the nearest known one), a value of the wrong type or outside
-            its range (naming the key), a plugin that cannot be imported, or a file that is not TOML.
+            its range (naming the key), a plugin that cannot be imported, a file that is not TOML, or recipes that extend each other.
     """
-    name = str(source)
-    if name in known_recipes():
-        text, where = (resources.files("s2ap_ext") / "recipes" / f"{name}.toml").read_text(encoding="utf-8"), f"recipe {name}"
-    elif Path(source).is_file():
-        text, where = _text_of(Path(source)), name
-    else:
-        known = known_recipes()
-        raise ValueError(f"recipe: expected one of {', '.join(known)} or the path of a TOML file, got {shown(name)}{nearest(name, known)}")
-    toml = optional("tomllib", or_else="tomli")
-    try:
-        table = toml.loads(text)
-    except (ValueError, RecursionError) as error:  # a TOMLDecodeError is a ValueError, as is what a number of 5,000 digits brings
-        raise ValueError(f"{where}: not a TOML file ({error})") from None
+    table, where = read_table(str(source))
     return from_table(_with_overrides(table, overrides), where)
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a TOML file ({error})") from None
 
 
 def from_table(table: dict[str, Any], where: str = "recipe", *, import_plugins: bool = True) -> Recipe:
@@ -86,7 +62,9 @@ def _from_table(table: Any, where: str, import_plugins: bool) -> Recipe:
     if import_plugins:
         for module in plugins:
             _import_plugin(module, where)
-        _own_modules.update(_modules_named(table))
+        if modules := _modules_named(table):
+            _search_here()
+            _own_modules.update(modules)
     else:
         for module in (*plugins, *_modules_named(table)):
             if module not in _own_modules:
@@ -225,15 +203,24 @@ def _with_overrides(table: dict[str, Any], overrides: Iterable[str]) -> dict[str
         if path == "plugins":  # another key may belong to a part that a plugin registers
             for module in value_of(Recipe, "plugins", value, "plugins"):
                 _import_plugin(module, value.where)
-    places = {f"{place}.name": about for place, about in _part_places().items()}
+    places = {f"{place}.name": about for place, about in part_places().items()}
     known = [key for key, _ in explained_keys()]
     # The names of parts come first, since they say which options there are.
     for path, value in sorted(pairs, key=lambda pair: f"{pair[0].removesuffix('.name')}.name" not in places):
-        full = path if path in known and f"{path}.name" not in places else f"{path.removesuffix('.name')}.name"
-        if full not in places and path not in known:
+        full = f"{path.removesuffix('.name')}.name"
+        full = full if full in places else path
+        if full not in places and path not in known and not _is_own(table, path.rpartition(".")[0]):
             raise ValueError(f"{value.where}: no such key in a recipe{nearest(path, known)}")
         table = _put(table, full.split("."), value, places.get(full))
     return table
+
+
+def _is_own(table: Any, place: str) -> bool:
+    """Whether ``table`` names at ``place`` a part of a user's own module, of whose options nothing is known before it is imported."""
+    for step in place.split("."):
+        table = table.get(step) if isinstance(table, dict) else None
+    name = table.get("name") if isinstance(table, dict) else table
+    return isinstance(name, str) and re.fullmatch(parts.OWN, name) is not None
 
 
 def _put(node: Any, steps: list[str], value: Text, part: typing.Mapping[str, Any] | None) -> dict[str, Any]:
@@ -248,25 +235,17 @@ def _put(node: Any, steps: list[str], value: Text, part: typing.Mapping[str, Any
     return table | {first: value}
 
 
-def _part_places() -> dict[str, dict[str, Any]]:
-    """Where a recipe names parts: the path of each table with a ``name``, the default, and the keys ``beside`` it that are no options."""
-    places = {}
-    types = types_of(Recipe)
-    for f in fields(Recipe):
-        inside = fields(types[f.name]) if is_dataclass(types[f.name]) and types[f.name] is not Chosen else ()
-        for g in (f, *inside):
-            if "kind" in g.metadata:
-                path = f.name if g is f or g.metadata["flat"] else f"{f.name}.{g.name}"
-                places[path] = {**g.metadata, "beside": [h.name for h in inside if h is not g] if g.metadata["flat"] else []}
-    return places
-
-
 def _import_plugin(module: str, where: str) -> None:
     """Imports a module that registers parts, from where Python finds modules or from the current folder."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    _search_here()
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever the module raises
         raise ValueError(f"{where}: cannot import the plugin {module} ({type(error).__name__}: {error})") from error
     _own_modules.add(module)
+
+
+def _search_here() -> None:
+    """From here on Python finds modules in the current folder too, after all others."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())

@@ -6,12 +6,13 @@ A key that names a part (:mod:`s2ap_ext.parts`) holds it as :class:`Chosen`: its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from .. import parts
 from ..optim import FlipBudget
-from ..settings import key
+from ..settings import key, types_of
 
 SCHEDULES = ("cosine", "constant")
 
@@ -150,3 +151,17 @@ class Recipe:
     prune: Prune = field(default_factory=Prune)
     finetune: Finetune = field(default_factory=Finetune)
     evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+@functools.cache
+def part_places() -> dict[str, dict[str, Any]]:
+    """Where a recipe names parts: the path of each table with a ``name``, the default, and the keys ``beside`` it that are no options."""
+    places = {}
+    types = types_of(Recipe)
+    for f in fields(Recipe):
+        inside = fields(types[f.name]) if is_dataclass(types[f.name]) and types[f.name] is not Chosen else ()
+        for g in (f, *inside):
+            if "kind" in g.metadata:
+                path = f.name if g is f or g.metadata["flat"] else f"{f.name}.{g.name}"
+                places[path] = {**g.metadata, "beside": [h.name for h in inside if h is not g] if g.metadata["flat"] else []}
+    return places

@@ -1,12 +1,19 @@
 """The models: sizes, shapes, keys, seeds, and models of a user's own module."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import assert_same_state
 
 from s2ap_ext import compile_sparse, densify, parts, sparsify
-from s2ap_ext.models import VGG16, DigitsCNN, ResNet18, WideResNet, build_model
+from s2ap_ext.data import Split
+from s2ap_ext.models import VGG16, DigitsCNN, Normalize, ResNet18, ResNet50, ViT, WideResNet, build_model
+from s2ap_ext.pipeline import checkpoint, load_model, load_recipe, open_data
+from s2ap_ext.pipeline.model_file import save_model
+from s2ap_ext.pipeline.recipe import to_table
 
 
 def prunable(model):
@@ -79,6 +86,110 @@ def test_wide_resnet_by_hand():
     torch.testing.assert_close(same(x), x + same.conv2(same.bn2(same.conv1(same.bn1(x).relu())).relu()))
 
 
+def test_resnet50_is_the_one_of_imagenet():
+    with torch.device("meta"):
+        model = build_model("resnet50", num_classes=1000)
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032
+    assert len(prunable(model)) == 54
+    shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
+    expected = {"conv1.weight": (64, 3, 7, 7), "bn1.running_mean": (64,), "fc.weight": (1000, 2048), "fc.bias": (1000,)}
+    expected |= {"layer1.0.downsample.0.weight": (256, 64, 1, 1), "layer1.0.downsample.1.num_batches_tracked": ()}
+    expected |= {"layer2.0.conv1.weight": (128, 256, 1, 1), "layer2.0.conv2.weight": (128, 128, 3, 3), "layer4.2.bn3.bias": (2048,)}
+    assert shapes.items() >= expected.items()
+    assert len(shapes) == 320  # as in torchvision: nothing of the normalisation is stored
+    assert [len(stage) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)] == [3, 4, 6, 3]
+    assert {key for key in shapes if "downsample.0" in key} == {f"layer{i}.0.downsample.0.weight" for i in (1, 2, 3, 4)}
+
+
+def test_resnet50_by_hand():
+    """Its first half against the order of layers, written out; the 3x3 convolution of a stage's first block halves the image."""
+    torch.manual_seed(0)
+    model = ResNet50(num_classes=7, width=2).eval()
+    x = torch.rand(2, 3, 64, 64)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    normed = (x - mean[:, None, None]) / std[:, None, None]
+    stem = F.max_pool2d(model.bn1(F.conv2d(normed, model.conv1.weight, stride=2, padding=3)).relu(), 3, 2, 1)
+    block = model.layer2[0]
+    inside = model.layer1(stem)
+    out = block.bn1(F.conv2d(inside, block.conv1.weight)).relu()
+    out = block.bn2(F.conv2d(out, block.conv2.weight, stride=2, padding=1)).relu()
+    out = block.bn3(F.conv2d(out, block.conv3.weight))
+    shortcut = block.downsample[1](F.conv2d(inside, block.downsample[0].weight, stride=2))
+    torch.testing.assert_close(block(inside), (out + shortcut).relu())
+    assert [tuple(t.shape[1:]) for t in (stem, inside, out)] == [(2, 16, 16), (8, 16, 16), (16, 8, 8)]
+    rest = model.layer4(model.layer3(model.layer2(inside)))
+    torch.testing.assert_close(model(x), model.fc(rest.mean(dim=(2, 3))))
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_normalization(channels):
+    mean, std = [0.2, 0.3, 0.7], [0.1, 0.2, 0.6]
+    x = torch.rand(2, channels, 4, 4)
+    means, stds = (mean, std) if channels == 3 else ([0.4], [0.3])
+    expected = torch.stack([(x[:, c] - means[c]) / stds[c] for c in range(channels)], dim=1)
+    torch.testing.assert_close(Normalize(mean, std, in_channels=channels)(x), expected)
+    assert list(Normalize(mean, std).state_dict()) == []
+    assert list(Normalize(mean, std, persistent=True).state_dict()) == ["mean", "std"]
+
+
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_vit_by_hand(pooling):
+    """Its one block in plain PyTorch, with softmax(q k' / sqrt(d)) v for each head."""
+    torch.manual_seed(0)
+    model = ViT(num_classes=5, in_channels=2, image_size=(4, 6), patch=2, width=8, depth=1, heads=2, pooling=pooling)
+    x = torch.rand(3, 2, 4, 6)
+    patches = x.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(3, 6, 8)  # [N, patch, channel and pixel]
+    tokens = (2 * patches - 1) @ model.embedding.weight.view(8, 8).T + model.embedding.bias
+    if pooling == "token":
+        tokens = torch.cat([model.token.expand(3, 1, 8), tokens], dim=1)
+    tokens = tokens + model.position
+    block = model.blocks[0]
+    q, k, v = (block.norm1(tokens) @ block.attention.in_proj_weight.T + block.attention.in_proj_bias).chunk(3, dim=-1)
+    heads = []
+    for h in (slice(0, 4), slice(4, 8)):
+        heads.append((q[..., h] @ k[..., h].transpose(1, 2) / 2).softmax(dim=-1) @ v[..., h])
+    tokens = tokens + block.attention.out_proj(torch.cat(heads, dim=-1))
+    up, _, down = block.mlp
+    tokens = tokens + down(F.gelu(up(block.norm2(tokens))))
+    seen = model.norm(tokens)[:, 0] if pooling == "token" else model.norm(tokens).mean(dim=1)
+    torch.testing.assert_close(model(x), model.head(seen))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), model.head(seen), rtol=1e-4, atol=1e-5)
+
+
+def test_vit_has_the_size_of_vit_ti():
+    with torch.device("meta"):
+        model = build_model("vit", num_classes=10)
+    block = 4 * 192 * 192 + 2 * 4 * 192 * 192 + (3 + 1 + 4 + 1 + 4) * 192  # weights; biases and two LayerNorms
+    assert sum(p.numel() for p in model.parameters()) == 12 * block + 48 * 192 + 192 + 192 + 65 * 192 + 2 * 192 + 1930 == 5_362_762
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch": 3}, "patch: expected a divisor of the images' sides, 32 and 32, got 3"),
+        ({"image_size": (32, 30)}, "patch: expected a divisor of the images' sides, 32 and 30, got 4"),
+        ({"image_size": (0, 8)}, "image_height: expected an integer >= 1, got 0"),
+        ({"heads": 5}, "heads: expected a divisor of the width, 192, got 5"),
+        ({"depth": 0}, "depth: expected an integer >= 1, got 0"),
+        ({"pooling": "max"}, "pooling: expected one of token, mean, got 'max'"),
+    ],
+)
+def test_what_a_vit_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        ViT(**options)
+
+
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_a_vit_prunes_and_comes_back_dense(pooling):
+    model = ViT(image_size=(8, 8), width=16, depth=2, heads=2, pooling=pooling).eval()
+    x = torch.rand(2, 3, 8, 8)
+    sparsify(model, 0.5)
+    expected = model(x)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(densify(model)(x), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("model", "size"), [(lambda: VGG16(num_classes=10), 32), (lambda: WideResNet(depth=10, widen=2), 16)], ids=["vgg16", "wide_resnet"]
 )
@@ -107,6 +218,10 @@ def test_new_networks_prune_and_compile(model, size):
         ("vgg16", {"in_channels": 1, "num_classes": 7}, (2, 1, 16, 16)),
         ("wrn28_4", {}, (1, 3, 32, 32)),
         ("wrn28_4", {"in_channels": 1, "num_classes": 7}, (2, 1, 8, 8)),
+        ("resnet50", {"width": 4}, (2, 3, 64, 64)),
+        ("resnet50", {"width": 2, "in_channels": 1, "num_classes": 7}, (2, 1, 32, 32)),
+        ("vit", {"width": 12, "depth": 2}, (2, 3, 32, 32)),
+        ("vit", {"in_channels": 1, "image_size": (8, 4), "patch": 2, "width": 8, "depth": 1, "heads": 2, "pooling": "mean"}, (3, 1, 8, 4)),
     ],
 )
 def test_forward(name, options, shape):
@@ -164,7 +279,7 @@ def test_seed(name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet19", {}, r"model: expected one of digits_cnn, package.module:attribute, .*, got 'resnet19'; did you mean resnet18\?"),
+        ("resnet19", {}, r"expected one of digits_cnn, .*package.module:attribute.*, got 'resnet19'; did you mean resnet18 or resnet50\?"),
         ("resnet18", {"blocks": 3}, "model resnet18: unknown key blocks; it takes width"),
         ("vgg16", {"width": 8}, "model vgg16: unknown key width; it takes none"),
         ("resnet18", {"width": 0}, "model resnet18: width: expected an integer >= 1, got 0"),
@@ -215,6 +330,9 @@ class Tiny(Model):
         hidden = self.settings.hidden
         return nn.Sequential(nn.Flatten(), nn.Linear(16 * in_channels, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))
 
+def sized(*, num_classes, in_channels, image_size=(2, 2)):
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * image_size[0] * image_size[1], num_classes))
+
 ready = build(num_classes=3, in_channels=3)
 
 def nothing(*, num_classes, in_channels):
@@ -247,6 +365,13 @@ def test_own_function(own):
     again = build_model(f"{own}:build", num_classes=5, in_channels=2, seed=1)  # the module is imported by now
     assert torch.equal(first[1].weight, again[1].weight)
     assert build_model(f"{own}:build", num_classes=5)[1].in_features == 48
+
+
+def test_own_function_that_asks_for_the_size_of_images(own):
+    model = build_model(f"{own}:sized", num_classes=5, in_channels=2, image_size=(3, 4))
+    assert model(torch.rand(3, 2, 3, 4)).shape == (3, 5)
+    assert build_model(f"{own}:sized", num_classes=5, in_channels=2)[1].in_features == 8
+    assert build_model(f"{own}:build", num_classes=5, in_channels=2, image_size=(3, 4))[1].in_features == 32  # it does not ask
 
 
 def test_own_part(own):
@@ -283,3 +408,31 @@ def test_own_errors(name, error, message):
 def test_own_function_takes_no_settings():
     with pytest.raises(ValueError, match=r"model own_package.nets:build: unknown key width; it takes none"):
         build_model("own_package.nets:build", num_classes=5, width=3)
+
+
+# ---------------------------------------------------------------------------------------------------------------- in files
+
+
+def test_a_file_holds_the_size_of_images_where_the_model_asks_for_it(tmp_path):
+    recipe = load_recipe("digits", ["model.name=vit", "model.patch=2", "model.width=8", "model.depth=1", "model.heads=2"])
+    data = open_data(recipe)
+    model = build_model("vit", num_classes=10, in_channels=1, image_size=(8, 8), patch=2, width=8, depth=1, heads=2)
+    save_model(tmp_path / "vit.safetensors", model, "dense", recipe, "0", data)
+    again, _, _ = load_model(tmp_path / "vit.safetensors", data=data)
+    assert_same_state(again, model)
+    larger = replace(data, train=Split(torch.rand(2, 1, 16, 16), torch.tensor([0, 1])))
+    with pytest.raises(ValueError, match=r"the model is for 8x8 pixels, 1 channels and 10 classes, digits has 16x16 pixels, 1 channels"):
+        load_model(tmp_path / "vit.safetensors", data=larger)
+    recipe = load_recipe("digits", ["model.width=2"])
+    cnn = build_model("digits_cnn", num_classes=10, width=2)
+    save_model(tmp_path / "cnn.safetensors", cnn, "dense", recipe, "0", data)
+    assert_same_state(load_model(tmp_path / "cnn.safetensors", data=larger)[0], cnn)
+
+
+@pytest.mark.parametrize("size", [None, 8, [8], [8, 8, 8], [8, "8"], [8, 0], [8, 2**40], [8.0, 8], [True, 8], {}])
+def test_a_file_with_a_wrong_size_of_images(size, tmp_path):
+    recipe = load_recipe("digits", ["model.name=vit", "model.patch=2", "model.width=8", "model.depth=1", "model.heads=2"])
+    about = {"model": "dense", "recipe": to_table(recipe), "shape": {"num_classes": 10, "in_channels": 1, "image_size": size}, "run": "0"}
+    checkpoint.save(tmp_path / "vit.safetensors", {"head.bias": torch.zeros(10)}, about)
+    with pytest.raises(ValueError, match="shape: expected image_size and in_channels and num_classes from 1 to 65536, got "):
+        load_model(tmp_path / "vit.safetensors")

@@ -1,5 +1,6 @@
 """Recipes: what ships, what may be overridden, and what each mistake is answered with."""
 
+import sys
 from dataclasses import fields
 
 import pytest
@@ -8,12 +9,8 @@ from hypothesis import strategies as st
 
 from s2ap_ext import parts
 from s2ap_ext.parts import find
-from s2ap_ext.pipeline import Recipe, known_recipes, load_recipe, override
+from s2ap_ext.pipeline import Recipe, load_recipe, override
 from s2ap_ext.pipeline.recipe import explained_keys, from_table, to_table, to_toml
-
-
-def test_two_recipes_ship():
-    assert known_recipes() == ["cifar10-resnet18", "digits"]
 
 
 @pytest.mark.parametrize("name", ["cifar10-resnet18", "digits"])
@@ -82,7 +79,7 @@ def test_overrides_change_nothing_else_and_the_last_one_wins():
         ("prune.s2ap=maybe", r"--set prune\.s2ap: expected true or false, got 'maybe'"),
         ("prune.method=hidra", r"--set prune\.method: expected one of harp, hydra, .*, got 'hidra'; did you mean hydra\?"),
         ("prune.loss=smart", r"--set prune\.loss: expected one of .*, got 'smart'; did you mean mart\?"),
-        ("model.name=resnet", r"--set model\.name: expected one of .*digits_cnn, .*, got 'resnet'; did you mean resnet18"),
+        ("model.name=resnet", r"--set model\.name: expected one of .*digits_cnn, .*, got 'resnet'; did you mean resnet50 or resnet18\?"),
         ("attack.norm=l3", r"--set attack\.norm: expected one of linf, l2, l1, got 'l3'"),
         ("prune.method.penalty=1", r"recipe digits: unknown key prune\.method\.penalty; hydra takes name"),
         ("prune.method.name=hidra", r"--set prune\.method\.name: expected one of harp, hydra, .*, got 'hidra'; did you mean hydra\?"),
@@ -123,7 +120,9 @@ def test_a_wrong_file_is_answered_with_its_name_and_the_key(text, message, tmp_p
 
 
 def test_an_unknown_recipe_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"expected one of cifar10-resnet18, digits or .*, got 'digit'; did you mean digits\?"):
+    with pytest.raises(
+        ValueError, match=r"expected one of cifar10-resnet18, .*, digits, .* or .*, got 'digit'; did you mean digits or digits-vit\?"
+    ):
         load_recipe("digit")
 
 
@@ -160,6 +159,28 @@ def test_a_plugin_brings_a_part(tmp_path, monkeypatch):
     assert recipe.prune.method.name == "hydra_by_another_name"
     assert from_table(table, import_plugins=False).prune.method == recipe.prune.method
     assert from_table(to_table(recipe)) == recipe
+
+
+def test_options_of_a_part_of_ones_own_can_be_set_from_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "nets_here.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from s2ap_ext.models import Model\n"
+        "from s2ap_ext.settings import key\n"
+        "class Mine(Model):\n"
+        "    @dataclass(frozen=True)\n"
+        "    class Settings:\n"
+        "        strata: int = key(2, 'layers', low=1)\n"
+        "    def build(self, *, num_classes, in_channels): ...\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("digits", ["model.strata=3", "model.name=nets_here:Mine"]).model.strata == 3
+    with pytest.raises(ValueError, match=r"unknown key model\.strat; did you mean strata\?; nets_here:Mine takes name, strata"):
+        load_recipe("digits", ["model.name=nets_here:Mine", "model.strat=3"])
+    with pytest.raises(ValueError, match=r"--set model\.strata: expected an integer >= 1, got 0"):
+        load_recipe("digits", ["model.name=nets_here:Mine", "model.strata=0"])
+    with pytest.raises(ValueError, match=r"--set prune\.strata: no such key"):
+        load_recipe("digits", ["model.name=nets_here:Mine", "prune.strata=0"])
 
 
 def test_every_key_is_explained_and_can_be_set_to_its_default():
