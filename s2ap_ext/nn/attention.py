@@ -72,7 +72,7 @@ class Attention(nn.Module):
         return output if self.batch_first else output.transpose(0, 1), weights
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
     def _bias(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> Tensor | None:
         """What the masks add to the logits, to be broadcast to [batch, heads, queries, keys]."""

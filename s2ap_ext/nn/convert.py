@@ -141,8 +141,10 @@ def _unit_targets(
     """The blocks that :func:`sparsify` prunes, and those that it leaves out, with reasons."""
     blocks, refused = unit_blocks(model, granularity, structure, example)
     name_of = {module: name for name, module in model.named_modules()}
+    by_name = [pattern for pattern in exclude if not pattern.startswith(":")]
+    exclude = exclude if blocks else by_name  # without blocks there is no first and no last
     kept = _not_excluded(blocks, [[block.name, *(name_of[layer] for layer in block.layers())] for block in blocks], model, exclude)
-    refused = _not_excluded(refused, [[why.partition(" (")[0]] for why in refused], model, exclude)
+    refused = _not_excluded(refused, [[why.partition(" (")[0]] for why in refused], model, by_name)
     if not kept:
         why = f"; not {'; '.join(refused)}" if refused else ""
         raise ValueError(f"model: expected {granularity}s to prune, found none{why}. structure= can tell where they are")

@@ -112,6 +112,10 @@ class Pruned:
         """The weights that the mask decides on."""
         return (self.weight,)
 
+    def masked_values(self) -> dict[Tensor, Tensor]:
+        """For each of ``masked_parameters`` its values where they stay, and 0 elsewhere."""
+        return {self.weight: self.masked_weight}
+
     @property
     def magnitudes(self) -> Tensor:
         """Scores by which the mask would keep the largest weights, of the scores' shape."""

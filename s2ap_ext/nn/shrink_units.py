@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .attention import Attention
@@ -35,7 +34,7 @@ def shrink_units(model: nn.Module, units: Sequence[tuple[Block, Tensor]], *, exa
     Raises:
         ValueError: a block that does not compute the same afterwards, or cannot be run. The model is unchanged then.
     """
-    trace = Trace(model, [block for block, _ in units if block.origin != "torch"], example)
+    trace = Trace(model, [block for block, _ in units if block.origin != "known"], example)
     before = [(module, _state(module)) for module in model.modules()]
     try:
         for block, stays in units:
@@ -55,7 +54,7 @@ def _shrink(model: nn.Module, trace: Trace, block: Block, units: Tensor) -> None
         return
     name = block.name or "the model"
     try:
-        expected = [] if block.origin == "torch" else trace.run(block)
+        expected = [] if block.origin == "known" else trace.run(block)
     except NotRunnable as error:
         why = "an example of the model's input may help"
         raise ValueError(f"shrink: {name} cannot be run to compare it before and after ({error}); {why}") from None
@@ -63,11 +62,11 @@ def _shrink(model: nn.Module, trace: Trace, block: Block, units: Tensor) -> None
         _adjust(block, units)
     for rows in block.rows:
         _set(rows.module, rows.name, _kept_rows(rows, block.count, units))
-        rows.module.out_features = len(rows.module.weight)
+        rows.module.__dict__["out_features"] = len(rows.tensor)
     _set(block.columns, "weight", _kept_columns(block, units))
     block.columns.in_features = block.columns.weight.shape[1]
     try:
-        fits = block.origin == "torch" or same(expected, trace.run(block))
+        fits = block.origin == "known" or same(expected, trace.run(block))
     except (NotRunnable, ValueError) as error:
         raise ValueError(f"shrink: {name} cannot have fewer {block.kind}s: {error}") from None
     if not fits:
@@ -77,9 +76,8 @@ def _shrink(model: nn.Module, trace: Trace, block: Block, units: Tensor) -> None
 def _adjust(block: Block, units: Tensor) -> None:
     """Sets what the modules of an attention block know about its heads, and takes the entries of removed ones from other parameters."""
     width = block.columns.weight.shape[1]
-    layers = set(block.layers())
     for module in block.module.modules():
-        if module in layers:
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
             continue
         heads = next((module.__dict__[name] for name in HEAD_COUNTS if isinstance(module.__dict__.get(name), int)), block.count)
         for name in (*HEAD_COUNTS, *KEY_HEAD_COUNTS, *WIDTHS):
@@ -96,17 +94,20 @@ def _replace(model: nn.Module, block: Block, units: Tensor) -> None:
     given = block.module
     if given is model:
         raise ValueError("shrink: the model itself is an nn.MultiheadAttention, which has to be replaced; put it into another module")
+    if type(given).forward is not nn.MultiheadAttention.forward:
+        raise ValueError(f"shrink: {block.name}: expected an nn.MultiheadAttention, got {type(given).__name__}, which has its own forward")
     if given.bias_k is not None or given.add_zero_attn:
         raise ValueError(f"shrink: {block.name}: expected an nn.MultiheadAttention without add_bias_kv and add_zero_attn")
     weights, biases = [], []
     for rows in block.rows:
         kept = _kept_rows(rows, block.count, units).chunk(rows.parts)
         (weights if rows.tensor.dim() > 1 else biases).extend(kept)
-    biases = biases if len(biases) != 1 else list(biases[0].chunk(3))
     q, k, v = (_linear(weight, bias, given) for weight, bias in zip(weights, biases or [None] * 3, strict=True))
     out = _linear(_kept_columns(block, units), given.out_proj.bias, given)
     smaller = Attention(q, k, v, out, num_heads=len(units), dropout=given.dropout, batch_first=given.batch_first)
     for around in model.modules():
+        if isinstance(around, nn.TransformerEncoder) and given in around.modules():
+            around.use_nested_tensor = False  # nested tensors are for a path in C++ that reads the weights of torch's attention
         for name, child in around.named_children():
             if child is given:
                 setattr(around, name, smaller.train(given.training))
@@ -131,7 +132,7 @@ def _kept_columns(block: Block, units: Tensor) -> Tensor:
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    given = module._parameters[name]
+    given = getattr(module, name)
     module._parameters[name] = nn.Parameter(value.detach().contiguous(), requires_grad=given.requires_grad)
 
 

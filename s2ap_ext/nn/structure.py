@@ -14,9 +14,12 @@ import fnmatch
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from .attention import Attention
 
 SEPARATE = (
     ("query", "key", "value"),
@@ -30,7 +33,20 @@ SEPARATE = (
 PACKED = ("qkv", "qkv_proj", "to_qkv", "Wqkv", "in_proj", "query_key_value")
 HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads")
 HEAD_WIDTHS = ("head_dim", "attention_head_size", "dim_head", "key_value_proj_dim")
-ELEMENTWISE = (nn.Dropout, nn.Identity, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.ELU, nn.Hardswish)
+ELEMENTWISE = (
+    nn.Dropout,
+    nn.Identity,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.Hardswish,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ class Rows:
 
     @property
     def tensor(self) -> nn.Parameter:
-        return getattr(self.module, self.name)
+        return cast(nn.Parameter, getattr(self.module, self.name))
 
     def by_unit(self, count: int) -> Tensor:
         """A view of the tensor, [parts, units, rows of a unit, ...]."""
@@ -87,14 +103,15 @@ class Block:
         rows: the tensors of which each unit owns rows.
         columns: the layer of whose weight each unit owns as many neighbouring columns.
         count: the number of units.
-        origin: ``"torch"`` where the ties are known from torch's own modules, ``"user"``, or ``"found"``.
+        origin: ``"known"`` where the ties are certain (torch's own modules, and :class:`s2ap_ext.nn.attention.Attention`), ``"user"``, or
+            ``"found"``.
     """
 
     name: str
     kind: str
     module: nn.Module
     rows: tuple[Rows, ...]
-    columns: nn.Module
+    columns: nn.Linear
     count: int
     origin: str = "found"
 
@@ -110,21 +127,18 @@ class Block:
 
 
 def candidates(model: nn.Module, kind: str, told: Sequence[Units]) -> list[list[Block]]:
-    """The blocks that there may be: for each of them one or several forms, of which at most one is right. Torch's own come with one.
+    """The blocks that there may be, the likeliest first: several forms of each, of which at most one is right; one of those that are known.
+
+    Blocks may overlap; of such at most one is right too.
 
     Raises:
         ValueError: an entry of ``told`` that does not fit the model.
     """
-    found = [block for units in told for block in _told(model, kind, units)]
-    claimed = {layer for forms in found for layer in forms[0].layers()}
-    attention = [forms for forms in _attention(model) if claimed.isdisjoint(forms[0].layers())]
+    found = [forms for units in told for forms in _told(model, kind, units)]
+    attention = list(_attention(model))
     if kind == "head":
-        found += attention
-    else:
-        claimed |= {layer for forms in attention for layer in forms[0].layers()}
-        found += _mlps(model, claimed)
-    place = {module: i for i, module in enumerate(model.modules())}
-    return sorted(found, key=lambda forms: place[forms[0].columns])
+        return found + attention
+    return found + list(_mlps(model, {layer for forms in attention for layer in forms[0].layers()}))
 
 
 def looks_like_attention(model: nn.Module) -> list[str]:
@@ -159,7 +173,7 @@ def _told(model: nn.Module, kind: str, units: Units) -> Iterator[list[Block]]:
 
 def _forms(
     name: str, kind: str, module: nn.Module, rows: Sequence[nn.Linear], columns: nn.Linear, count: int, origin: str = "found"
-) -> list[list[Block]] | list[Block]:
+) -> list[Block]:
     """How units may lie in these layers; none if their shapes do not fit."""
     width = columns.in_features
     fewest = min(layer.out_features for layer in rows)
@@ -189,9 +203,10 @@ def _attention(model: nn.Module) -> Iterator[list[Block]]:
             yield [_torch_attention(name, module)]
             continue
         linear = {key: child for key, child in module.named_children() if isinstance(child, nn.Linear)}
-        names = next((trio for trio in SEPARATE if all(key in linear for key in trio)), None)
-        names = names or next(((key,) for key in PACKED if key in linear), None)
-        if names is None:
+        separate = [trio for trio in SEPARATE if all(key in linear for key in trio)]
+        packed = [(key,) for key in PACKED if key in linear]
+        names = next(iter([*separate, *packed]), ())
+        if not names:
             continue
         rows = [linear[key] for key in names]
         for around_name, around in ((name, module), parents.get(module, (name, module))):
@@ -199,7 +214,8 @@ def _attention(model: nn.Module) -> Iterator[list[Block]]:
             fitting = [part for part in others if part.in_features * (3 if len(rows) == 1 else 1) == rows[0].out_features]
             if len(fitting) == 1:
                 count = _head_count(module, fitting[0].in_features)
-                if forms := _forms(around_name, "head", around, rows, fitting[0], count):
+                origin = "known" if type(module) is Attention else "found"
+                if forms := _forms(around_name, "head", around, rows, fitting[0], count, origin):
                     yield forms
                 break
 
@@ -209,7 +225,8 @@ def _torch_attention(name: str, module: nn.MultiheadAttention) -> Block:
     if module.in_proj_weight is None:
         weights = [Rows(module, f"{part}_proj_weight") for part in "qkv"]
     biases = [Rows(module, "in_proj_bias", 3)] if module.in_proj_bias is not None else []
-    return Block(name, "head", module, (*weights, *biases), module.out_proj, module.num_heads, "torch")
+    origin = "known" if type(module).forward is nn.MultiheadAttention.forward else "found"
+    return Block(name, "head", module, (*weights, *biases), module.out_proj, module.num_heads, origin)
 
 
 def _head_count(module: nn.Module, width: int) -> int:
@@ -224,20 +241,18 @@ def _head_count(module: nn.Module, width: int) -> int:
     return 0
 
 
-def _mlps(model: nn.Module, claimed: set[nn.Module]) -> Iterator[list[Block]]:
-    """Linear layers of which one follows another in the same module, or in neighbours within it. Every layer belongs to one block at most."""
-    claimed = set(claimed)
+def _mlps(model: nn.Module, others: set[nn.Module]) -> Iterator[list[Block]]:
+    """Linear layers, none of ``others``, of which one follows another in the same module or in neighbours within it."""
     for name, module in reversed(list(model.named_modules())):  # inner modules before those around them
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            pairs, origin = [([module.linear1], module.linear2)], "torch"
+        if type(module) in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
+            pairs, origin = [([module.linear1], module.linear2)], "known"
         elif type(module) is nn.Sequential:
-            pairs, origin = list(_in_sequence(module)), "torch"
+            pairs, origin = list(_in_sequence(module)), "known"
         else:
-            pairs, origin = list(_neighbours(module, claimed)), "found"
+            pairs, origin = list(_neighbours(module)), "found"
         for rows, columns in pairs:
-            if claimed.isdisjoint([*rows, columns]) and (forms := _forms(name, "neuron", module, rows, columns, columns.in_features, origin)):
-                claimed |= {*rows, columns}
-                yield forms
+            if others.isdisjoint([*rows, columns]):
+                yield _forms(name, "neuron", module, rows, columns, columns.in_features, origin)
 
 
 def _in_sequence(module: nn.Sequential) -> Iterator[tuple[list[nn.Linear], nn.Linear]]:
@@ -252,13 +267,14 @@ def _in_sequence(module: nn.Sequential) -> Iterator[tuple[list[nn.Linear], nn.Li
             first = None
 
 
-def _neighbours(module: nn.Module, claimed: set[nn.Module]) -> Iterator[tuple[list[nn.Linear], nn.Linear]]:
+def _neighbours(module: nn.Module) -> Iterator[tuple[list[nn.Linear], nn.Linear]]:
     """Linear layers among the children of ``module`` and their children, in the order of their registration."""
     within = [part for child in module.children() for part in (child, *child.children())]
-    layers = [part for part in within if isinstance(part, nn.Linear) and part not in claimed]
-    for i, columns in enumerate(layers):
-        gated = layers[max(i - 2, 0) : i]
-        if len(gated) == 2 and {(layer.in_features, layer.out_features) for layer in gated} == {(gated[0].in_features, columns.in_features)}:
-            yield gated, columns  # a gated MLP: the product of two layers' outputs
-        if i and layers[i - 1].out_features in (columns.in_features, 2 * columns.in_features):
-            yield [layers[i - 1]], columns
+    layers = [part for part in within if isinstance(part, nn.Linear)]
+    for a, b, columns in zip(layers, layers[1:], layers[2:], strict=False):  # a gated MLP: the product of two layers' outputs
+        if (a.in_features, a.out_features) == (b.in_features, b.out_features) and a.out_features == columns.in_features != b.in_features:
+            yield [a, b], columns
+    for a, columns in itertools.pairwise(layers):
+        packed = a.out_features == 2 * columns.in_features and a.in_features == columns.out_features  # the two in one layer
+        if a.out_features == columns.in_features or packed:
+            yield [a], columns

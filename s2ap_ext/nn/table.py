@@ -61,7 +61,9 @@ def sparsity_table(model: nn.Module) -> SparsityTable:
     that has them, or of the first layer where none is pruned.
     """
     pruned = [module for module in model.modules() if isinstance(module, Pruned)]
-    seen = {id(tensor) for layer in pruned for tensor in (*layer.masked_parameters, layer.scores)}  # parameters that make no row of a dense layer
+    seen = {
+        id(tensor) for layer in pruned for tensor in (*layer.masked_parameters, layer.scores)
+    }  # parameters that make no row of a dense layer
     counted: set[int] = set()
     rows = []
     for name, module in model.named_modules():

@@ -8,6 +8,7 @@ belong to other units are noticed. The numbers set are of the size of 1 whatever
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from .structure import Block
 
 TOKENS = (2, 4)  # images and tokens of the inputs that are made up
-REMEMBERED = ("past_key_values", "past_key_value")  # arguments that a forward changes
 
 
 class NotRunnable(RuntimeError):
@@ -36,14 +36,14 @@ class Trace:
 
     def __init__(self, model: nn.Module, blocks: Iterable[Block], example: Any = None) -> None:
         self.model = model
-        self._inputs: dict[nn.Module, tuple[tuple, dict]] = {}
+        self._inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         inputs = configured_example(model) if example is None else example
         if inputs is None:
             return
 
-        def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            kwargs = {name: value for name, value in kwargs.items() if name not in REMEMBERED}
-            self._inputs.setdefault(module, (args, kwargs))
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module not in self._inputs:
+                self._inputs[module] = copy.deepcopy((args, kwargs))  # there may be caches among them, which a forward changes
 
         handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in {block.module for block in blocks}]
         try:
@@ -62,9 +62,11 @@ class Trace:
         Raises:
             NotRunnable: the block was not called in the forward, and random tokens do not suit it either.
         """
+        if block.columns.weight.is_meta:
+            raise NotRunnable("the model is on the meta device")
         outputs: list[Tensor] = []
         handle = block.columns.register_forward_hook(lambda module, args, output: outputs.append(output))
-        args, kwargs = self._inputs.get(block.module) or ((_tokens(block),), {})
+        args, kwargs = copy.deepcopy(self._inputs.get(block.module)) or ((_tokens(block),), {})
         try:
             with _evaluating(self.model):
                 returned = block.module(*args, **kwargs)

@@ -67,6 +67,14 @@ class PrunedUnits(PrunedChild):
     def masked_parameters(self) -> tuple[Tensor, ...]:
         return self.columns, *(rows.tensor for rows in self.block.rows if rows.tensor.dim() > 1)
 
+    @torch.no_grad()
+    def masked_values(self) -> dict[Tensor, Tensor]:
+        values: dict[Tensor, Tensor] = {self.columns: self.bake().detach()}
+        for rows in self.block.rows:
+            stays = self.mask.view(-1, *[1] * rows.tensor.dim())
+            values[rows.tensor] = torch.where(stays, rows.by_unit(self.block.count), 0).view_as(rows.tensor)
+        return values
+
     @property
     def magnitudes(self) -> Tensor:
         """Of each unit the sum of ``|w|`` over its weights."""
@@ -87,8 +95,9 @@ class PrunedUnits(PrunedChild):
     @torch.no_grad()
     def clear_rows(self) -> None:
         """Sets the rows and biases of the units that are pruned to 0."""
-        for rows in self.block.rows:
-            rows.by_unit(self.block.count)[:, ~self.mask] = 0
+        for tensor, value in self.masked_values().items():
+            if tensor is not self.columns:
+                tensor.copy_(value)
 
 
 def unit_layers(blocks: Sequence[Block]) -> Iterator[Layer]:
@@ -110,27 +119,40 @@ def unit_blocks(model: nn.Module, kind: str, told: Units | Sequence[Units], exam
     """
     told = [told] if isinstance(told, Units) else told
     possible = candidates(model, kind, told)
-    trace = Trace(model, [forms[0] for forms in possible if forms[0].origin != "torch"], example)
-    blocks, refused = [], []
+    trace = Trace(model, [forms[0] for forms in possible if forms[0].origin != "known"], example)
+    blocks: list[Block] = []
+    why_not: dict[tuple[nn.Module, ...], str] = {}
+    taken: set[nn.Module] = set()
     for forms in possible:
+        if not taken.isdisjoint(forms[0].layers()):
+            continue
         block, why = _form_that_holds(trace, forms)
-        if block is not None and (why := _why_not(model, block)):
-            block = None
-        if block is not None:
+        why = why or _why_not(model, block)
+        if not why:
             blocks.append(block)
-        elif forms[0].origin == "user":
-            raise ValueError(f"structure: {forms[0].name}: {why}")
+            taken.update(block.layers())
+        elif block.origin == "user":
+            raise ValueError(f"structure: {block.name}: {why}")
         else:
-            refused.append(f"{forms[0].name or 'the model'} ({why})")
+            why_not.setdefault(tuple(block.layers()), f"{block.name or 'the model'} ({why})")
+    place = {module: i for i, module in enumerate(model.modules())}
+    blocks.sort(key=lambda block: place[block.columns])
+    refused = [why_not[layers] for layers in sorted(why_not, key=lambda layers: place[layers[-1]]) if taken.isdisjoint(layers)]
     if kind == "head":
-        names = [block.name for block in blocks] + [forms[0].name for forms in possible]
-        unknown = [name for name in looks_like_attention(model) if not any(f"{name}.".startswith(f"{n}.") for n in names)]
+        names = [f"{name}." for name in [*(block.name for block in blocks), *(forms[0].name for forms in possible)]]
+        unknown = [name for name in looks_like_attention(model) if not any(_within(f"{name}.", other) for other in names)]
         refused += [f"{name} (its q, k, v and output layers are not recognised)" for name in unknown]
     return blocks, refused
 
 
-def _form_that_holds(trace: Trace, forms: Sequence[Block]) -> tuple[Block | None, str]:
-    if forms[0].origin == "torch":
+def _within(one: str, other: str) -> bool:
+    """Whether one of two modules is the other or a part of it."""
+    return one.startswith(other) or other.startswith(one)
+
+
+def _form_that_holds(trace: Trace, forms: Sequence[Block]) -> tuple[Block, str]:
+    """The first form that is right, or one that is not and why."""
+    if forms[0].origin == "known":
         return forms[0], ""
     try:
         for block in forms:
@@ -139,8 +161,8 @@ def _form_that_holds(trace: Trace, forms: Sequence[Block]) -> tuple[Block | None
     except NotRunnable as error:
         if forms[0].origin == "user":
             return forms[0], ""
-        return None, f"it cannot be tried out, {error}; an example of the model's input may help"
-    return None, f"run with other numbers, its {forms[0].kind}s turn out not to be independent of one another"
+        return forms[0], f"it cannot be tried out, {error}; an example of the model's input may help"
+    return forms[0], f"run with other numbers, its {forms[0].kind}s turn out not to be independent of one another"
 
 
 def _why_not(model: nn.Module, block: Block) -> str:
