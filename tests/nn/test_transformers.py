@@ -58,7 +58,6 @@ def test_search_densify_and_shrink(family, kind):
     x = {name: value.repeat_interleave(2, dim=0) for name, value in configured_example(net).items()}
     dense, given = size(net), flops(net, x)
     train_scores(sparsify(net, 0.5, granularity=kind))
-    print(net(**x).logits)
     layers = pruned_layers(net)
     assert len(layers) == BLOCKS.get(family, 2)
     pruned = [row for row in sparsity_table(net).rows if row.granularity != "dense"]
@@ -72,9 +71,8 @@ def test_search_densify_and_shrink(family, kind):
         return loss
 
     for _ in range(3):
-        before = [layer.scores.detach().clone() for layer in layers.values()]
         optimizer.step(closure)
-    assert all(not torch.equal(layer.scores, s) for layer, s in zip(layers.values(), before, strict=True))
+    assert all((layer.scores.grad != 0).all() for layer in layers.values())  # of pruned units too
     with torch.no_grad():
         expected = net(**x).logits
         assert torch.equal(densify(copy.deepcopy(net))(**x).logits, expected)
