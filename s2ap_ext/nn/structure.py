@@ -57,7 +57,8 @@ class Units:
     ``Units("layers.*", rows=("w1",), columns="w2")`` for the neurons between two linear layers.
 
     Attributes:
-        within: the modules that hold the layers, as in ``named_modules()``; ``*`` and ``?`` match.
+        within: the modules that hold the layers, as in ``named_modules()``; ``*`` and ``?`` match, and of the modules that do those without
+            such layers do not count.
         rows: the linear layers whose rows (and biases) belong to units, by their names within that module.
         columns: the linear layer whose columns do.
         count: how many units there are; None makes every column a unit of its own.
@@ -152,15 +153,17 @@ def looks_like_attention(model: nn.Module) -> list[str]:
 
 
 def _told(model: nn.Module, kind: str, units: Units) -> Iterator[list[Block]]:
-    modules = {name: module for name, module in model.named_modules() if fnmatch.fnmatchcase(name, units.within)}
+    names = (*units.rows, units.columns)
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if fnmatch.fnmatchcase(name, units.within) and all(_layer(module, layer) is not None for layer in names)
+    }
     if not modules:
-        raise ValueError(f"structure: no module is named {units.within!r}")
+        raise ValueError(f"structure: no module is named {units.within!r} and has layers {', '.join(names)}")
     for name, module in modules.items():
-        try:
-            layers = [module.get_submodule(layer) for layer in (*units.rows, units.columns)]
-        except AttributeError as error:
-            raise ValueError(f"structure: {name or 'the model'}: {error}") from None
-        for layer_name, layer in zip((*units.rows, units.columns), layers, strict=True):
+        layers = [_layer(module, layer) for layer in names]
+        for layer_name, layer in zip(names, layers, strict=True):
             if not isinstance(layer, nn.Linear):
                 raise ValueError(f"structure: expected {name}.{layer_name} to be an nn.Linear, got {type(layer).__name__}")
         *rows, columns = layers
@@ -169,6 +172,13 @@ def _told(model: nn.Module, kind: str, units: Units) -> Iterator[list[Block]]:
             sizes = f"{[layer.out_features for layer in rows]} rows and {columns.in_features} columns"
             raise ValueError(f"structure: {name}: {units.count or columns.in_features} units do not divide {sizes}")
         yield forms
+
+
+def _layer(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _forms(

@@ -30,16 +30,14 @@ class Trace:
     Args:
         model: what the blocks belong to.
         blocks: those that will be run.
-        example: the model's input: a tensor, a tuple of arguments or a mapping of named ones. None: for a model of Hugging Face's
-            ``transformers`` one that its configuration tells, and of any other random tokens, given to each block on its own.
+        example: the model's input: a tensor, a tuple of arguments or a mapping of named ones. None: models of Hugging Face's
+            ``transformers``, also within others, are run with what their configurations tell, and blocks of others with random tokens.
     """
 
     def __init__(self, model: nn.Module, blocks: Iterable[Block], example: Any = None) -> None:
         self.model = model
         self._inputs: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        inputs = configured_example(model) if example is None else example
-        if inputs is None:
-            return
+        calls = configured_calls(model) if example is None else [(model, example)]
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module not in self._inputs:
@@ -48,10 +46,9 @@ class Trace:
         handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in {block.module for block in blocks}]
         try:
             with _evaluating(model):
-                _call(model, inputs)
-        except Exception:
-            if example is not None:
-                raise
+                for module, inputs in calls:  # an input that a configuration tells may be none after all; the user's own has to be one
+                    with contextlib.nullcontext() if example is not None else contextlib.suppress(Exception):
+                        _call(module, inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -126,8 +123,18 @@ def same(before: Iterable[Tensor], after: Iterable[Tensor]) -> bool:
     return True
 
 
-def configured_example(model: nn.Module) -> dict[str, Tensor] | None:
-    """An input for a model of ``transformers``, from its configuration; None for other models."""
+def configured_calls(model: nn.Module) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The models of ``transformers`` that ``model`` is or holds, the outermost only, each with an input that its configuration tells."""
+    calls: list[tuple[nn.Module, dict[str, Tensor]]] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if module not in inside and (inputs := _configured_example(module)) is not None:
+            calls.append((module, inputs))
+            inside.update(module.modules())
+    return calls
+
+
+def _configured_example(model: nn.Module) -> dict[str, Tensor] | None:
     config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
     parameter = next(model.parameters(), None)
     if config is None or parameter is None:

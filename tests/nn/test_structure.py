@@ -138,8 +138,8 @@ def test_what_is_told_has_to_fit():
     net = tiny_vit(attention=UnknownAttention)
     rows = ("a", "b", "c")
     for told, message in [
-        (Units("layers.*", rows, "d", 4), "structure: no module is named 'layers.*'"),
-        (Units("blocks.*.inner", rows, "e", 4), "structure: blocks.0.attn.inner: .*has no attribute `e`"),
+        (Units("layers.*", rows, "d", 4), r"structure: no module is named 'layers.\*' and has layers a, b, c, d"),
+        (Units("blocks.*.inner", rows, "e", 4), r"structure: no module is named 'blocks.\*.inner' and has layers a, b, c, e"),
         (Units("blocks.*.attn", ("inner",), "inner.d", 4), "structure: expected blocks.0.attn.inner to be an nn.Linear, got Unknown"),
         (
             Units("blocks.*.inner", rows, "d", 5),

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from s2ap_ext import S2AP, densify, sparsify
 from s2ap_ext.nn import pruned_layers, sparsity_table, train_scores
-from s2ap_ext.nn.tracing import configured_example
+from s2ap_ext.nn.tracing import configured_calls
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,7 +55,7 @@ def flops(net, x):
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_search_densify_and_shrink(family, kind):
     net = tiny(family)
-    x = {name: value.repeat_interleave(2, dim=0) for name, value in configured_example(net).items()}
+    x = {name: value.repeat_interleave(2, dim=0) for name, value in configured_calls(net)[0][1].items()}
     dense, given = size(net), flops(net, x)
     train_scores(sparsify(net, 0.5, granularity=kind))
     layers = pruned_layers(net)
@@ -82,6 +82,21 @@ def test_search_densify_and_shrink(family, kind):
         assert gone <= dense - size(net) <= 1.4 * gone  # with the biases, and Swin's relative positions
         assert flops(net, x) < given
     assert all(type(m).__module__.partition(".")[0] in ("torch", "transformers") for m in net.modules())
+
+
+def test_a_model_within_another():
+    class Normalised(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny("Swin")  # whose blocks take windows, so random tokens do not suit them
+
+        def forward(self, x):
+            return self.model((x - 0.5) / 0.25).logits
+
+    net, x = sparsify(Normalised(), 0.5, granularity="head"), torch.rand(2, 3, 16, 16)
+    assert len(pruned_layers(net)) == BLOCKS["Swin"]
+    with torch.no_grad():
+        torch.testing.assert_close(densify(copy.deepcopy(net), shrink=True)(x), net(x), rtol=0, atol=1e-5)
 
 
 def test_layers_whose_inputs_windows_do_not_divide_are_named():
