@@ -143,11 +143,11 @@ def candidates(model: nn.Module, kind: str, told: Sequence[Units]) -> list[list[
 
 
 def looks_like_attention(model: nn.Module) -> list[str]:
-    """The names of the innermost modules whose classes are called attention and that hold linear layers."""
+    """The names of the innermost modules whose classes are called attention and that hold weights."""
     named = {
         name: module
         for name, module in model.named_modules()
-        if "attention" in type(module).__name__.lower() and any(isinstance(part, nn.Linear) for part in module.modules())
+        if "attention" in type(module).__name__.lower() and any(p.dim() > 1 for p in module.parameters())
     }
     return [name for name in named if not any(other.startswith(f"{name}.") for other in named)]
 
@@ -162,15 +162,18 @@ def _told(model: nn.Module, kind: str, units: Units) -> Iterator[list[Block]]:
     if not modules:
         raise ValueError(f"structure: no module is named {units.within!r} and has layers {', '.join(names)}")
     for name, module in modules.items():
-        layers = [_layer(module, layer) for layer in names]
-        for layer_name, layer in zip(names, layers, strict=True):
+        layers = []
+        for layer_name in names:
+            layer = _layer(module, layer_name)
             if not isinstance(layer, nn.Linear):
                 raise ValueError(f"structure: expected {name}.{layer_name} to be an nn.Linear, got {type(layer).__name__}")
+            layers.append(layer)
         *rows, columns = layers
-        forms = _forms(name, kind, module, rows, columns, units.count or columns.in_features, "user")
+        count = units.count or columns.in_features
+        forms = _forms(name, kind, module, rows, columns, count, "user")
         if not forms:
             sizes = f"{[layer.out_features for layer in rows]} rows and {columns.in_features} columns"
-            raise ValueError(f"structure: {name}: {units.count or columns.in_features} units do not divide {sizes}")
+            raise ValueError(f"structure: {name}: {count} units do not divide {sizes}")
         yield forms
 
 
@@ -200,7 +203,7 @@ def _forms(
             Rows(layer, tensor, n)
             for layer, n in zip(rows, parts, strict=True)
             for tensor in ("weight", "bias")
-            if layer._parameters.get(tensor) is not None
+            if getattr(layer, tensor) is not None
         ]
         forms.append(Block(name, kind, module, tuple(tensors), columns, count, origin))
     return forms

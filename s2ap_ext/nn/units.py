@@ -126,8 +126,9 @@ def unit_blocks(model: nn.Module, kind: str, told: Units | Sequence[Units], exam
     for forms in possible:
         if not taken.isdisjoint(forms[0].layers()):
             continue
-        block, why = _form_that_holds(trace, forms)
-        why = why or _why_not(model, block)
+        block, why = forms[0], _why_not(model, forms[0])
+        if not why:
+            block, why = _form_that_holds(trace, forms)
         if not why:
             blocks.append(block)
             taken.update(block.layers())
@@ -166,12 +167,10 @@ def _form_that_holds(trace: Trace, forms: Sequence[Block]) -> tuple[Block, str]:
 
 
 def _why_not(model: nn.Module, block: Block) -> str:
-    """Why a block cannot be pruned whose structure is right."""
-    for rows in block.rows:
-        if rows.name not in rows.module._parameters:
-            return f"expected {rows.name} of {type(rows.module).__name__} to be a parameter, but it is computed"
-    if "weight" not in block.columns._parameters:
-        return f"expected the weight of {type(block.columns).__name__} to be a parameter, but it is computed"
+    """Why a block cannot be pruned whatever its structure is; empty if it can."""
+    for module, name in [*((rows.module, rows.name) for rows in block.rows), (block.columns, "weight")]:
+        if name not in module._parameters:
+            return f"expected the {name} of its {type(module).__name__} to be a parameter, but it is computed"
     ours = {id(rows.tensor) for rows in block.rows} | {id(block.columns.weight)}
-    owners = [id(p) for module in model.modules() for p in module._parameters.values() if id(p) in ours]
-    return "a layer outside of it has the same weight" if len(owners) > len(set(owners)) else ""
+    uses = [id(p) for module in model.modules() for p in module._parameters.values() if id(p) in ours]
+    return "another layer has one of its weights too" if len(uses) > len(set(uses)) else ""

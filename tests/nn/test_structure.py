@@ -171,10 +171,34 @@ def test_trying_out_leaves_everything_as_it_was():
     assert all(torch.equal(state[name], value) for name, value in given.items())
 
 
-def test_weights_that_a_block_shares_with_others():
+def test_weights_that_are_shared_or_computed():
     net = tiny_vit()
     net.blocks[1].mlp.fc1.weight = net.blocks[0].mlp.fc1.weight
-    with pytest.raises(ValueError, match=r"blocks.0.mlp \(a layer outside of it has the same weight\)"):
+    with pytest.raises(ValueError, match=r"blocks.0.mlp \(another layer has one of its weights too\)"):
+        sparsify(net, 0.5, granularity="neuron")
+    net = tiny_vit()
+    for block, layer in zip(net.blocks, ("fc1", "fc2"), strict=True):
+        nn.utils.parametrizations.weight_norm(block.mlp.get_submodule(layer))
+    named = r"blocks.0.mlp \(expected the weight of its ParametrizedLinear to be a parameter, but it is computed\); blocks.1.mlp \(expected"
+    with pytest.raises(ValueError, match=named):
+        sparsify(net, 0.5, granularity="neuron")
+
+
+def test_attention_without_linear_layers_is_named():
+    class ConvolutionalAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Conv1d(8, 24, 1), nn.Conv1d(8, 8, 1)
+
+    with pytest.raises(ValueError, match=r"none; not 1 \(its q, k, v and output layers are not recognised\)"):
+        sparsify(nn.Sequential(nn.Linear(4, 4), ConvolutionalAttention()), 0.5, granularity="head")
+
+
+def test_a_model_without_values_cannot_be_tried_out():
+    with torch.device("meta"):
+        net = tiny_vit()
+    assert len(pruned_layers(sparsify(copy.deepcopy(net), 0.5, granularity="head"))) == 2
+    with pytest.raises(ValueError, match=r"blocks.0.mlp \(it cannot be tried out, the model is on the meta device"):
         sparsify(net, 0.5, granularity="neuron")
 
 
