@@ -45,7 +45,7 @@ def train(model, optimizer, images, labels, epochs):
 
 
 def tell(what, model, images, labels):
-    attacked = attacks.pgd(model.eval(), images, labels, steps=10, **ATTACK)
+    attacked = attacks.pgd(model.eval(), images, labels, steps=10, random_start=False, **ATTACK)
     with torch.no_grad():
         clean, robust = ((model(x).argmax(dim=1) == labels).double().mean() for x in (images, attacked))
     print(f"{what:28} {sum(p.numel() for p in model.parameters()):7,} parameters  clean {clean:.1%}  robust {robust:.1%}")

@@ -144,11 +144,11 @@ def _unit_targets(
     by_name = [pattern for pattern in exclude if not pattern.startswith(":")]
     exclude = exclude if blocks else by_name  # without blocks there is no first and no last
     kept = _not_excluded(blocks, [[block.name, *(name_of[layer] for layer in block.layers())] for block in blocks], model, exclude)
-    refused = _not_excluded(refused, [[why.partition(" (")[0]] for why in refused], model, by_name)
+    left_out = [refusal.why for refusal in _not_excluded(refused, [refusal.names for refusal in refused], model, by_name)]
     if not kept:
-        why = f"; not {'; '.join(refused)}" if refused else ""
+        why = f"; not {'; '.join(left_out)}" if left_out else ""
         raise ValueError(f"model: expected {granularity}s to prune, found none{why}. structure= can tell where they are")
-    return [_Target(layer, block.columns, "weight", block) for block, layer in zip(kept, unit_layers(kept), strict=True)], refused
+    return [_Target(layer, block.columns, "weight", block) for block, layer in zip(kept, unit_layers(kept), strict=True)], left_out
 
 
 def _targets(model: nn.Module, sparsity: float, granularity: str, exclude: Sequence[str]) -> tuple[list[_Target], list[str]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,8 +107,20 @@ def unit_layers(blocks: Sequence[Block]) -> Iterator[Layer]:
         yield Layer(block.name or type(block.module).__name__, weights, Pattern(GROUP, *weights.shape))
 
 
-def unit_blocks(model: nn.Module, kind: str, told: Units | Sequence[Units], example: Any) -> tuple[list[Block], list[str]]:
-    """The blocks of ``model`` that hold heads or neurons, and in words each that may be one but cannot be pruned.
+class Refused(NamedTuple):
+    """What may hold units that can be pruned and does not.
+
+    Attributes:
+        names: of the module, and of its layers in question.
+        why: in words, with the names.
+    """
+
+    names: list[str]
+    why: str
+
+
+def unit_blocks(model: nn.Module, kind: str, told: Units | Sequence[Units], example: Any) -> tuple[list[Block], list[Refused]]:
+    """The blocks of ``model`` that hold heads or neurons, and what looks like one and cannot be pruned.
 
     Args:
         kind: ``"head"`` or ``"neuron"``.
@@ -121,7 +133,9 @@ def unit_blocks(model: nn.Module, kind: str, told: Units | Sequence[Units], exam
     possible = candidates(model, kind, told)
     trace = Trace(model, [forms[0] for forms in possible if forms[0].origin != "known"], example)
     blocks: list[Block] = []
-    why_not: dict[tuple[nn.Module, ...], str] = {}
+    why_not: dict[tuple[nn.Module, ...], Refused] = {}
+    place = {module: i for i, module in enumerate(model.modules())}
+    name_of = {module: name for name, module in model.named_modules()}
     taken: set[nn.Module] = set()
     for forms in possible:
         if not taken.isdisjoint(forms[0].layers()):
@@ -135,14 +149,15 @@ def unit_blocks(model: nn.Module, kind: str, told: Units | Sequence[Units], exam
         elif block.origin == "user":
             raise ValueError(f"structure: {block.name}: {why}")
         else:
-            why_not.setdefault(tuple(block.layers()), f"{block.name or 'the model'} ({why})")
-    place = {module: i for i, module in enumerate(model.modules())}
+            layers = [name_of[layer] for layer in block.layers()]
+            text = f"{block.name or 'the model'} ({', '.join(name.removeprefix(f'{block.name}.') for name in layers)}: {why})"
+            why_not.setdefault(tuple(block.layers()), Refused([block.name, *layers], text))
     blocks.sort(key=lambda block: place[block.columns])
     refused = [why_not[layers] for layers in sorted(why_not, key=lambda layers: place[layers[-1]]) if taken.isdisjoint(layers)]
     if kind == "head":
         names = [f"{name}." for name in [*(block.name for block in blocks), *(forms[0].name for forms in possible)]]
         unknown = [name for name in looks_like_attention(model) if not any(_within(f"{name}.", other) for other in names)]
-        refused += [f"{name} (its q, k, v and output layers are not recognised)" for name in unknown]
+        refused += [Refused([name], f"{name} (its q, k, v and output layers are not recognised)") for name in unknown]
     return blocks, refused
 
 
