@@ -9,7 +9,7 @@ stable ascending sort does it, and the result can be written as one *cut*: the s
 kept iff ``(key_i, i) >= (cut key, cut index)``; that is all that is needed to rebuild a mask.
 
 **Patterns.** What stays or goes as one, and among what it is ranked, is a layer's :class:`Pattern`: single weights of the whole layer,
-groups of weights (channels, attention heads), or single weights within small windows (N:M sparsity).
+groups of weights (such as channels), or single weights within small windows (N:M sparsity).
 
 **Keys.** ``key(s)`` is the bit pattern of ``|s|`` as float32 (float64 for float64 scores), read as an integer. It orders like
 ``|s|``, equal magnitudes give equal keys, and -0.0 gives the key of 0.0. NaN has a key above infinity and is counted.
@@ -46,8 +46,8 @@ class Pattern(NamedTuple):
 
     * ``WEIGHT`` (no size): the ``kept`` largest elements of the layer stay.
     * ``GROUP``: all elements of one place are a group, and the ``kept`` groups with the largest ``sum(|s|)`` stay, equal ones by place. The
-      output channels of a convolution are ``size`` groups of ``block = numel / size``; the heads of a packed q, k, v projection,
-      ``block = head_dim * in_features``, recur three times.
+      output channels of a convolution are ``size`` groups of ``block = numel / size``. Where ``size * block`` is less than all elements,
+      each group recurs.
     * ``WINDOW``: ``size`` elements that differ only in their place are a window (neighbours for ``block`` 1), and in each window the
       ``kept`` largest elements stay, equal ones by place. 2:4 sparsity along the input channels of a convolution is ``size`` 4,
       ``block = kernel height * kernel width``.

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 Count = TypeVar("Count", int, Tensor)
+OF_SEVERAL_LAYERS = ("head", "neuron")  # granularities whose units are parts of several layers at once
 
 
 def check_sparsity(sparsity: float, name: str = "sparsity") -> float:
@@ -53,14 +54,13 @@ def kept_count(numel: int, sparsity: float) -> int:
     return numel - math.floor(Fraction(repr(check_sparsity(sparsity))) * numel)
 
 
-def pattern_for(granularity: str, shape: Sequence[int], sparsity: float, *, heads: tuple[int, int] | None = None) -> Pattern:
+def pattern_for(granularity: str, shape: Sequence[int], sparsity: float) -> Pattern:
     """What ``kept`` counts in a weight of this ``shape`` (outputs first, then inputs).
 
     Args:
-        granularity: ``"weight"``; ``"channel"``, all weights of an output; ``"head"``, those of an attention head, in all projections that
-            are packed into this weight; ``"N:M"`` such as ``"2:4"``, N weights of every M neighbouring inputs.
+        granularity: ``"weight"``; ``"channel"``, all weights of an output; ``"N:M"`` such as ``"2:4"``, N weights of every M
+            neighbouring inputs.
         sparsity: the fraction removed; for ``"N:M"`` it has to be ``1 - N / M``.
-        heads: the number of attention heads and the outputs of one.
 
     Raises:
         ValueError: an unknown ``granularity``, or one that does not fit ``shape`` or ``sparsity``.
@@ -74,10 +74,8 @@ def pattern_for(granularity: str, shape: Sequence[int], sparsity: float, *, head
         raise ValueError(f"granularity: expected 'weight' for a weight without elements, got {granularity!r}")
     if granularity == "channel":
         return Pattern(GROUP, shape[0], math.prod(shape[1:]))
-    if granularity == "head":
-        if heads is None:
-            raise ValueError("granularity: expected a weight of attention heads for 'head', got that of another layer")
-        return Pattern(GROUP, heads[0], heads[1] * shape[1])
+    if granularity in OF_SEVERAL_LAYERS:
+        raise ValueError(f"granularity: {granularity!r} is of several layers together, so it is for sparsify() and not for one layer")
     stays, window = _window(granularity)
     if shape[1] % window:
         raise ValueError(f"granularity: expected a multiple of {window} inputs for {granularity!r}, got {shape[1]}")
@@ -93,7 +91,7 @@ def input_multiple(granularity: str) -> int:
     Raises:
         ValueError: an unknown ``granularity``.
     """
-    return 1 if granularity in ("weight", "channel", "head") else _window(granularity)[1]
+    return 1 if granularity in ("weight", "channel", *OF_SEVERAL_LAYERS) else _window(granularity)[1]
 
 
 def granularity_of(pattern: Pattern, shape: Sequence[int], kept: int) -> str:
@@ -106,14 +104,14 @@ def granularity_of(pattern: Pattern, shape: Sequence[int], kept: int) -> str:
         return "weight"
     if pattern.kind == WINDOW:
         return f"{kept}:{pattern.size}"
-    return "channel" if pattern == pattern_for("channel", shape, 0) else "head"
+    return "channel"
 
 
 def _window(granularity: str) -> tuple[int, int]:
     """N and M of ``"N:M"``."""
     match = re.fullmatch(r"(\d+):(\d+)", granularity)
     if not match or not 0 < int(match[1]) < int(match[2]) <= LARGEST_WINDOW:
-        known = f"'weight', 'channel', 'head' or 'N:M' such as '2:4' (M at most {LARGEST_WINDOW})"
+        known = f"'weight', 'channel', 'head', 'neuron' or 'N:M' such as '2:4' (M at most {LARGEST_WINDOW})"
         raise ValueError(f"granularity: expected {known}, got {granularity!r}")
     return int(match[1]), int(match[2])
 

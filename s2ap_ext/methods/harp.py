@@ -1,12 +1,12 @@
 """HARP: how many weights each layer keeps is learned together with which ones.
 
 Scored: every weight, by a learned score, as in HYDRA. Trained: the scores, the BatchNorm parameters, and one rate ``r_l`` for each layer. A
-layer keeps the fraction ``k_l = k_min + (1 - k_min) * sigmoid(r_l)`` of its weights (or channels), with ``k_min`` a tenth of the target.
-The rates start from the allocation that is chosen beside the method. Their gradient has two parts: ``dL/dk_l``, the sum of ``dL/dM`` over
-the entries of the layer's mask ``M``, straight through the selection; and that of the penalty on the global density,
-``(epoch + 1) * penalty * max(sum(n_l * k_l) / sum(n_l) / k_target - 1, 0)``. So the rates first spread, and the growing penalty then brings
-them down to the target. The step that crosses it is shortened to end on it, and the rates stay there; the scores go on. S2AP
-perturbs the scores and not the rates.
+layer keeps the fraction ``k_l = k_min + (1 - k_min) * sigmoid(r_l)`` of its weights (or channels; a block of its heads or neurons), with
+``k_min`` a tenth of the target. The rates start from the allocation that is chosen beside the method. Their gradient has two parts:
+``dL/dk_l``, the sum of ``dL/dM`` over the entries of the layer's mask ``M``, straight through the selection; and that of the penalty on the
+global density, ``(epoch + 1) * penalty * max(sum(n_l * k_l) / sum(n_l) / k_target - 1, 0)``, where ``n_l`` counts weights whatever is
+removed as one. So the rates first spread, and the growing penalty then brings them down to the target. The step that crosses it is
+shortened to end on it, and the rates stay there; the scores go on. S2AP perturbs the scores and not the rates.
 
 All of it stays on the device: no step waits for it.
 
@@ -86,7 +86,7 @@ class Harp(Method):
             layer.weight.numel() if layer.mask_state.pattern.kind == WEIGHT else layer.mask_state.pattern.size
             for layer in self._layers.values()
         ]
-        weights = [layer.weight.numel() for layer in self._layers.values()]
+        weights = [layer.weight.numel() * layer.weights_per_entry for layer in self._layers.values()]
         device = next(iter(self._layers.values())).scores.device
         self._units = torch.tensor(units, dtype=torch.float64, device=device)
         self._of = Rates(1 - sparsity, torch.tensor(weights, dtype=torch.float64, device=device))

@@ -5,19 +5,23 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from ..allocations import Allocation, Layer, allocate
 from ..allocations.mapping import name_matches
-from ..sparsity import check_sparsity, input_multiple, pattern_for
+from ..sparsity import OF_SEVERAL_LAYERS, check_sparsity, input_multiple, pattern_for
 from .layers import DENSE_TO_PRUNED, Pruned, S2APConv2d, S2APLinear, baked_weight, pruned_layers, refresh, to_dense_class
 from .layout import forget_layout, keep_layout
 from .mask_state import MaskGroup
 from .pruned_weight import PrunedWeight, pruned_weights, put_in, take_out
+from .shrink_units import shrink_units
+from .structure import Block, Units
+from .units import PrunedUnits, unit_blocks, unit_layers
 
+T = TypeVar("T")
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -29,6 +33,8 @@ def sparsify(
     allocation: str | Allocation | Mapping[str, float] = "uniform",
     granularity: str = "weight",
     exclude: Sequence[str] = (),
+    structure: Units | Sequence[Units] = (),
+    example: Any = None,
 ) -> nn.Module:
     """Turns the convolutions and linear layers of ``model`` into pruned layers, in place.
 
@@ -48,12 +54,18 @@ def sparsify(
             ``{"conv1": 0.5, "layer4.*": 0.95}``: the first key that matches a layer or a module around it decides, ``*`` and ``?``
             match, and ``sparsity`` is that of the layers without a key.
         granularity: what is removed as one, and among what. ``"weight"``: single weights of the layer. ``"channel"``: all weights of an
-            output; channels rank by the sum of their ``|scores|``. ``"head"``: an attention head, in the q, k and v projections of
-            ``nn.MultiheadAttention``; all other layers stay dense. ``"N:M"`` such as ``"2:4"``: N weights of every M neighbouring
-            inputs stay; ``sparsity`` has to be ``1 - N / M`` and ``allocation`` uniform. Layers whose inputs are not a multiple of M stay
-            dense, and a warning names them.
+            output; channels rank by the sum of their ``|scores|``. ``"head"``: an attention head, that is its rows of the q, k and v
+            projections, with their biases, and its columns of the output projection. ``"neuron"``: a hidden unit of an MLP, its row and
+            bias in the first layer and its column in the second. Heads and neurons have one score each
+            (:class:`s2ap_ext.nn.PrunedUnits`), are found in torch's modules and in those of other libraries (docs/transformers.md), and
+            all else stays dense. ``"N:M"`` such as ``"2:4"``: N weights of every M neighbouring inputs stay; ``sparsity`` has to be
+            ``1 - N / M`` and ``allocation`` uniform. Layers whose inputs are not a multiple of M stay dense, and a warning names them.
         exclude: names of layers or modules to leave dense, as in ``named_modules()``; ``*`` and ``?`` match. ``":first"`` and
             ``":last"`` are the first and the last of the layers that can be pruned, in module order.
+        structure: where heads or neurons are, for modules in which they are not found.
+        example: an input of the model, with which blocks are run to see whether heads or neurons are what they seem: a tensor, a tuple of
+            arguments or a mapping of named ones. Without one, models of ``transformers`` are run with what their configuration says, and
+            blocks of others with random tokens.
 
     Returns:
         ``model``.
@@ -62,21 +74,30 @@ def sparsify(
         TypeError: an ``allocation`` that is none of those above.
         ValueError: ``sparsity`` outside [0, 1]; an unknown ``allocation`` or ``granularity``, or one that does not fit ``sparsity`` or
             a layer; a weight that is no parameter (one with a torch parametrization, say); an ``exclude`` that matches no module; a model
-            without a layer to prune, or with a layer that is pruned already. The model is unchanged then.
+            without a layer to prune, or with a layer that is pruned already; a ``structure`` that the model has not, or that is for other
+            granularities than heads and neurons. The model is unchanged then.
 
     Warns:
-        UserWarning: layers stay dense because ``"N:M"`` does not divide their inputs. Naming them in ``exclude`` says that they should.
+        UserWarning: layers stay dense because ``"N:M"`` does not divide their inputs, or blocks because they look like attention or an
+            MLP and turn out not to be. Naming them in ``exclude`` says that they should.
     """
     check_sparsity(sparsity)
     if already := list(pruned_layers(model)):
         raise ValueError(f"model: layer {already[0] or '(the model itself)'} is pruned already; densify(model) first")
-    targets, left_out = _targets(model, sparsity, granularity, [exclude] if isinstance(exclude, str) else exclude)
+    exclude = [exclude] if isinstance(exclude, str) else exclude
+    if granularity in OF_SEVERAL_LAYERS:
+        targets, left_out = _unit_targets(model, granularity, exclude, structure, example)
+        why = f"these blocks have no {granularity}s that can be pruned, and stay dense"
+    elif structure:
+        raise ValueError(f"structure: it is for granularity {' or '.join(map(repr, OF_SEVERAL_LAYERS))}, got {granularity!r}")
+    else:
+        targets, left_out = _targets(model, sparsity, granularity, exclude)
+        why = f"granularity {granularity!r} does not divide the inputs of these layers, which stay dense"
     layers: dict[int, Layer] = {}  # each weight once, as the first layer that has it
     for target in targets:
         layers.setdefault(id(target.layer.weight), target.layer)
     kept = dict(zip(layers, allocate(allocation, list(layers.values()), sparsity), strict=True))
     if left_out:
-        why = f"granularity {granularity!r} does not divide the inputs of these layers, which stay dense"
         warnings.warn(f"{why}: {', '.join(left_out)}", stacklevel=2)
 
     read_by_name = {part for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer) for part in module.children()}
@@ -89,10 +110,14 @@ def sparsify(
         same: dict[str, Any] = {"kept": torch.tensor(kept[id(weight)], device=weight.device)}
         if first is not None:
             same = {"kept": first.kept, "scores": first.scores}
-        if type(target.module) in DENSE_TO_PRUNED and target.module not in read_by_name:
+        pruned: Pruned
+        if target.block is not None:
+            pruned = PrunedUnits(target.block, kept=same["kept"], group=group)
+            put_in(target.module, target.weight, pruned)
+        elif type(target.module) in DENSE_TO_PRUNED and target.module not in read_by_name:
+            target.module.__class__ = DENSE_TO_PRUNED[type(target.module)]
+            assert isinstance(target.module, Pruned)
             pruned = target.module
-            pruned.__class__ = DENSE_TO_PRUNED[type(pruned)]
-            assert isinstance(pruned, Pruned)
             pruned._start_pruning(sparsity, pattern, group=group, **same)
         else:
             pruned = PrunedWeight(weight, sparsity=sparsity, pattern=pattern, group=group, **same)
@@ -104,18 +129,35 @@ def sparsify(
 
 
 class _Target(NamedTuple):
-    """A layer that :func:`sparsify` prunes: ``module``'s tensor of the name ``weight``."""
+    """A layer that :func:`sparsify` prunes: ``module``'s tensor of the name ``weight``, for units the last of those in ``block``."""
 
     layer: Layer
     module: nn.Module
     weight: str
+    block: Block | None = None
+
+
+def _unit_targets(
+    model: nn.Module, granularity: str, exclude: Sequence[str], structure: Units | Sequence[Units], example: Any
+) -> tuple[list[_Target], list[str]]:
+    """The blocks that :func:`sparsify` prunes, and those that it leaves out, with reasons."""
+    blocks, refused = unit_blocks(model, granularity, structure, example)
+    name_of = {module: name for name, module in model.named_modules()}
+    by_name = [pattern for pattern in exclude if not pattern.startswith(":")]
+    exclude = exclude if blocks else by_name  # without blocks there is no first and no last
+    kept = _not_excluded(blocks, [[block.name, *(name_of[layer] for layer in block.layers())] for block in blocks], model, exclude)
+    left_out = [refusal.why for refusal in _not_excluded(refused, [refusal.names for refusal in refused], model, by_name)]
+    if not kept:
+        why = f"; not {'; '.join(left_out)}" if left_out else ""
+        raise ValueError(f"model: expected {granularity}s to prune, found none{why}. structure= can tell where they are")
+    return [_Target(layer, block.columns, "weight", block) for block, layer in zip(kept, unit_layers(kept), strict=True)], left_out
 
 
 def _targets(model: nn.Module, sparsity: float, granularity: str, exclude: Sequence[str]) -> tuple[list[_Target], list[str]]:
     """What :func:`sparsify` prunes, each module once, and the layers it leaves out since ``granularity`` does not divide their inputs."""
     multiple = input_multiple(granularity)
     targets, left_out = [], []
-    for name, module, weight_name in _candidates(model, granularity, exclude):
+    for name, module, weight_name in _candidates(model, exclude):
         weight = getattr(module, weight_name)
         if isinstance(weight, nn.parameter.UninitializedParameter):
             raise ValueError(f"model: layer {name} is lazy and has no weights yet; run one batch through the model first")
@@ -127,9 +169,8 @@ def _targets(model: nn.Module, sparsity: float, granularity: str, exclude: Seque
         if weight.shape[1] % multiple:
             left_out.append(f"{label} ({weight.shape[1]})")
             continue
-        heads = (module.num_heads, module.head_dim) if isinstance(module, nn.MultiheadAttention) else None
         try:
-            pattern = pattern_for(granularity, weight.shape, sparsity, heads=heads)
+            pattern = pattern_for(granularity, weight.shape, sparsity)
         except ValueError as error:
             raise ValueError(f"layer {label}: {error}") from None
         targets.append(_Target(Layer(label, weight, pattern), module, weight_name))
@@ -139,40 +180,57 @@ def _targets(model: nn.Module, sparsity: float, granularity: str, exclude: Seque
     return targets, left_out
 
 
-def _candidates(model: nn.Module, granularity: str, exclude: Sequence[str]) -> list[tuple[str, nn.Module, str]]:
+def _candidates(model: nn.Module, exclude: Sequence[str]) -> list[tuple[str, nn.Module, str]]:
     """The layers that are not excluded: (name of the module, module, name of its weight)."""
     found: list[tuple[str, nn.Module, str]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             found += [(name, module, weight) for weight in ATTENTION_WEIGHTS if getattr(module, weight) is not None]
-        elif isinstance(module, WEIGHTED) and granularity != "head":
+        elif isinstance(module, WEIGHTED):
             found.append((name, module, "weight"))
-    ends = {":first": found[0][0], ":last": found[-1][0]} if found else {}
-    names = [name for name, _ in model.named_modules()]
+    return _not_excluded(found, [[name] for name, _, _ in found], model, exclude)
+
+
+def _not_excluded(found: Sequence[T], names: Sequence[Sequence[str]], model: nn.Module, exclude: Sequence[str]) -> list[T]:
+    """Those of ``found`` that ``exclude`` leaves, where ``names`` says how each may be called.
+
+    Raises:
+        ValueError: an entry of ``exclude`` that names no module.
+    """
+    ends = {":first": names[0][0], ":last": names[-1][0]} if names else {}
+    modules = [name for name, _ in model.named_modules()]
     for pattern in exclude:
-        if pattern not in ends and not fnmatch.filter(names, pattern):
-            raise ValueError(f"exclude: no module is named {pattern!r}; there are {', '.join(names[1:6])}, ...")
+        if pattern not in ends and not fnmatch.filter(modules, pattern):
+            raise ValueError(f"exclude: no module is named {pattern!r}; there are {', '.join(modules[1:6])}, ...")
 
     def excluded(name: str) -> bool:
         return any(name == ends[pattern] if pattern in ends else name_matches(name, pattern) for pattern in exclude)
 
-    return [candidate for candidate in found if not excluded(candidate[0])]
+    return [thing for thing, called in zip(found, names, strict=True) if not any(map(excluded, called))]
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: nn.Module, *, shrink: bool = False, example: Any = None) -> nn.Module:
     """Turns pruned layers back into plain modules with the zeros baked in, in place; logits stay equal to the bit.
 
     Nothing of this package is left: neither in the classes nor in the state_dict. A weight that a pruned layer shared with a dense
     one (a tied embedding) is a parameter of its own afterwards.
+
+    Args:
+        model: a model with pruned layers.
+        shrink: what is pruned goes away, so that the layers become smaller: heads and neurons (:func:`s2ap_ext.nn.shrink_units`). Logits
+            stay equal up to rounding.
+        example: for ``shrink``, an input of the model, as for :func:`sparsify`: every block is run before and after.
 
     Returns:
         ``model``.
 
     Raises:
         RuntimeError: called between ``ascend()`` and ``descend()``.
+        ValueError: a block that cannot be shrunk; the model is dense then, with the zeros baked in.
     """
     refresh(model)
     baked: dict[tuple[int, int], nn.Parameter] = {}
+    units = [layer for layer in model.modules() if isinstance(layer, PrunedUnits)]
     for layer in pruned_layers(model).values():
         baked_weight(layer, baked)  # all of them before the first layer changes
     for module in list(model.modules()):
@@ -180,7 +238,11 @@ def densify(model: nn.Module) -> nn.Module:
             to_dense_class(module, baked)
         elif pruned := pruned_weights(module):
             take_out(module, {name: baked_weight(child, baked) for name, child in pruned})
+    for layer in units:
+        layer.clear_rows()
     forget_layout(model)
+    if shrink:
+        shrink_units(model, [(layer.block, layer.mask) for layer in units], example=example)
     return model
 
 
@@ -197,5 +259,6 @@ def train_weights(model: nn.Module) -> nn.Module:
 def _train(model: nn.Module, *, scores: bool) -> nn.Module:
     for layer in pruned_layers(model).values():
         layer.scores.requires_grad_(scores)
-        layer.weight.requires_grad_(not scores)
+        for weight in layer.masked_parameters:
+            weight.requires_grad_(not scores)
     return model

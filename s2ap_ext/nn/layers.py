@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..reference import CUT_COLUMNS, SINGLE_WEIGHTS, Pattern, score_grad
-from ..sparsity import kept_in_pattern, pattern_for, score_init, sparsity_of, units
+from ..sparsity import granularity_of, kept_in_pattern, pattern_for, score_init, sparsity_of, units
 from .convolution import prefers_sparse, sparse_conv2d
 from .kept_weights import KeptWeights, convolution_of
 from .mask_state import MaskGroup, MaskState, Perturbation, Selection, can_remember
@@ -111,6 +111,30 @@ class Pruned(nn.Module):
         return int(self.kept) / units(self.mask_state.pattern, self.weight.numel())
 
     @property
+    def granularity(self) -> str:
+        """What is removed as one, as :func:`sparsify` calls it. Reading it waits for a CUDA device."""
+        return granularity_of(self.mask_state.pattern, self.weight.shape, int(self.kept))
+
+    @property
+    def weights_per_entry(self) -> int:
+        """How many weights one entry of the mask decides on."""
+        return 1
+
+    @property
+    def masked_parameters(self) -> tuple[Tensor, ...]:
+        """The weights that the mask decides on."""
+        return (self.weight,)
+
+    def masked_values(self) -> dict[Tensor, Tensor]:
+        """For each of ``masked_parameters`` its values where they stay, and 0 elsewhere."""
+        return {self.weight: self.masked_weight}
+
+    @property
+    def magnitudes(self) -> Tensor:
+        """Scores by which the mask would keep the largest weights, of the scores' shape."""
+        return self.weight.detach()
+
+    @property
     def mask(self) -> Tensor:
         """The mask in force, bool, of weight's shape. A fresh tensor is made for each selection."""
         if not can_remember(self):
@@ -131,6 +155,10 @@ class Pruned(nn.Module):
         """Starts the scores anew from the weights (:func:`s2ap_ext.sparsity.score_init`)."""
         with torch.no_grad():
             self.scores.copy_(score_init(self.weight))
+
+    def bake(self) -> nn.Parameter:
+        """The masked weight as a parameter of its own, for a dense layer."""
+        return nn.Parameter(self.masked_weight.detach(), requires_grad=self.weight.requires_grad)
 
     def invalidate(self) -> None:
         """Forgets the selection, after a change that autograd cannot see (in place through ``.data`` or ``.numpy()``)."""
@@ -306,7 +334,7 @@ def baked_weight(layer: Pruned, baked: dict[tuple[int, int], nn.Parameter]) -> n
     key = (id(layer.weight), id(layer.scores))
     if key not in baked:
         with torch.no_grad():
-            baked[key] = nn.Parameter(layer.masked_weight, requires_grad=layer.weight.requires_grad)
+            baked[key] = layer.bake()
     return baked[key]
 
 

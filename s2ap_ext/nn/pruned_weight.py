@@ -22,7 +22,13 @@ from .mask_state import MaskGroup
 PREFIX = "pruned_"  # of the child's name, before that of the weight
 
 
-class PrunedWeight(Pruned, nn.Module):
+class PrunedChild(Pruned, nn.Module):
+    """A pruned layer that a module has as a child and takes a weight from: called without arguments it gives the masked one."""
+
+    _followers: tuple[str, ...] = ()  # the parameters that came after the weight in its module
+
+
+class PrunedWeight(PrunedChild):
     """A pruned layer that is nothing but its weight: called without arguments it gives the masked weight.
 
     Attributes, arguments and errors are those of :class:`s2ap_ext.S2APConv2d`.
@@ -40,7 +46,6 @@ class PrunedWeight(Pruned, nn.Module):
     ) -> None:
         super().__init__()
         self.weight = weight
-        self._followers: tuple[str, ...] = ()  # the parameters that came after it in its module
         self._start_pruning(sparsity, pattern, scores, kept, group)
 
     def forward(self) -> Tensor:
@@ -79,7 +84,7 @@ def _empty(dense: type, names: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def put_in(module: nn.Module, name: str, pruned: PrunedWeight) -> None:
+def put_in(module: nn.Module, name: str, pruned: PrunedChild) -> None:
     """From now on ``module`` computes with ``pruned`` in place of its parameter ``name``."""
     cls = type(module)
     dense: type = cls.dense if issubclass(cls, _WithPrunedWeights) else cls
@@ -91,7 +96,7 @@ def put_in(module: nn.Module, name: str, pruned: PrunedWeight) -> None:
     module.add_module(PREFIX + name, pruned)
 
 
-def pruned_weights(module: nn.Module) -> Iterable[tuple[str, PrunedWeight]]:
+def pruned_weights(module: nn.Module) -> Iterable[tuple[str, PrunedChild]]:
     """Name and child for each weight of ``module`` that :func:`put_in` has replaced."""
     names = type(module).names if isinstance(module, _WithPrunedWeights) else ()
     return [(name, child) for name in names if isinstance(child := module.get_submodule(PREFIX + name), PrunedWeight)]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..sparsity import granularity_of, kept_weights
+from ..sparsity import kept_weights
 from .layers import Pruned
-from .pruned_weight import PrunedWeight
+from .pruned_weight import PrunedChild
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,24 @@ def sparsity_table(model: nn.Module) -> SparsityTable:
     """How many weights each layer of ``model`` has and keeps.
 
     The counts of pruned layers follow from ``kept`` and the granularity; no mask is made. Layers that are not pruned count too: every
-    parameter of more than one dimension is a row of its own. Tied weights are counted once, under the name of the first pruned layer
+    parameter of more than one dimension is a row of its own. Heads and neurons are a row for each block, of all weights that they tie,
+    under the name of the module that holds them. Tied weights are counted once, under the name of the first pruned layer
     that has them, or of the first layer where none is pruned.
     """
     pruned = [module for module in model.modules() if isinstance(module, Pruned)]
-    seen = {id(tensor) for layer in pruned for tensor in (layer.weight, layer.scores)}  # parameters that make no row of a dense layer
+    seen = {
+        id(tensor) for layer in pruned for tensor in (*layer.masked_parameters, layer.scores)
+    }  # parameters that make no row of a dense layer
     counted: set[int] = set()
     rows = []
     for name, module in model.named_modules():
         if isinstance(module, Pruned):
             if id(module.scores) not in counted:
                 counted.add(id(module.scores))
-                weights, kept = module.weight.numel(), int(module.kept)
-                granularity = granularity_of(module.mask_state.pattern, module.weight.shape, kept)
-                label = module.mask_state.label if isinstance(module, PrunedWeight) else name or type(module).__name__
-                rows.append(_row(label, weights, kept_weights(module.mask_state.pattern, weights, kept), granularity))
+                entries, each = module.weight.numel(), module.weights_per_entry
+                kept = kept_weights(module.mask_state.pattern, entries, int(module.kept))
+                label = module.mask_state.label if isinstance(module, PrunedChild) else name or type(module).__name__
+                rows.append(_row(label, each * entries, each * kept, module.granularity))
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() > 1 and id(parameter) not in seen:

@@ -66,7 +66,7 @@ class AWP(Perturbed):
             along = {w: w.grad for w in self.perturbed_parameters().values() if w.grad is not None}
         if not along:
             raise RuntimeError("no weight has a gradient to ascend along; call loss.backward() first")
-        masked = {layer.weight: layer.masked_weight for layer in pruned_layers(self.model).values()}
+        masked = {w: value for layer in pruned_layers(self.model).values() for w, value in layer.masked_values().items()}
         self._saved = {w: w.detach().clone() for w in along}
         for w, g in along.items():
             w.add_(g * (gamma * masked.get(w, w).norm() / (g.norm() + self.eps)))

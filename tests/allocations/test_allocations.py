@@ -355,12 +355,11 @@ def test_attention_and_other_modules():
     heads = sparsity_table(sparsify(net, 0.5, granularity="head", allocation="global"))
     rows = {row.layer: row for row in heads.rows}
     assert {name: row.granularity for name, row in rows.items()} == {
-        "0.in_proj_weight": "head",
-        "0.out_proj": "dense",
+        "0": "head",
         "1": "dense",
         "2": "dense",
     }
-    assert rows["0.in_proj_weight"].kept == 2 * 3 * 4 * 16
+    assert (rows["0"].weights, rows["0"].kept) == (4 * 16 * 16, 2 * 4 * 4 * 16)
 
 
 def test_scores_train_under_an_allocation():

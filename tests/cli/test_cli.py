@@ -177,7 +177,7 @@ def test_version_and_doctor(capsys):
         (["run", "digits", "--set", "prune.gama=1"], "did you mean prune.gamma"),
         (["run", "digits", "--set", "prune.gamma=-1"], "prune.gamma: expected a number >= 0, got -1"),
         (["run", "digits", "--set", "prune.sparsity=1.1"], "prune.sparsity: expected a number in [0, 1]"),
-        (["run", "digits", "--set", "prune.granularity=rows"], "granularity: expected 'weight', 'channel', 'head' or 'N:M'"),
+        (["run", "digits", "--set", "prune.granularity=rows"], "granularity: expected 'weight', 'channel', 'head', 'neuron' or 'N:M'"),
         (
             ["run", "digits", "--set", "prune.granularity=2:4", "--set", "prune.exclude=:first"],
             "layer conv2: sparsity: expected a multiple of 1/4",

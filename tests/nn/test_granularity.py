@@ -1,4 +1,4 @@
-"""Models pruned by channels, heads and N:M windows: masks, gradients, steps, and the way there and back."""
+"""Models pruned by channels and N:M windows: masks, gradients, steps, and the way there and back."""
 
 import copy
 
@@ -39,28 +39,6 @@ def test_masks_have_the_structure(kind):
             assert (scores.masked_fill(~of_windows, torch.inf).amin(-1) >= scores.masked_fill(of_windows, 0).amax(-1)).all()
         assert mask.float().mean() == pytest.approx(1 - sparsity)
         assert torch.equal(layer.masked_weight, torch.where(mask, layer.weight, 0))
-
-
-def test_heads_are_pruned_in_all_projections_alike():
-    attention = nn.MultiheadAttention(16, 4)
-    sparsify(attention, 0.25, granularity="head")
-    (layer,) = pruned_layers(attention).values()
-    by_head = layer.mask.view(3, 4, 4 * 16)
-    assert torch.equal(by_head.any(dim=2), by_head.all(dim=2))
-    assert (by_head.all(dim=2) == by_head.all(dim=2)[0]).all()
-    assert by_head.all(dim=2)[0].sum() == 3
-    assert type(attention.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear  # left dense
-
-
-def test_heads_of_separate_projections():
-    attention = nn.MultiheadAttention(16, 4, kdim=6, vdim=10)
-    sparsify(attention, 0.5, granularity="head")
-    masks = {name: layer.mask for name, layer in pruned_layers(attention).items()}
-    assert len(masks) == 3
-    for mask in masks.values():
-        by_head = mask.unflatten(0, (4, 4)).flatten(1)
-        assert torch.equal(by_head.any(dim=1), by_head.all(dim=1))
-        assert by_head.all(dim=1).sum() == 2
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -146,6 +124,5 @@ def test_patterns():
     assert pattern_for("weight", (8, 4), 0.9) == (0, 0, 1)
     assert pattern_for("channel", (8, 4, 3, 3), 0.9) == (1, 8, 36)
     assert pattern_for("4:8", (8, 16), 0.5) == (2, 8, 1)
-    assert pattern_for("head", (48, 16), 0.5, heads=(4, 4)) == (1, 4, 64)
-    with pytest.raises(ValueError, match="expected a weight of attention heads"):
+    with pytest.raises(ValueError, match="'head' is of several layers together"):
         pattern_for("head", (48, 16), 0.5)

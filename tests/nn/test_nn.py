@@ -633,11 +633,11 @@ def test_exclude():
     [
         ({"sparsity": 1.5}, r"sparsity: expected a number in \[0, 1\]"),
         ({"sparsity": float("nan")}, r"sparsity: expected a number in \[0, 1\]"),
-        ({"sparsity": 0.9, "granularity": "row"}, r"granularity: expected 'weight', 'channel', 'head' or 'N:M' .*, got 'row'"),
+        ({"sparsity": 0.9, "granularity": "row"}, r"granularity: expected 'weight', 'channel', 'head', 'neuron' or 'N:M' .*, got 'row'"),
         ({"sparsity": 0.5, "granularity": "4:4"}, r"granularity: expected 'weight', .* got '4:4'"),
         ({"sparsity": 0.9, "granularity": "2:4", "exclude": ["0"]}, r"layer 3: sparsity: expected a multiple of 1/4 .*, got 0.9"),
         ({"sparsity": 0.75, "granularity": "2:4", "exclude": ["0"]}, r"layer 3: sparsity: expected 0.5 for granularity '2:4', got 0.75"),
-        ({"sparsity": 0.5, "granularity": "head"}, r"model: expected a layer to prune"),
+        ({"sparsity": 0.5, "granularity": "head"}, r"model: expected heads to prune, found none"),
         ({"sparsity": 0.9, "exclude": ["nothing"]}, "exclude: no module is named 'nothing'"),
     ],
 )

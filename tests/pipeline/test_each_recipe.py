@@ -3,25 +3,16 @@
 import pytest
 import torch
 
-from s2ap_ext import parts
 from s2ap_ext.data import Dataset, Split
 from s2ap_ext.nn import pruned_layers
 from s2ap_ext.pipeline import RunFolder, Session, check_prunable, known_recipes, load_recipe, prune
 from s2ap_ext.pipeline.model_file import new_model
 from s2ap_ext.pipeline.recipe import to_toml
-from s2ap_ext.pipeline.recipe_files import read_table, recipe_file
+from s2ap_ext.pipeline.recipe_files import recipe_file
 
 GRID = [f"{data}-{model}" for data in ("cifar10", "svhn") for model in ("resnet18", "vgg16", "wrn28-4")]
 SMALLER = {"resnet18": "model.width=8", "resnet50": "model.width=8", "vit": "model.depth=1"}  # where the model has such a setting
 SHAPES = {"digits": (1, 8, 8), "imagenet": (3, 64, 64)}
-
-
-def load(name, *overrides):
-    """The recipe; skips the test where the data set that it names is not there."""
-    data = read_table(name)[0]["data"]["name"]
-    if "/" not in data and data not in parts.names("data"):
-        pytest.skip(f"there is no data set called {data}")
-    return load_recipe(name, overrides)
 
 
 def two_images(recipe):
@@ -36,7 +27,7 @@ def test_the_grid_of_the_literature_ships():
 
 @pytest.mark.parametrize("name", known_recipes())
 def test_a_recipe_has_its_files_name_and_survives_the_way_through_toml(name, tmp_path):
-    recipe = load(name)
+    recipe = load_recipe(name)
     assert recipe.name == name
     assert len(recipe_file(name).description) > 20
     path = tmp_path / "config.toml"
@@ -47,7 +38,7 @@ def test_a_recipe_has_its_files_name_and_survives_the_way_through_toml(name, tmp
 @pytest.mark.parametrize("name", known_recipes())
 def test_its_mask_search_takes_a_step(name, tmp_path, monkeypatch):
     monkeypatch.setattr(RunFolder, "save_state", lambda *args: None)  # hundreds of megabytes
-    recipe = load(name)
+    recipe = load_recipe(name)
     overrides = ["attack.steps=1", "evaluate.steps=1", "prune.epochs=1", "prune.warmup_epochs=0", "device=cpu", "threads=1"]
     overrides += [setting for model, setting in SMALLER.items() if model == recipe.model.name]
     recipe = load_recipe(name, overrides)
@@ -68,7 +59,7 @@ def test_its_mask_search_takes_a_step(name, tmp_path, monkeypatch):
 def test_every_row_of_the_grid_is_a_recipe(name, method):
     for sparsity in ("0.8", "0.9", "0.95", "0.99"):
         for s2ap in ("true", "false"):
-            recipe = load(name, f"prune.method={method}", f"prune.sparsity={sparsity}", f"prune.s2ap={s2ap}")
+            recipe = load_recipe(name, [f"prune.method={method}", f"prune.sparsity={sparsity}", f"prune.s2ap={s2ap}"])
             assert (recipe.prune.method.name, recipe.prune.sparsity) == (method, float(sparsity))
             assert recipe.prune.s2ap == (s2ap == "true")
 
@@ -81,7 +72,7 @@ def test_methods_fit_a_vision_transformer(method):
 
 @pytest.mark.parametrize("name", GRID)
 def test_the_grid_is_in_the_setting_of_the_papers(name):
-    recipe = load(name)
+    recipe = load_recipe(name)
     assert (recipe.attack.eps, recipe.attack.step_size, recipe.attack.steps, recipe.attack.norm) == (8 / 255, 2 / 255, 10, "linf")
     assert (recipe.pretrain.epochs, recipe.prune.epochs, recipe.finetune.epochs) == (100, 20, 100)
     assert (recipe.prune.lr, recipe.finetune.lr, recipe.prune.gamma, recipe.prune.warmup_epochs) == (0.1, 0.01, 1e-3, 5)
@@ -90,7 +81,7 @@ def test_the_grid_is_in_the_setting_of_the_papers(name):
 
 
 def test_imagenet_is_trained_for_free():
-    recipe = load("imagenet-resnet50")
+    recipe = load_recipe("imagenet-resnet50")
     assert recipe.attack.eps == 4 / 255
     for stage in (recipe.pretrain, recipe.prune, recipe.finetune):
         assert (stage.loss.name, stage.loss.replays) == ("free_at", 4)
