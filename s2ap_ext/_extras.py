@@ -8,14 +8,16 @@ from types import ModuleType
 
 # Import name -> name on the package index, where the two differ.
 PROJECTS = {"tomli_w": "tomli-w", "sklearn": "scikit-learn", "PIL": "pillow"}
+EXTRAS = {"pyautoattack": "eval"}  # import name -> the extra that brings it; the others come with "train"
 
 
 class MissingExtra(ImportError):
-    """A package of the ``train`` extra is not installed; the message says how to get it."""
+    """A package of one of the extras is not installed; the message says how to get it."""
 
     def __init__(self, *names: str) -> None:
         projects = ", ".join(PROJECTS.get(name, name) for name in names)
-        super().__init__(f'{projects} missing; install with: pip install "s2ap_ext[train]"')
+        extras = ",".join(sorted({EXTRAS.get(name, "train") for name in names}))
+        super().__init__(f'{projects} missing; install with: pip install "s2ap_ext[{extras}]"')
 
 
 def optional(name: str, *, or_else: str = "") -> ModuleType:
