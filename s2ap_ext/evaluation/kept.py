@@ -15,39 +15,41 @@ from .. import _files
 
 
 class Kept:
-    """For each stage which images hold so far, and how many are done: in memory, and in a file where there is to be one.
+    """For each stage which images hold so far, and how many are done: in a file, where there is a folder for it.
 
-    The file is bound to a digest of the model, the images and the settings, so results of different evaluations are never mixed.
+    The file is named by a digest of the model, the images and the settings, so results of different evaluations are never mixed.
 
     Args:
-        path: the file; None keeps nothing.
+        folder: made where it is missing; None keeps nothing.
         model: by its ``state_dict`` and its structure.
         images, labels: with their order.
         settings: all else that results depend on, as JSON takes it.
 
     Raises:
-        ValueError: a model without a ``state_dict``; a file that is damaged, or of another evaluation.
+        ValueError: a model without a ``state_dict``; a file that is damaged, or was renamed.
     """
 
     def __init__(
         self,
-        path: str | Path | None,
+        folder: str | Path | None,
         model: nn.Module | Callable[[Tensor], Tensor],
         images: Tensor,
         labels: Tensor,
         settings: dict[str, Any],
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.path: Path | None = None
         self._held: dict[str, Tensor] = {}
         self._done: dict[str, int] = {}
-        if self.path is None:
+        if folder is None:
             return
         self._identity = identity(model, images, labels, settings)
+        self.path = Path(folder) / f"evaluation-{self._identity}.safetensors"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return
         tensors, about = _files.load(self.path)
         if about.get("evaluation") != self._identity:
-            raise ValueError(f"keep: {self.path} is of another evaluation (another model, other images or settings); choose another file")
+            raise ValueError(f"keep: {self.path} is of another evaluation (another model, other images or settings); was it renamed?")
         done, size = about.get("done"), labels.shape
         fits = isinstance(done, dict) and done.keys() == tensors.keys() and all(type(count) is int for count in done.values())
         if not isinstance(done, dict) or not fits or any(t.dtype != torch.bool or t.shape != size for t in tensors.values()):

@@ -20,7 +20,7 @@ from .result import Evaluation
 
 ENGINES = ("torch", "sparse")
 ROUNDING = 1e-3  # by how much of eps the sums of an attack in float32 may be off
-Tell = Callable[[str, int, int], None]
+Tell = Callable[[str, int, int, float], None]
 
 
 def evaluate(
@@ -35,7 +35,7 @@ def evaluate(
     batch_size: int = 250,
     engine: str = "torch",
     keep: str | Path | None = None,
-    tell: Tell = lambda label, done, total: None,
+    tell: Tell = lambda label, done, total, held: None,
 ) -> Evaluation:
     """Which of ``images`` the model classifies rightly as they are, and under each attack.
 
@@ -55,16 +55,17 @@ def evaluate(
         batch_size: images that are attacked together.
         engine: ``"torch"``: the model computes with dense weights, a pruned one as its copy that :func:`s2ap_ext.densify` makes; or
             ``"sparse"``: what :func:`s2ap_ext.compile_sparse` makes of it takes its place, on the CPU, in attacks and verdicts.
-        keep: a file for the results of finished batches, with which the same call goes on after it was stopped. It is bound to the model,
-            the images and the settings. Attacks with random numbers of their own are as without a stop.
-        tell: called after each batch with what runs, how many images it has done and how many there are. What it raises ends the call.
+        keep: a folder for the results of finished batches, from where the same call goes on after it was stopped, to the same results. A
+            call with another model, other images or other settings has a file of its own there.
+        tell: called after each batch with what runs, how many images it has done, how many there are for it, and the fraction of all
+            images that hold so far. What it raises ends the call.
 
     Raises:
         ImportError: a package that an attack needs is missing.
         TypeError: images that are not floating point.
         ValueError: no images, or labels that do not fit them; an unknown attack, norm or engine; an attack that is not defined for this
-            norm or model; a file ``keep`` of another evaluation, or one for a model without a ``state_dict``; what an attack raises.
-            All but the last before anything runs.
+            norm or model; a damaged file in ``keep``, or a model without a ``state_dict`` to tell it by; what an attack raises. All but the
+            last before anything runs.
         RuntimeError: an attack that left the ball.
     """
     _check(images, labels, eps, norm, batch_size, engine)
@@ -91,7 +92,7 @@ def evaluate(
                 held[name] = left
                 if len(stages) > 1:
                     after[name] = accuracies
-    own = {"clean": "s2ap_ext"}
+    own = {"clean": "no attack"}
     return Evaluation(
         norm=norm,
         eps=eps,
@@ -156,7 +157,7 @@ class _Runner:
             held[batch.cpu()] = (self._classes(x_adv) == y).cpu()
             done += len(batch)
             self.results.put(label, held, done)
-            self.tell(label, done, len(indices))
+            self.tell(label, done, len(indices), int(held.sum()) / len(held))
         return held
 
     def _attacked(self, label: str, attack: Attack, x: Tensor, y: Tensor) -> Tensor:

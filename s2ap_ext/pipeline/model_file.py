@@ -19,6 +19,7 @@ from .. import parts
 from ..data import Dataset, seeded_generator
 from ..methods import Method
 from . import checkpoint
+from .attacked import check_attacks
 from .plan import STAGES, stage_before
 from .recipe import from_table, load_recipe, override, to_table
 from .sections import Chosen, Recipe
@@ -81,13 +82,14 @@ def make_sparse(model: nn.Module, recipe: Recipe, tell: Callable[[str], None] = 
 
 
 def check_prunable(recipe: Recipe, data: Dataset) -> int:
-    """Raises ValueError if the recipe's granularity or its excluded layers do not fit its model: before the hours of pretraining.
+    """Raises what does not fit the recipe's model, before the hours of pretraining: its granularity, excluded layers, attacks to evaluate.
 
     Returns:
         About how many bytes the files of a run take at most: three models and, while one is written, three states of up to three times
         a pruned model (itself, its momentum and its average) and the last images.
     """
     model = new_model(recipe, data)
+    check_attacks(recipe, model, data)
     make_sparse(model, recipe)
     pruned = sum(tensor.nbytes for tensor in model.state_dict().values())
     images = 4 * math.prod(data.shape) * max(getattr(recipe, stage).batch_size for stage in STAGES)

@@ -9,6 +9,10 @@ from typing import Any
 from .extras import optional
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and did. All it needs to go on is in its folder."""
+
+
 class Silent:
     """Shows nothing; what the others look like from the pipeline."""
 

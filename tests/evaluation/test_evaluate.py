@@ -41,7 +41,7 @@ def test_by_hand():
     assert found.held["pgd"].tolist() == [True, False, False, True, False, False, True]
     assert found.accuracy == {"clean": 5 / 7, "pgd": 3 / 7}
     assert (found.worst, found.n) == (3 / 7, 7)
-    assert found.implementations == {"clean": "s2ap_ext", "pgd": f"s2ap_ext {s2ap_ext.__version__}"}
+    assert found.implementations == {"clean": "no attack", "pgd": f"s2ap_ext {s2ap_ext.__version__}"}
     assert list(found.per_class()) == [
         (0, 2, {"clean": 1, "pgd": 0.5, "worst": 0.5}),
         (1, 5, {"clean": 3 / 5, "pgd": 2 / 5, "worst": 2 / 5}),
@@ -172,7 +172,7 @@ class Stop(Exception):
 
 
 def stopping(after):
-    def tell(label, done, total):
+    def tell(label, done, total, held):
         nonlocal after
         after -= 1
         if after < 0:
@@ -183,13 +183,13 @@ def stopping(after):
 
 @pytest.mark.parametrize("after", range(6))
 def test_a_stopped_evaluation_goes_on_with_the_batch_after_the_last_finished_one(after, tmp_path):
-    keep, how = tmp_path / "kept.safetensors", {"eps": 0.1, "batch_size": 3}
+    keep, how = tmp_path / "kept", {"eps": 0.1, "batch_size": 3}
     attacks = ["pgd", Moves("up", 0.06)]
     whole = evaluate(Threshold(), X, Y, attacks, **how)
     with pytest.raises(Stop):
         evaluate(Threshold(), X, Y, attacks, **how, keep=keep, tell=stopping(after))
     labels = []
-    again = evaluate(Threshold(), X, Y, attacks, **how, keep=keep, tell=lambda label, done, total: labels.append(label))
+    again = evaluate(Threshold(), X, Y, attacks, **how, keep=keep, tell=lambda label, done, total, held: labels.append(label))
     assert labels == ["clean", "clean", "clean", "pgd", "pgd", "up", "up"][after + 1 :]
     for name, held in whole.held.items():
         assert torch.equal(held, again.held[name])
@@ -222,7 +222,13 @@ def changed_model():
 def test_what_is_kept_belongs_to_one_model_set_of_images_and_settings(changed, tmp_path):
     call = {"model": Threshold(), "images": X, "labels": Y, "attacks": ["pgd"], "eps": 0.1, "keep": tmp_path / "kept"}
     evaluate(**call)
-    with pytest.raises(ValueError, match=r"keep: .*kept is of another evaluation \(another model, other images or settings\)"):
+    (first,) = (tmp_path / "kept").iterdir()
+    ran = []
+    evaluate(**{**call, **changed}, tell=lambda *about: ran.append(about))
+    assert ran
+    (second,) = {*(tmp_path / "kept").iterdir()} - {first}
+    first.replace(second)
+    with pytest.raises(ValueError, match=r"keep: .* is of another evaluation \(another model, other images or settings\); was it renamed"):
         evaluate(**{**call, **changed})
 
 
@@ -231,10 +237,11 @@ def test_what_cannot_be_kept_or_taken(tmp_path):
     with pytest.raises(ValueError, match="keep: expected a model with a state_dict, which tells it from others, got function"):
         evaluate(lambda x: Threshold()(x), X, Y, eps=0.1, keep=keep)
     evaluate(Threshold(), X, Y, eps=0.1, keep=keep)
-    content = bytearray(keep.read_bytes())
+    (file,) = keep.iterdir()
+    content = bytearray(file.read_bytes())
     content[-1] ^= 1
-    keep.write_bytes(content)
-    with pytest.raises(ValueError, match="kept: damaged"):
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"evaluation-.*: damaged"):
         evaluate(Threshold(), X, Y, eps=0.1, keep=keep)
 
 
