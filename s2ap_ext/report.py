@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .pipeline import checkpoint
+from .pipeline import checkpoint, progress
 from .pipeline.attacked import radius
 from .pipeline.extras import optional
 from .pipeline.run_folder import read_metrics, read_results
 
 if TYPE_CHECKING:
-    from .evaluation import Evaluation
+    from .evaluation import Evaluation, GradientCheck
     from .speed import Latency, Measured
 
 # A palette that colour-blind readers can tell apart (Okabe and Ito).
@@ -82,6 +83,29 @@ def print_evaluation(found: Evaluation, classes: Sequence[str]) -> None:
     console = console_module.Console()
     console.print(table)
     console.print(by_class)
+
+
+def print_gradient_check(check: GradientCheck) -> None:
+    """Prints what a check for gradient masking found, and what of it is a sign of that, in words."""
+    console_module, table_module = optional("rich.console"), optional("rich.table")
+    table = table_module.Table(title=f"gradients, {check.images} images that are classified rightly", title_style="bold")
+    for column in ("what", "of which", "found"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for count, loss in check.loss.items():
+        table.add_row("mean loss after steps of PGD", str(count), f"{loss:.3f}")
+    for count, held in check.held_by_steps.items():
+        table.add_row("hold after steps that span the ball", str(count), progress.percent(held))
+    for scale, held in check.held_by_radius.items():
+        table.add_row("hold in a ball of", "all images" if math.isinf(scale) else f"{scale:g} eps", progress.percent(held))
+    for count, held in check.held_by_starts.items():
+        table.add_row("hold under random starts", str(count), progress.percent(held))
+    table.add_row("hold under PGD and not under Square", "", progress.percent(check.only_black_box))
+    table.add_row("gradient is 0 in every pixel", "", progress.percent(check.zero_gradients))
+    console_module.Console().print(table)
+    for sign in check.warnings:
+        print(f"warning: {sign}")
+    if not check.warnings:
+        print("No sign of gradient masking. That is no proof: evaluate with AutoAttack.")
 
 
 def print_profile(rows: Sequence[Measured], batch: int) -> None:

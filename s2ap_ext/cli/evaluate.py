@@ -21,6 +21,9 @@ def add(commands: Commands) -> None:
         "--out", type=Path, metavar="DIR", help="with --attack: where finished batches stay (default: evaluations/ beside CHECKPOINT)"
     )
     parser.add_argument(
+        "--check-gradients", action="store_true", help="look for signs that gradients are masked, on evaluate.images_per_epoch images"
+    )
+    parser.add_argument(
         "--engine", choices=("torch", "sparse"), default="torch", help="sparse: on the kept weights only, on the CPU; also its latency"
     )
     options.add_to(parser)
@@ -57,6 +60,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if arguments.json is not None:
             about = {"checkpoint": str(arguments.checkpoint), "model": name, "data": data.name, **found.summary()}
             pipeline.checkpoint.write_text(arguments.json, json.dumps(about, indent=1) + "\n")
+    if arguments.check_gradients:
+        with pipeline.reproducible(recipe):
+            report.print_gradient_check(pipeline.gradients_checked(recipe, data, model, name, show=show))
+    if arguments.attack or arguments.check_gradients:
         return 0
     network = None
     if arguments.engine == "sparse":

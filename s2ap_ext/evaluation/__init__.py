@@ -4,7 +4,8 @@
 that is. The attacks themselves are the parts of :mod:`s2ap_ext.attacks`.
 """
 
+from .gradients import GradientCheck, check_gradients
 from .result import Evaluation
 from .run import chosen, evaluate
 
-__all__ = ["Evaluation", "chosen", "evaluate"]
+__all__ = ["Evaluation", "GradientCheck", "check_gradients", "chosen", "evaluate"]

@@ -1,6 +1,6 @@
 """The whole job as readable functions: recipes, stages, and the folder of a run."""
 
-from .attacked import attacked
+from .attacked import attacked, gradients_checked
 from .model_file import check_prunable, load_model, new_model, pick_device, recipe_to_evaluate, start_from
 from .plan import STAGES, plan
 from .progress import Stopped
@@ -22,6 +22,7 @@ __all__ = [
     "describe_attack",
     "evaluate",
     "finetune",
+    "gradients_checked",
     "known_recipes",
     "load_model",
     "load_recipe",

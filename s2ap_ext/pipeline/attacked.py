@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data import Dataset
 from ..engine import for_attack
-from ..evaluation import Evaluation, chosen, evaluate
+from ..evaluation import Evaluation, GradientCheck, check_gradients, chosen, evaluate
 from . import progress
 from .progress import Stopped
 from .sections import Recipe
@@ -54,6 +54,27 @@ def attacked(
             batch_size=recipe.evaluate.batch_size,
             engine=engine,
             keep=keep,
+            tell=shown.tell,
+        )
+    finally:
+        shown.finish()
+
+
+def gradients_checked(
+    recipe: Recipe, data: Dataset, model: nn.Module, name: str = "model", *, show: progress.Silent | None = None
+) -> GradientCheck:
+    """Signs of gradient masking on the first ``evaluate.images_per_epoch`` test images, in the ball of the recipe's attack."""
+    few = slice(recipe.evaluate.images_per_epoch)
+    shown = _Shown(name, show or progress.Silent(), lambda: False, recipe.evaluate.batch_size)
+    try:
+        return check_gradients(
+            model,
+            data.test.floats()[few],
+            data.test.labels[few],
+            norm=recipe.attack.norm,
+            eps=recipe.attack.eps,
+            seed=recipe.seed,
+            batch_size=recipe.evaluate.batch_size,
             tell=shown.tell,
         )
     finally:

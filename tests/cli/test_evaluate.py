@@ -70,6 +70,15 @@ def test_without_attacks_it_is_as_ever(finished, capsys):
     assert not (finished / "evaluations").exists()
 
 
+def test_the_check_for_gradient_masking(finished, capsys):
+    pytest.importorskip("pyautoattack")
+    words = ["--check-gradients", "--eps", EPS, "--set", "evaluate.images_per_epoch=6"]
+    assert main(["evaluate", str(finished / "dense.safetensors"), *words]) == 0
+    out = capsys.readouterr().out
+    assert "images that are classified rightly" in out
+    assert "warning: " in out or "No sign of gradient masking" in out
+
+
 def test_the_same_command_goes_on(finished, tmp_path, monkeypatch, capsys):
     words = ["evaluate", str(finished / "dense.safetensors"), "--attack", "pgd", "--set", "evaluate.batch_size=4", "--eps", EPS]
     assert main([*words, "--json", str(tmp_path / "whole.json"), "--out", str(tmp_path / "whole")]) == 0
