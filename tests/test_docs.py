@@ -8,7 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from evaluation_models import cut_down, images_of, small_network
 
+from s2ap_ext import cli
+from s2ap_ext.cli.options import overrides_of
+from s2ap_ext.cli.parser import Commands
+from s2ap_ext.evaluation import chosen
+from s2ap_ext.parts import find, names
 from s2ap_ext.pipeline import check_prunable, load_recipe, open_data
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -41,10 +48,11 @@ def test_a_method_of_ones_own_is_one_file(line, tmp_path):
     assert rows[1]["sparsity"] == pytest.approx(0.9, abs=0.03)
 
 
-COMMANDS = [line for page in ("methods.md",) for block in blocks(page, "bash") for line in block.splitlines()]
+COMMANDS = [line for page in ("methods.md", "evaluation.md") for block in blocks(page, "bash") for line in block.splitlines()]
+OF_RUNS = [line for line in COMMANDS if line.startswith("s2ap run digits")]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_RUNS)
 def test_the_commands_name_what_there_is(command):
     """Each recipe is read and its network pruned; the tests of the pipeline train."""
     program, verb, name, *words = shlex.split(command)
@@ -53,6 +61,46 @@ def test_the_commands_name_what_there_is(command):
     assert set(options) <= {"--set", "--seed"}
     recipe = load_recipe(name, [word for option, word in zip(words[0::2], words[1::2], strict=True) if option == "--set"])
     check_prunable(recipe, open_data(recipe))
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in OF_RUNS and line.startswith("s2ap ")])
+def test_the_other_commands_have_these_options(command):
+    """Files and folders stand for the reader's own, so these are read and not carried out."""
+    commands = Commands()
+    for module in cli.COMMANDS:
+        module.add(commands)
+    arguments = commands.parser.parse_args(shlex.split(command)[1:])
+    if getattr(arguments, "recipe", None):
+        load_recipe(arguments.recipe, overrides_of(arguments))
+    chosen(getattr(arguments, "attack", []), getattr(arguments, "norm", None) or "linf", 0.1)
+
+
+def test_the_calls_of_the_evaluation(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("pyautoattack")
+    monkeypatch.chdir(tmp_path)
+    cut_down(monkeypatch)
+    model = small_network(10)
+    images, labels = images_of(model, 6)
+    example = (torch.rand(2, 3, 8, 8),)
+    torch.export.save(torch.export.export(model, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)), "model.pt2")
+    space = {"torch": torch, "model": model, "images": images, "labels": labels}
+    for block in blocks("evaluation.md", "python"):
+        exec(block.replace("steps=200", "steps=5"), space)
+        assert space["found"].accuracy["clean"] == 4 / 6
+    assert set(space["found"].held) == {"clean", "pgd", "square"}
+    assert "images that hold under all of them: [" in capsys.readouterr().out
+    assert len(list((tmp_path / "evaluations").iterdir())) == 1
+
+
+def test_the_page_names_the_attacks_that_there_are():
+    table = re.findall(r"^\| `(\w+)` \| .* \| (.*) \| (.*) \|$", (DOCS / "evaluation.md").read_text(), re.MULTILINE)
+    assert {name for name, _, _ in table} == {"clean", *names("attack")}
+    for name, norms, code in table:
+        if name != "clean":
+            part = find("attack", name)
+            for norm in norms.split(", "):
+                assert part.within(norm=norm, eps=0.1).settings.norm == norm
+            assert code.strip("`") == ("pyautoattack" if "autoattack" in part.__module__ else "this package")
 
 
 def test_its_settings_are_a_class_like_this_one(tmp_path):

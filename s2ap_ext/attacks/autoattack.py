@@ -110,7 +110,7 @@ class _Logits(nn.Module):
     def __init__(self, model: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
-        self.eval()
+        self.training = False  # not by eval(), which programs of torch.export refuse
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():

@@ -12,10 +12,12 @@ from torch import nn
 from s2ap_ext.cli import main
 from s2ap_ext.evaluation import evaluate
 from s2ap_ext.models import build_model
+from s2ap_ext.parts import make
 from s2ap_ext.pipeline import load_model, load_recipe, open_data
 from s2ap_ext.pipeline.foreign import import_model
 
 safetensors = pytest.importorskip("safetensors.torch")
+pytest.importorskip("pyautoattack")
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,8 @@ def test_an_exported_program_is_evaluated_as_it_is():
     with torch.no_grad():
         y = network(x).argmax(1)
     exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)).module()
-    found, expected = (evaluate(model, x, y, ["pgd", "fmn"], eps=0.02).held for model in (exported, network))
+    found, expected = (
+        evaluate(model, x, y, ["pgd", "fmn", make("attack", "square", eps=0.02, queries=5)], eps=0.02).held for model in (exported, network)
+    )
     for name, held in expected.items():
         assert torch.equal(found[name], held)
