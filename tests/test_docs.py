@@ -75,6 +75,14 @@ def test_the_other_commands_have_these_options(command):
     chosen(getattr(arguments, "attack", []), getattr(arguments, "norm", None) or "linf", 0.1)
 
 
+SHORTER = {
+    "steps=200": "steps=5",
+    "restarts=10": "restarts=2",
+    '"square"': '"fmn"',
+    "labels, eps=8 / 255)": "labels, eps=8 / 255, queries=20)",
+}
+
+
 def test_the_calls_of_the_evaluation(monkeypatch, tmp_path, capsys):
     pytest.importorskip("pyautoattack")
     monkeypatch.chdir(tmp_path)
@@ -85,9 +93,11 @@ def test_the_calls_of_the_evaluation(monkeypatch, tmp_path, capsys):
     torch.export.save(torch.export.export(model, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)), "model.pt2")
     space = {"torch": torch, "model": model, "images": images, "labels": labels}
     for block in blocks("evaluation.md", "python"):
-        exec(block.replace("steps=200", "steps=5"), space)
+        for long, short in SHORTER.items():
+            block = block.replace(long, short)
+        exec(block, space)
         assert space["found"].accuracy["clean"] == 4 / 6
-    assert set(space["found"].held) == {"clean", "pgd", "square"}
+    assert set(space["found"].held) == {"clean", "pgd", "fmn"}
     assert "images that hold under all of them: [" in capsys.readouterr().out
     assert len(list((tmp_path / "evaluations").iterdir())) == 1
 

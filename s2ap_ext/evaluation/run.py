@@ -19,7 +19,7 @@ from .kept import Kept
 from .result import Evaluation
 
 ENGINES = ("torch", "sparse")
-ROUNDING = 1e-3  # by how much of eps the sums of an attack in float32 may be off
+ROUNDING = 1e-3, 1e-6  # by how much of eps, and by how much at all, an attack that computes in float32 may be off
 Tell = Callable[[str, int, int, float], None]
 
 
@@ -165,7 +165,8 @@ class _Runner:
         # The network is a model in all but its type where it is a plain callable; attacks take both.
         x_adv = attack(self.network, x, y, generator=generator)  # type: ignore[arg-type]
         furthest = distances(x_adv, x, self.norm).max().item()
-        if furthest > self.eps * (1 + ROUNDING) or x_adv.min() < 0 or x_adv.max() > 1:
+        # So that NaN, which is neither below nor above anything, is refused too.
+        if not (furthest <= self.eps * (1 + ROUNDING[0]) + ROUNDING[1] and x_adv.min() >= 0 and x_adv.max() <= 1):
             where = f"got one at {furthest:g} with values in [{x_adv.min().item():g}, {x_adv.max().item():g}]"
             raise RuntimeError(f"attack {label}: expected images in [0, 1] within {self.norm} distance {self.eps:g}, {where}")
         return x_adv

@@ -65,6 +65,13 @@ class Moves(Attack):
         return x + self.settings.by
 
 
+class Lost(Moves):
+    """Answers something that is no number."""
+
+    def __call__(self, model, x, y, *, loss="ce", generator=None):
+        return x / 0
+
+
 def test_the_worst_case_is_taken_image_by_image():
     found = evaluate(Threshold(), X[1:4], Y[1:4], [Moves("up", 0.08), Moves("down", -0.08)], eps=0.1)
     assert found.held["up"].tolist() == [False, True, True]
@@ -83,6 +90,8 @@ def test_an_attack_is_for_what_is_right_and_starts_each_batch_with_the_seed():
 def test_an_attack_that_leaves_the_ball_or_the_range_of_images_is_told(by):
     with pytest.raises(RuntimeError, match=r"attack far: expected images in \[0, 1\] within linf distance 0.1, got one at 0.2"):
         evaluate(Threshold(), X[:1], Y[:1], [Moves("far", by)], eps=0.1)
+    with pytest.raises(RuntimeError, match=r"attack lost: expected images in .* got one at nan"):
+        evaluate(lambda x: torch.cat([0.5 - x, x], dim=1), torch.zeros(1, 1), Y[:1], [Lost("lost", 0.0)], eps=0.1)
     with pytest.raises(RuntimeError, match=r"attack out: expected images in \[0, 1\] .* values in"):
         evaluate(Threshold(), torch.zeros(1, 1), Y[:1], [Moves("out", -0.01)], eps=0.1)
 

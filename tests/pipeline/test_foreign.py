@@ -128,8 +128,7 @@ def test_an_exported_program_is_evaluated_as_it_is():
     with torch.no_grad():
         y = network(x).argmax(1)
     exported = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)).module()
-    found, expected = (
-        evaluate(model, x, y, ["pgd", "fmn", make("attack", "square", eps=0.02, queries=5)], eps=0.02).held for model in (exported, network)
-    )
+    attacks = ["pgd", "fmn", make("attack", "square", eps=0.02, queries=5)]
+    found, expected = (evaluate(model, x, y, attacks, eps=0.02).held for model in (exported, network))
     for name, held in expected.items():
         assert torch.equal(found[name], held)
