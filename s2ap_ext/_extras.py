@@ -9,7 +9,7 @@ from types import ModuleType
 # Import name -> name on the package index, where the two differ.
 PROJECTS = {"tomli_w": "tomli-w", "sklearn": "scikit-learn", "PIL": "pillow"}
 # Import name -> the extra that brings it; the others come with "train".
-EXTRAS = {"optuna": "sweep", "timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
+EXTRAS = {"optuna": "sweep", "pyautoattack": "eval", "timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
 
 
 class MissingExtra(ImportError):

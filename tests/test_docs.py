@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from evaluation_models import cut_down, images_of, small_network
 
-from s2ap_ext import sparsify
+from s2ap_ext import cli, sparsify
 from s2ap_ext.cli import COMMANDS as COMMANDS_OF_THE_PROGRAM
 from s2ap_ext.cli import main
+from s2ap_ext.cli.options import overrides_of
 from s2ap_ext.cli.parser import Commands
+from s2ap_ext.evaluation import chosen
+from s2ap_ext.parts import find, names
 from s2ap_ext.pipeline import check_prunable, load_recipe, open_data
 from s2ap_ext.pipeline.recipe_files import read_table
 
@@ -79,10 +83,11 @@ def test_the_commands_of_a_walk_can_be_parsed(page):
             load_recipe(arguments.recipe, arguments.set)
 
 
-COMMANDS = [line for page in ("methods.md",) for block in blocks(page, "bash") for line in block.splitlines()]
+COMMANDS = [line for page in ("methods.md", "evaluation.md") for block in blocks(page, "bash") for line in block.splitlines()]
+OF_RUNS = [line for line in COMMANDS if line.startswith("s2ap run digits")]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_RUNS)
 def test_the_commands_name_what_there_is(command):
     """Each recipe is read and its network pruned; the tests of the pipeline train."""
     program, verb, name, *words = shlex.split(command)
@@ -162,6 +167,56 @@ def test_the_example_with_transformers_runs(monkeypatch, capsys):
     assert lines[-1].startswith("smaller ")
     finetuned = next(line for line in lines if line.startswith("finetuned"))
     assert finetuned.split("parameters")[1] == lines[-1].split("parameters")[1]  # clean and robust accuracy
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line not in OF_RUNS and line.startswith("s2ap ")])
+def test_the_other_commands_have_these_options(command):
+    """Files and folders stand for the reader's own, so these are read and not carried out."""
+    commands = Commands()
+    for module in cli.COMMANDS:
+        module.add(commands)
+    arguments = commands.parser.parse_args(shlex.split(command)[1:])
+    if getattr(arguments, "recipe", None):
+        load_recipe(arguments.recipe, overrides_of(arguments))
+    chosen(getattr(arguments, "attack", []), getattr(arguments, "norm", None) or "linf", 0.1)
+
+
+SHORTER = {
+    "steps=200": "steps=5",
+    "restarts=10": "restarts=2",
+    '"square"': '"fmn"',
+    "labels, eps=8 / 255)": "labels, eps=8 / 255, queries=20)",
+}
+
+
+def test_the_calls_of_the_evaluation(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("pyautoattack")
+    monkeypatch.chdir(tmp_path)
+    cut_down(monkeypatch)
+    model = small_network(10)
+    images, labels = images_of(model, 6)
+    example = (torch.rand(2, 3, 8, 8),)
+    torch.export.save(torch.export.export(model, example, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)), "model.pt2")
+    space = {"torch": torch, "model": model, "images": images, "labels": labels}
+    for block in blocks("evaluation.md", "python"):
+        for long, short in SHORTER.items():
+            block = block.replace(long, short)
+        exec(block, space)
+        assert space["found"].accuracy["clean"] == 4 / 6
+    assert set(space["found"].held) == {"clean", "pgd", "fmn"}
+    assert "images that hold under all of them: [" in capsys.readouterr().out
+    assert len(list((tmp_path / "evaluations").iterdir())) == 1
+
+
+def test_the_page_names_the_attacks_that_there_are():
+    table = re.findall(r"^\| `(\w+)` \| .* \| (.*) \| (.*) \|$", (DOCS / "evaluation.md").read_text(), re.MULTILINE)
+    assert {name for name, _, _ in table} == {"clean", *names("attack")}
+    for name, norms, code in table:
+        if name != "clean":
+            part = find("attack", name)
+            for norm in norms.split(", "):
+                assert part.within(norm=norm, eps=0.1).settings.norm == norm
+            assert code.strip("`") == ("pyautoattack" if "autoattack" in part.__module__ else "this package")
 
 
 def test_its_settings_are_a_class_like_this_one(tmp_path):

@@ -10,7 +10,22 @@ import pytest
 import s2ap_ext
 
 FOLDER = Path(s2ap_ext.__file__).parent
-MODULES = ["analysis", "attacks", "data", "engine", "losses", "methods", "models", "nn", "ops", "optim", "parts", "pipeline", "reference"]
+MODULES = [
+    "analysis",
+    "attacks",
+    "data",
+    "engine",
+    "evaluation",
+    "losses",
+    "methods",
+    "models",
+    "nn",
+    "ops",
+    "optim",
+    "parts",
+    "pipeline",
+    "reference",
+]
 
 
 def fresh(code):

@@ -126,6 +126,14 @@ class L1(Ball):
 
 
 BALLS: dict[str, type[Ball]] = {"linf": Linf, "l2": L2, "l1": L1}
+ORDERS = {"linf": torch.inf, "l2": 2, "l1": 1}
+
+
+def distances(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
+    """How far each image of ``x_adv`` is from that of ``x`` in the norm, float64 [N]."""
+    shift = (x_adv.double() - x.double()).flatten(1)
+    found: Tensor = torch.linalg.vector_norm(shift, ORDERS[norm], dim=1)
+    return found
 
 
 def _kept_distances(sizes: Tensor, room: Tensor, eps: float) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,20 @@ class Attack(Part, ABC):
     """A way to make adversarial examples, with its settings: what training and evaluation call."""
 
     kind = "attack"
+
+    @classmethod
+    def within(cls, *, norm: str, eps: float, **options: Any) -> Attack:
+        """The attack as an evaluation uses it, which knows the ball and leaves the rest to the attack.
+
+        Args:
+            norm, eps: the ball; an attack that has no such settings is made without them.
+            options: further settings by name.
+
+        Raises:
+            ValueError: a norm that the attack is not for, and all that the class itself raises.
+        """
+        known = {field.name for field in fields(cls.Settings)}
+        return cls(**{name: value for name, value in {"norm": norm, "eps": eps}.items() if name in known}, **options)
 
     @abstractmethod
     def __call__(
@@ -35,6 +51,33 @@ class Attack(Part, ABC):
         Raises:
             ValueError: images, classes or logits that make no sense; a ``loss`` that this attack cannot maximise.
         """
+
+    @property
+    def implementation(self) -> str:
+        """Whose code this is, and its version: ``"s2ap_ext 0.1.0"``. Tables of results name it."""
+        from .. import __version__
+
+        return f"s2ap_ext {__version__}"
+
+    def check(self, model: Callable[[Tensor], Tensor], x: Tensor) -> None:
+        """Raises what would end the attack, before hours are spent on other attacks.
+
+        Args:
+            model: what will be attacked.
+            x: at least one of the images.
+
+        Raises:
+            ImportError: a package that the attack needs is missing; the message names the command that installs it.
+            ValueError: a model that the attack is not defined for.
+        """
+
+    def stages(self) -> Mapping[str, Attack]:
+        """The attacks that this one consists of, by name, each of which is for the images that those before it did not fool.
+
+        As a rule that is the attack itself. An evaluation runs the stages one after the other over all images, so that it can tell what
+        each of them adds, and can go on within an attack that takes hours.
+        """
+        return {self.name: self}
 
     def with_gradients(
         self,

@@ -31,11 +31,34 @@ class Pgd(Attack):
         eps: float = key(8 / 255, "radius of the ball, in units where images lie in [0, 1]", low=0)
         step_size: float = key(2 / 255, "length of one step, in the same norm", low=0)
         steps: int = key(10, "number of gradient steps", low=0)
+        restarts: int = key(1, "random starts, each for the images that those before it did not fool", low=1)
+
+    settings: Any
+
+    @classmethod
+    def within(cls, *, norm: str, eps: float, **options: Any) -> Attack:
+        """20 steps of a quarter of ``eps`` from each of 5 random starts, as far as ``options`` do not say otherwise."""
+        return super().within(norm=norm, eps=eps, **{"steps": 20, "step_size": eps / 4, "restarts": 5, **options})
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor | None, *, loss: str = "ce", generator: torch.Generator | None = None
     ) -> Tensor:
-        return pgd(model, x, y, **asdict(self.settings), loss=loss, generator=generator)
+        how = {**self._search_settings(), "loss": loss, "generator": generator}
+        x_adv = pgd(model, x, y, **how)
+        if self.settings.restarts == 1 or not len(x):
+            return x_adv
+        if y is None:
+            raise ValueError(f"y: expected classes, which tell who is fooled, since there are {self.settings.restarts} restarts; got None")
+        with evaluation_mode(model, freeze=True), torch.no_grad():
+            for _ in range(self.settings.restarts - 1):
+                left = (model(x_adv).argmax(dim=1) == y).nonzero().squeeze(1)
+                if not len(left):
+                    break
+                x_adv[left] = pgd(model, x[left], y[left], **how)
+        return x_adv
+
+    def _search_settings(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self.settings).items() if name != "restarts"}
 
     def with_gradients(
         self,
@@ -47,12 +70,13 @@ class Pgd(Attack):
         loss: str = "ce",
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if self.settings.steps == 0:
-            raise ValueError("attack pgd: takes no gradients of parameters in 0 steps")
+        if self.settings.steps == 0 or self.settings.restarts > 1:
+            got = "in 0 steps" if self.settings.steps == 0 else f"with {self.settings.restarts} restarts"
+            raise ValueError(f"attack pgd: takes no gradients of parameters {got}")
         if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
             raise ValueError(f"parameters: expected such as require a gradient, {frozen[0]} does not")
         how: dict[str, Any] = {"loss": loss, "random_start": True, "generator": generator}
-        x_adv, gradients = _search(model, x, y, **asdict(self.settings), **how, parameters=list(parameters.values()))
+        x_adv, gradients = _search(model, x, y, **self._search_settings(), **how, parameters=list(parameters.values()))
         return x_adv, {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
 
     with_gradients.__doc__ = Attack.with_gradients.__doc__

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from ..parts import find, import_all
 from ..settings import types_of
-from .base import AnySplit, Data, Dataset, Split
+from .base import AnySplit, Data, Dataset, Split, in_memory
 from .batches import Batches, augmented, seeded_generator
 from .checksums import Files
 from .digits import load_digits
@@ -34,6 +34,7 @@ __all__ = [
     "Split",
     "Stream",
     "augmented",
+    "in_memory",
     "load_data",
     "load_digits",
     "load_parquet",

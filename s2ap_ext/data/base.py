@@ -97,6 +97,14 @@ class Split:
             yield tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
+def in_memory(split: AnySplit) -> Split:
+    """The images of ``split`` in memory, in their order: what takes all of them at once needs. A streamed split is read for it."""
+    if isinstance(split, Split):
+        return split
+    images, labels = zip(*split.read(torch.arange(len(split)), 256), strict=True)
+    return Split(torch.cat(images), torch.cat(labels))
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A training and a test split with the names of the classes.

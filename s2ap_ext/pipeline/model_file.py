@@ -22,6 +22,7 @@ from ..data.encoded import FITTING
 from ..methods import Method
 from ..models.base import at_most
 from . import checkpoint
+from .attacked import check_attacks
 from .plan import STAGES, plan, stage_before
 from .recipe import from_table, load_recipe, override, to_table
 from .sections import Chosen, Recipe
@@ -88,7 +89,7 @@ def make_sparse(model: nn.Module, recipe: Recipe, tell: Callable[[str], None] = 
 def check_prunable(recipe: Recipe, data: Dataset) -> int:
     """Raises ValueError if what the recipe says does not fit together: before the hours of pretraining.
 
-    That is a granularity or excluded layers that the model has not, or a loss that does not go with the attack.
+    That is a granularity, excluded layers or attacks to evaluate with that the model has not, or a loss that does not go with the attack.
 
     Returns:
         About how many bytes the files of a run take at most: three models and, while one is written, three states of up to three times
@@ -104,6 +105,7 @@ def check_prunable(recipe: Recipe, data: Dataset) -> int:
         raise ValueError(f"prune.gamma: expected a number where prune.perturbs is weights, got {recipe.prune.gamma!r}: no mask entry flips")
     _self_contained(recipe)  # what the files of its models hold
     model = new_model(recipe, data)
+    check_attacks(recipe, model, data)
     make_sparse(model, recipe)
     pruned: int = sum(tensor.nbytes for tensor in model.state_dict().values())
     images: int = min(len(data.train), max(getattr(recipe, stage).batch_size for stage in STAGES))

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
+class Stopped(Exception):
+    """The run was asked to stop, and did. All it needs to go on is in its folder."""
+
+
 class Silent:
     """Shows nothing; what the others look like from the pipeline."""
 

@@ -9,6 +9,7 @@ pruned.safetensors
 finetuned.safetensors
 state.safetensors      while a stage trains: model, optimizer and place in the stage;
 state-before.safetensors  and the last one before it, for the case that it gets damaged
+evaluations            finished batches of attacks on the models
 results.json           the table
 *.png                  the plots
 events.out.tfevents.*  TensorBoard

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -21,12 +20,16 @@ from ..data.checksums import REMEMBERED
 from ..nn import pruned_layers, sparsity_table
 from ..speed import latency
 from . import checkpoint, progress
+from .attacked import attacked, check_attacks, radius
 from .model_file import load_model, new_model, pick_device, save_model
 from .plan import STAGES, plan, stage_before
+from .progress import Stopped
 from .run_folder import check_run
 from .sections import Recipe
 from .stages import TRAIN
-from .trainer import Session, Stopped, evaluation_attack, seed
+from .trainer import Session, evaluation_attack, seed
+
+EVALUATIONS = "evaluations"  # folder of the finished batches of attacks
 
 
 def open_data(recipe: Recipe) -> Dataset:
@@ -46,7 +49,8 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
         stages: which of the recipe's stages to run; None: all of its plan.
 
     Returns:
-        one row for each model: what :func:`evaluate` gives, and the ``seconds`` of training.
+        one row for each model: what :func:`evaluate` gives, the accuracy under each of the recipe's further attacks by its name and the
+        ``worst`` case over these, and the ``seconds`` of training.
 
     Raises:
         Stopped: ``session.stop`` said so.
@@ -78,15 +82,26 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
             if not folder.find("evaluate", model=name):
                 seconds = sum(record["seconds"] for record in folder.find(stage))
                 row = evaluate(recipe, session.data, model, name, show=session.show, stop=session.stop)
+                if recipe.evaluate.attacks:
+                    row |= _attacked(session, model, name)
                 folder.log({"stage": "evaluate", **row, "seconds": seconds})
             rows += folder.find("evaluate", model=name)
         assert model is not None  # of the last stage
         layers = {name: int(mask.sum()) / mask.numel() for name, mask in layer_masks(model).items()}
         results = {"recipe": recipe.name, "attack": describe_attack(recipe), "images": rows[-1]["images"], "rows": rows, "density": layers}
+        if whose := check_attacks(recipe, model, session.data):
+            results["attacks"] = whose
         if pruned_layers(model) and next(model.parameters()).device.type == "cpu" and backend().cpu == "C++":
             results["latency"] = [asdict(row) for row in latency(model, session.data.shape)]
     folder.save_results(results)
     return rows
+
+
+def _attacked(session: Session, model: nn.Module, name: str) -> dict[str, float]:
+    """The accuracies under the recipe's further attacks by name, and in the ``worst`` case over them."""
+    keep = session.folder.path / EVALUATIONS
+    found = attacked(session.recipe, session.data, model, name, keep=keep, show=session.show, stop=session.stop)
+    return {**{attack: fraction for attack, fraction in found.accuracy.items() if attack != "clean"}, "worst": found.worst}
 
 
 def _own_model(session: Session, path: Path, name: str) -> nn.Module:
@@ -170,6 +185,4 @@ def reproducible(recipe: Recipe) -> Iterator[None]:
 
 def describe_attack(recipe: Recipe) -> str:
     """The attack on the test images in a few words."""
-    eps = recipe.attack.eps
-    radius = f"{255 * eps:g}/255" if math.isclose(255 * eps, round(255 * eps)) else f"{eps:g}"
-    return f"PGD-{recipe.evaluate.steps}, {recipe.attack.norm}, eps {radius}"
+    return f"PGD-{recipe.evaluate.steps}, {recipe.attack.norm}, eps {radius(recipe.attack.eps)}"

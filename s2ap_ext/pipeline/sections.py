@@ -132,6 +132,7 @@ class Evaluate:
     step_size: float = key(2 / 255, "length of one step", low=0, high=1e6)
     batch_size: int = key(256, "images per batch", low=1, high=10**7)
     images_per_epoch: int = key(256, "test images for the robust accuracy after each training epoch", low=1)
+    attacks: tuple[str, ...] = key((), "more attacks on the test images of each finished model, by name, such as autoattack")
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,9 @@ from ..settings import shown
 from . import checkpoint, progress
 from .model_file import RECENT, identity
 from .plan import number_of
+from .progress import Stopped
 from .run_folder import METRICS, RunFolder
 from .sections import Recipe, Training
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and did. All it needs to go on is in its folder."""
 
 
 @dataclass
