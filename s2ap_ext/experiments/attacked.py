@@ -26,14 +26,12 @@ def recipe_for(recipe: Recipe, name: str, settings: Settings) -> Recipe:
 
 
 def check(recipe: Recipe, data: Dataset, name: str, settings: Settings) -> None:
-    """Raises ValueError for attacks that are unknown, none, or not defined for these models, and ImportError for packages they miss."""
+    """Raises ValueError for attacks that are unknown, none, or not defined for these models, ImportError for packages they need."""
     if not settings.get("evaluate.attacks"):
         raise ValueError(f"attacked.{name}: expected evaluate.attacks, the names of attacks")
     changed = recipe_for(recipe, name, settings)
-    from ..pipeline.attacked import check_attacks
-
     try:
-        check_attacks(changed, pipeline.new_model(changed, data), data)
+        pipeline.check_prunable(changed, data)
     except ValueError as error:
         raise ValueError(f"attacked.{name}: {error}") from None
 
