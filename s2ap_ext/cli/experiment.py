@@ -66,7 +66,7 @@ def _experiment(arguments: argparse.Namespace) -> int:
 
 def _show(summary: dict[str, Any], out: Path) -> None:
     """Prints a table of the arms and the verdict."""
-    from ..experiments.summary import percent
+    from ..experiments.words import percent
     from ..pipeline.extras import optional
 
     table = optional("rich.table").Table(title=f"{summary['name']}: mean over seeds [95 % interval]", title_style="bold")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..pipeline.model_file import adopt
 from ..pipeline.recipe import from_table, to_table
 from ..pipeline.records import CONFIG
 from ..pipeline.run_folder import RESULTS, read_metrics, read_recipe, read_results
+from .attacked import Settings, attack, is_attacked
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Job:
         stages: what is trained here.
         start: the folder of the job whose models this one starts from; None if it starts from an untrained one.
         arm, seed: of which run it is; the arm is "" for a job that several share.
+        attacked: further attacks on the last model, as in a plan.
     """
 
     folder: Path
@@ -42,14 +44,18 @@ class Job:
     start: Path | None
     arm: str
     seed: int
+    attacked: Mapping[str, Settings] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         return f"{self.arm or self.stages[-1]}, seed {self.seed}"
 
 
-def jobs_of(runs: Iterable[tuple[str, int, Recipe]], out: Path) -> list[Job]:
+def jobs_of(runs: Iterable[tuple[str, int, Recipe]], out: Path, attacked: Mapping[str, Settings] | None = None) -> list[Job]:
     """The jobs that make ``runs``, ``(arm, seed, recipe)``, in ``out``: each after the one that it starts from.
+
+    Args:
+        attacked: further attacks on the last model of each run, as in a plan.
 
     Raises:
         ValueError: two arms whose recipes are the same.
@@ -73,7 +79,7 @@ def jobs_of(runs: Iterable[tuple[str, int, Recipe]], out: Path) -> list[Job]:
                 jobs.setdefault(folder, Job(folder, to_table(recipe), tuple(todo), start, "", seed))
                 start, todo = folder, []
         folder = out / "runs" / arm / f"seed-{seed}"
-        jobs[folder] = Job(folder, to_table(recipe), (*todo, chains[arm, seed][-1][0]), start, arm, seed)
+        jobs[folder] = Job(folder, to_table(recipe), (*todo, chains[arm, seed][-1][0]), start, arm, seed, attacked or {})
     return sorted(jobs.values(), key=lambda job: job.seed)  # so that an experiment that is cut short has whole seeds
 
 
@@ -98,7 +104,7 @@ def is_done(job: Job) -> bool:
         return False
     if to_table(read_recipe(job.folder)) != job.recipe:
         raise ValueError(f"{job.folder}: made by another recipe than that of the plan; choose another folder for this plan")
-    return (job.folder / RESULTS).is_file() and bool(read_results(job.folder))
+    return (job.folder / RESULTS).is_file() and bool(read_results(job.folder)) and is_attacked(job.folder, job.attacked)
 
 
 def do(job: Job, stop: Callable[[], bool], show: progress.Silent | None = None) -> dict[str, Any]:
@@ -118,7 +124,10 @@ def do(job: Job, stop: Callable[[], bool], show: progress.Silent | None = None) 
     with RunFolder.resume(job.folder) if begun else RunFolder.create(job.folder, recipe) as folder:
         if job.start is not None:
             _take_over(job.start, folder, recipe, data)
-        return pipeline.run(Session(recipe, data, folder, show or progress.Silent(), stop), job.stages)[-1]
+        row = pipeline.run(Session(recipe, data, folder, show or progress.Silent(), stop), job.stages)[-1]
+        for name, settings in job.attacked.items():
+            attack(folder.path, name, settings, recipe, data, stop)
+        return row
 
 
 def open_data(recipe: Recipe) -> Dataset:

@@ -33,11 +33,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..pipeline import Recipe, known_recipes, load_recipe, pick_device
+from ..pipeline import STAGES, Recipe, known_recipes, load_recipe, pick_device
 from ..pipeline.extras import optional
 from ..settings import key, nearest, shown, value_of
 
 NAME = r"\w[\w.+-]{0,39}"  # of plans and arms: they are folders, and parts of the names of recipes
+NESTED = ("settings", "arms", "across", "attacked")  # keys of plans that are tables
 Settings = dict[str, str]  # recipe keys with dots, and their values as --set takes them
 
 
@@ -49,6 +50,7 @@ class Plan:
         settings: of all runs.
         arms: by name, the settings of each arm, without those of ``across``.
         across: the tables of ``[[across]]``, each with settings by name.
+        attacked: by name, further attacks on the last model of each run: settings of ``attack`` and ``evaluate`` for them.
     """
 
     name: str = key("experiment", "what the experiment is called", pattern=NAME)
@@ -62,6 +64,7 @@ class Plan:
     settings: Settings = field(default_factory=dict)
     arms: dict[str, Settings] = field(default_factory=dict)
     across: tuple[dict[str, Settings], ...] = ()
+    attacked: dict[str, Settings] = field(default_factory=dict)
 
     def cells(self) -> list[str]:
         """The names of the places at which all arms are run, one for each combination of the entries of ``across``; ``""`` without."""
@@ -172,10 +175,8 @@ def from_table(table: Mapping[str, Any], where: str = "plan") -> Plan:
         raise ValueError(f"{where}: across: expected [[across]], a list of tables, got {shown(across)}")
     settings, arms = _flat(table.get("settings", {}), f"{where}: settings"), _named(table.get("arms", {}), f"{where}: arms")
     repeated = tuple(_named(entry, f"{where}: across") for entry in across)
-    return _checked(Plan(**values, settings=settings, arms=arms, across=repeated), where)
-
-
-NESTED = ("settings", "arms", "across")
+    attacked = _named(table.get("attacked", {}), f"{where}: attacked")
+    return _checked(Plan(**values, settings=settings, arms=arms, across=repeated, attacked=attacked), where)
 
 
 def to_toml(plan: Plan) -> str:
@@ -195,6 +196,8 @@ def _checked(plan: Plan, where: str) -> Plan:
     for name in [*plan.arms, *(name for table in plan.across for name in table)]:
         if not re.fullmatch(NAME, name):
             raise ValueError(f"{where}: arms: expected names that match {NAME}, got {shown(name)}")
+    if unfit := [name for name in plan.attacked if "." in name or not re.fullmatch(NAME, name) or name in STAGES.values()]:
+        raise ValueError(f"{where}: attacked: expected names that match {NAME}, without a dot and none of a model, got {shown(unfit[0])}")
     if not all(plan.across):
         raise ValueError(f"{where}: across: expected tables with at least one entry")
     count = len(plan.arms)

@@ -25,10 +25,12 @@ from ..pipeline import progress
 from ..pipeline.checkpoint import write_text
 from ..pipeline.extras import optional
 from ..pipeline.run_folder import LOCK, check_space, locked
+from .attacked import check
 from .jobs import Job, is_done, jobs_of, open_data
 from .plan import Plan, from_table, load_plan, to_toml
-from .summary import summarise, to_markdown
+from .summary import summarise
 from .table import TABLE, read_table, rows_of, write_table
+from .words import to_markdown
 from .workers import Done, Failed, work
 
 PLAN, SUMMARY, PAGE = "plan.toml", "summary.json", "summary.md"
@@ -118,12 +120,14 @@ def read_plan(out: str | Path) -> Plan:
 def _checked_jobs(plan: Plan, out: Path) -> list[Job]:
     """All jobs of the plan; nothing is left that could be wrong with its recipes."""
     runs = plan.runs()
-    jobs = jobs_of(runs, out.absolute())
+    jobs = jobs_of(runs, out.absolute(), plan.attacked)
     first = [recipe for _, seed, recipe in runs if seed == 0]
     pipeline.pick_device(first[0].device)
     needed = sum(plan.seeds * pipeline.check_prunable(recipe, open_data(recipe)) for recipe in first)
     if not out.exists():
         check_space(out, needed)
+    for name, settings in plan.attacked.items():
+        check(first[0], open_data(first[0]), name, settings)
     return jobs
 
 

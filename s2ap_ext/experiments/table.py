@@ -12,6 +12,7 @@ from typing import Any
 from ..pipeline import STAGES
 from ..pipeline.checkpoint import write_text
 from ..pipeline.run_folder import read_metrics, read_results
+from .attacked import read_attacked
 from .jobs import Job
 
 TABLE = "table.csv"
@@ -32,6 +33,9 @@ def rows_of(job: Job) -> list[Row]:
     * ``passes`` (backward passes per step), over the same epochs, or over all where there are none;
     * ``gamma``, the mean over the layers and those epochs;
     * every other number in its records, such as ``mask_distance``, as the last epoch has it.
+
+    The row of the last model has the accuracies under the plan's further attacks too, as ``NAME.ATTACK`` and, under all of them,
+    ``NAME.worst``.
     """
     records = read_metrics(job.folder)
     stages = {model: stage for stage, model in STAGES.items()}
@@ -40,6 +44,7 @@ def rows_of(job: Job) -> list[Row]:
         epochs = [record for record in records if record["stage"] == stages[evaluated["model"]] and "epoch" in record]
         about = {name: value for name, value in _numbers(evaluated).items() if name not in ("stage", "model")}
         rows.append({"arm": job.arm, "seed": job.seed, "model": evaluated["model"]} | about | _of_training(epochs))
+    rows[-1] |= read_attacked(job.folder, job.attacked)
     return rows
 
 

@@ -197,6 +197,32 @@ def test_a_run_that_fails_stops_no_other(tmp_path, capsys):
     assert {row["arm"] for row in read_table(tmp_path / "out" / "table.csv")} == {"fine"}
 
 
+def test_the_last_models_are_attacked_in_other_balls(tmp_path):
+    pytest.importorskip("s2ap_ext.evaluation")
+    balls = {
+        "wide": {"attack.eps": 0.3, "evaluate.attacks": ["pgd"]},
+        "l2": {"attack": {"norm": "l2", "eps": 0.1}, "evaluate.attacks": ["pgd", "fmn"]},
+    }
+    table = {"name": "attacked", "seeds": 1, "baseline": "plain", "metric": "l2.worst", "settings": SETTINGS, "attacked": balls}
+    plan, out = from_table({**table, "arms": {"plain": {"prune.s2ap": False}, "s2ap": {}}}), tmp_path / "out"
+    asked = itertools.count()
+    assert not run(plan, out, workers=1, stop=lambda: next(asked) > 12).finished
+    assert run(plan, out, workers=1).finished
+    rows = read_table(out / "table.csv")
+    assert all(("l2.worst" in row) == (row["model"] == "finetuned") for row in rows)
+    for row in rows:
+        if row["model"] == "finetuned":
+            assert row["l2.worst"] <= min(row["l2.pgd"], row["l2.fmn"]) <= row["clean"]
+            assert row["wide.worst"] == row["wide.pgd"] <= row["clean"]
+    (one,) = summarise(plan, rows)["comparisons"]
+    assert (one["metric"], one["unit"]) == ("l2.worst", "points")
+    assert "| l2.fmn % | l2.pgd % | l2.worst % | wide.pgd % | wide.worst % |" in to_markdown(summarise(plan, rows))
+    bad = from_table({**table, "arms": {"plain": {}}, "attacked": {"l2": {"attack.norm": "l2", "evaluate.attacks": ["pgdd"]}}})
+    with pytest.raises(ValueError, match=r"attacked\.l2: evaluate\.attacks: .* got 'pgdd'"):
+        run(bad, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------- in words
 
 
@@ -226,6 +252,18 @@ def test_a_clear_difference_and_one_that_is_none_are_told_apart():
     below = words(better=better, plain=plain)["verdict"]
     assert "plain is below better by 3.0 points" in below
     assert "No difference" not in below
+
+
+def test_what_is_the_same_is_told_as_such():
+    assert words(exact=[0.8, 0.9], skip=[0.8, 0.9])["verdict"] == (
+        "Robust accuracy over 2 seeds (95 % intervals): The same in every run: skip and exact."
+    )
+
+
+def test_many_comparisons_are_counted():
+    plain = [0.80, 0.82, 0.78, 0.81, 0.79]
+    near = {f"near{i}": [value + (-1) ** (i + j) * 0.01 * (i + 1) for j, value in enumerate(plain)] for i in range(8)}
+    assert "No difference is shown for 8 comparisons: that is no evidence" in words(plain=plain, **near)["verdict"]
 
 
 def test_one_seed_tells_nothing():

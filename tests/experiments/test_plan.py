@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from s2ap_ext.experiments import known_plans, load_plan
+from s2ap_ext.experiments.attacked import recipe_for
 from s2ap_ext.experiments.jobs import jobs_of
 from s2ap_ext.experiments.plan import from_table, to_toml
 from s2ap_ext.pipeline.extras import optional
@@ -98,12 +99,25 @@ def test_more_settings_change_all_arms():
         ({"across": {"a": {}}}, r"plan: across: expected \[\[across\]\], a list of tables"),
         ({"across": [{}]}, "plan: across: expected tables with at least one entry"),
         ({"across": [{"a": {}, "a-b": {}}, {"b-c": {}, "c": {}}]}, "plan: arms: two of them have the same name"),
+        ({"attacked": {"pruned": {}}}, "plan: attacked: expected names that match .*, without a dot and none of a model, got 'pruned'"),
         ({"settings": {"seed": 3}}, "plan: settings: seed: the experiment gives each run its own"),
     ],
 )
 def test_wrong_plans_are_refused(table, message):
     with pytest.raises(ValueError, match=message):
         plan(**table)
+
+
+def test_further_attacks_change_neither_model_nor_training():
+    read = plan(attacked={"l2": {"prune": {"gamma": 0.5}}})
+    with pytest.raises(ValueError, match=r"attacked\.l2: prune\.gamma: the model is made already; expected keys of attack and evaluate"):
+        recipe_for(read.recipe_of("plain"), "l2", read.attacked["l2"])
+    wide = plan(attacked={"wide": {"attack": {"eps": 0.5}}})
+    recipe = wide.recipe_of("plain")
+    assert recipe_for(recipe, "wide", wide.attacked["wide"]).attack.eps == 0.5
+    assert recipe.attack.eps == 0.1
+    with pytest.raises(ValueError, match=r"attacked\.wide: attack\.eps: expected a number >= 0, got -1"):
+        recipe_for(recipe, "wide", {"attack.eps": "-1"})
 
 
 def test_wrong_settings_name_the_arm():
