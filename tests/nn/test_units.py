@@ -287,3 +287,5 @@ def test_layers_outside_are_as_before():
 def test_the_engine_computes_the_same(kind):
     net = pruned(kind)
     torch.testing.assert_close(compile_sparse(net, digits())(digits()), net(digits()).detach())
+    densify(net, shrink=True)
+    torch.testing.assert_close(compile_sparse(net, digits())(digits()), net(digits()).detach())
