@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import doctor, evaluate, profile, report, run
+from . import analyze, doctor, evaluate, profile, report, run
 from .parser import STOPPED, Commands, refuse
 
 __all__ = ["main"]
 
-COMMANDS = (run, evaluate, profile, report, doctor)  # in the order of the help
+COMMANDS = (run, evaluate, analyze, report, profile, doctor)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

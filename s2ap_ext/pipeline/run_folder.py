@@ -9,6 +9,7 @@ finetuned.safetensors
 state.safetensors      while a stage trains: model, optimizer and place in the stage;
 state-before.safetensors  and the last one before it, for the case that it gets damaged
 results.json           the table
+analysis.json          what s2ap analyze found, where it was asked
 *.png                  the plots
 events.out.tfevents.*  TensorBoard
 .lock                  while a process works here: its number
@@ -35,7 +36,7 @@ from .recipe import load_recipe, to_toml
 from .records import CONFIG, sealed, unsealed
 from .sections import Recipe
 
-METRICS, RESULTS, LOCK = "metrics.jsonl", "results.json", ".lock"
+METRICS, RESULTS, ANALYSIS, LOCK = "metrics.jsonl", "results.json", "analysis.json", ".lock"
 CHECKSUM = "\n# checksum: "  # of config.toml, in its last line
 STATE, STATE_BEFORE = "state.safetensors", "state-before.safetensors"
 
@@ -228,6 +229,12 @@ def read_results(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: the run has not finished; go on with: s2ap run --resume {path}")
         raise ValueError(f"{path}: not the folder of a run (no {RESULTS} in it)")
     return unsealed(file.read_text(encoding="utf-8", errors="replace"), Path(path), str(file))
+
+
+def read_analysis(path: str | Path) -> dict[str, Any] | None:
+    """The analysis.json of a run, None where there is none; raises ValueError for a file that is not as it was written."""
+    file = Path(path) / ANALYSIS
+    return unsealed(file.read_text(encoding="utf-8", errors="replace"), Path(path), str(file)) if file.is_file() else None
 
 
 def _lock(path: Path) -> IO[str]:
