@@ -5,10 +5,10 @@ pytest benchmarks/test_step.py
 
 import pytest
 import torch
-from baselines import mask_every_forward
 
 from s2ap_ext import S2AP, sparsify
 from s2ap_ext.attacks import Pgd
+from s2ap_ext.baselines import mask_every_forward
 from s2ap_ext.losses import PgdAt
 from s2ap_ext.models import build_model
 from s2ap_ext.nn import refresh, train_scores

@@ -15,7 +15,7 @@ from ..nn import train_weights
 from ..optim import AWP, S2AP, Plain, Stepper
 from .checkpoint import check_tensors
 from .model_file import make_sparse
-from .sections import Training
+from .sections import Recipe, Training
 from .trainer import Callbacks, Session, Trainer
 
 
@@ -29,16 +29,25 @@ def pretrain(session: Session, model: nn.Module) -> nn.Module:
 
 def prune(session: Session, model: nn.Module) -> nn.Module:
     """Makes the dense ``model`` sparse, in place, and searches its mask with the recipe's method, plain or with S2AP."""
-    settings = session.recipe.prune
-    method = make_sparse(model, session.recipe, session.show.say)
-    base = _sgd(method.parameters(model, perturbed=settings.s2ap), settings)
-    stepper: Stepper = Plain(model, base)
-    if settings.s2ap:
-        ascent = settings.ascent.make()
-        stepper = S2AP(model, base, gamma=settings.gamma, ascent=ascent, warmup_epochs=settings.warmup_epochs, defer_grads=True)
-    Trainer(session, "prune", settings, model, stepper, Search(method, model, stepper)).fit()
+    method, stepper = start_search(session.recipe, model, session.show.say)
+    Trainer(session, "prune", session.recipe.prune, model, stepper, Search(method, model, stepper)).fit()
     method.finish(model)
     return model
+
+
+def start_search(recipe: Recipe, model: nn.Module, tell: Callable[[str], None] = lambda line: None) -> tuple[Method, Stepper]:
+    """Makes the dense ``model`` sparse, in place, and returns the recipe's method with what makes its steps.
+
+    Args:
+        tell: takes what there is to say about layers that stay dense.
+    """
+    settings = recipe.prune
+    method = make_sparse(model, recipe, tell)
+    base = _sgd(method.parameters(model, perturbed=settings.s2ap), settings)
+    if not settings.s2ap:
+        return method, Plain(model, base)
+    ascent = settings.ascent.make()
+    return method, S2AP(model, base, gamma=settings.gamma, ascent=ascent, warmup_epochs=settings.warmup_epochs, defer_grads=True)
 
 
 def finetune(session: Session, model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from .files import to_csv, to_markdown
 from .html import to_html
 from .plots import write_plots
 from .records import Experiment, Run, read, read_all
-from .tables import print_analysis, print_latency, print_profile, print_table
+from .tables import print_analysis, print_latency, print_profile, print_steps, print_table
 from .verdict import verdict
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "print_analysis",
     "print_latency",
     "print_profile",
+    "print_steps",
     "print_table",
     "read",
     "read_all",

@@ -9,6 +9,7 @@ from ..pipeline.extras import optional
 from .verdict import verdict
 
 if TYPE_CHECKING:
+    from ..pipeline.step_profile import StepCost
     from ..speed import Latency, Measured
 
 
@@ -72,6 +73,26 @@ def print_latency(rows: Iterable[Latency]) -> None:
 def _accuracy(row: dict[str, Any], dense: dict[str, Any] | None, kind: str) -> str:
     change = f" ({100 * (row[kind] - dense[kind]):+.1f})" if dense is not None else ""
     return f"{100 * row[kind]:.1f}{change}"
+
+
+def print_steps(title: str, rows: Sequence[StepCost]) -> None:
+    """Prints where steps go: the time of each phase in each form, their sum, the whole step without the profiler, and the memory."""
+    console_module, table_module = optional("rich.console"), optional("rich.table")
+    table = table_module.Table(title=title, title_style="bold")
+    table.add_column("ms per step")
+    for row in rows:
+        table.add_column(row.form, justify="right")
+        table.add_column("%", justify="right")
+    sums = [sum(row.phases.values()) for row in rows]
+    for phase in rows[0].phases:
+        cells = [(row.phases[phase], 100 * row.phases[phase] / total) for row, total in zip(rows, sums, strict=True)]
+        table.add_row(phase, *(text for ms, share in cells for text in (f"{ms:.2f}", f"{share:.1f}")))
+    table.add_section()
+    table.add_row("sum", *(cell for total in sums for cell in (f"{total:.2f}", "100.0")))
+    table.add_row("whole step, not profiled", *(cell for row in rows for cell in (f"{row.step:.2f}", "")))
+    memory = ["not known" if row.peak is None else f"{row.peak / 1e6:.1f} MB" for row in rows]
+    table.add_row("memory at the peak beyond that before", *(cell for text in memory for cell in (text, "")))
+    console_module.Console().print(table)
 
 
 def print_analysis(title: str, analysis: dict[str, Any]) -> None:

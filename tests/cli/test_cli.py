@@ -158,6 +158,13 @@ def test_an_analysis_is_kept_in_the_folder_and_shown_in_the_report(finished, tmp
     assert "| finetuned |" in markdown
 
 
+def test_profile_of_a_step(capsys):
+    assert main(["profile", "--step", "digits", *settings("prune.ascent=reuse"), "--batch", "16", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "a step of digits's mask search: hydra, S2AP, reuse ascent, 16 images" in " ".join(out.split())
+    assert all(f"│ {phase} " in out for phase in ("data", "attack", "forward", "backward", "select", "perturb", "update"))
+
+
 def test_masks_of_several_runs(finished):
     same = analyze.compare_masks([finished, finished])
     assert same["overlap"] == 1
@@ -179,7 +186,7 @@ def test_profile_measures_every_convolution_and_calibrates(finished, tmp_path, m
         monkeypatch.undo()
         cost.load.cache_clear()
     assert main(["profile"]) == 2
-    assert "profile: expected CHECKPOINT or --calibrate" in capsys.readouterr().err
+    assert "profile: expected CHECKPOINT, --step RECIPE or --calibrate" in capsys.readouterr().err
 
 
 def test_version_and_doctor(capsys):
