@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from s2ap_ext import cli
+from s2ap_ext.cli.parser import Commands
 from s2ap_ext.pipeline import check_prunable, load_recipe, open_data
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -27,6 +29,14 @@ def run(folder, *words):
     done = subprocess.run([sys.executable, "-m", "s2ap_ext.cli", *words], cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run"
+
+
+def parsed(words):
+    """What the command line makes of ``words``, without doing it."""
+    commands = Commands()
+    for module in cli.COMMANDS:
+        module.add(commands)
+    return commands.parser.parse_args(words)
 
 
 @pytest.mark.parametrize("line", [0, 1])
@@ -137,3 +147,19 @@ class Twice(Ascent):
 def test_the_six_weights_of_the_theory(capsys):
     exec(blocks("theory.md", "python")[0], {})
     assert capsys.readouterr().out == blocks("theory.md", "text")[0]
+
+
+def test_sharpness_as_the_page_shows_it(capsys):
+    exec(blocks("analysis-and-report.md", "python")[0], {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:2]] == ["scores: 690 dimensions", "weights: 138 dimensions"]
+    assert lines[2].startswith("flips along the ascent: [")
+
+
+def test_the_commands_of_the_analysis_page_are_read():
+    """Each up to its folders, which are not there."""
+    for line in blocks("analysis-and-report.md", "bash")[0].splitlines():
+        program, *words = shlex.split(line, comments=True)
+        assert program == "s2ap"
+        arguments = parsed(words)
+        assert arguments.command.__module__ == f"s2ap_ext.cli.{words[0]}"
