@@ -7,9 +7,9 @@ import io
 from collections.abc import Sequence
 
 from .intervals import wilson
-from .of_experiments import experiment
-from .of_runs import results
-from .page import Artist, Table
+from .of_experiments import tables
+from .of_runs import results_table
+from .page import Table
 from .records import Experiment, Run
 from .verdict import verdict_of_runs
 
@@ -51,12 +51,11 @@ def to_csv(runs: Sequence[Run]) -> str:
 
 def to_markdown(runs: Sequence[Run], experiments: Sequence[Experiment] = ()) -> str:
     """The verdict and the tables of results, without figures."""
-    artist, parts = Artist(), []
-    for number, one in enumerate(experiments, 1):
-        section = experiment(one, number, artist)
-        parts += [f"# {section.title}", section.text, *map(_table, section.tables)]
+    parts = []
+    for one in experiments:
+        parts += [f"# Experiment: {one.name}", one.summary["verdict"], *map(_table, tables(one))]
     if runs:
-        parts += [f"# {', '.join(run.name for run in runs)}", verdict_of_runs(runs), *map(_table, results(runs, artist).tables)]
+        parts += [f"# {', '.join(run.name for run in runs)}", verdict_of_runs(runs), _table(results_table(runs))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -31,6 +31,9 @@ def to_html(runs: Sequence[Run], experiments: Sequence[Experiment] = ()) -> str:
         sections += [pictures(runs), cost(runs, artist), configuration(runs)]
     names = [*(one.name for one in experiments), *(run.name for run in runs)]
     sentence = verdict_of_runs(runs) if runs else experiments[0].summary["verdict"]
+    for section in sections:
+        if section.text == sentence:  # said above already
+            section.text = ""
     return _fill(title=", ".join(names), verdict=sentence, sections=[section for section in sections if section])
 
 

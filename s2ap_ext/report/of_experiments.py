@@ -14,26 +14,35 @@ METRICS = ("robust", "clean")
 
 def experiment(found: Experiment, number: int, artist: Artist) -> Section:
     """The arms with their intervals, the comparisons, and the sweep where the arms differ in gamma."""
-    summary = found.summary
-    arms = summary["arms"]
-    section = Section(f"experiment-{number}", f"Experiment: {found.name}", summary["verdict"])
-    rows = [[arm["arm"], *(cell for kind in METRICS for cell in _cells(arm[kind])), str(arm["n"])] for arm in arms]
-    columns = ["arm", *(cell for kind in METRICS for cell in (f"{kind}, %", "95 % interval")), "seeds"]
-    section.tables.append(Table("Mean over the seeds of each arm, with 95 % intervals", columns, rows))
+    arms = found.summary["arms"]
     marks = {kind: [_mark(arm[kind]) for arm in arms] for kind in METRICS}
     best = max(arms, key=lambda arm: arm["robust"]["mean"])
-    section.figures.append(
-        artist.figure(
-            plots.intervals,
-            [arm["arm"] for arm in arms],
-            marks,
-            "accuracy, %",
-            title="Arms and their intervals",
-            text="Means over the seeds. An interval says how far the mean of so many seeds may be from that of all.",
-            alt=f"Accuracies of each arm. {best['arm']} has the highest mean robust accuracy, {percents(best['robust']['mean'])} %.",
-        )
+    figure = artist.figure(
+        plots.intervals,
+        [arm["arm"] for arm in arms],
+        marks,
+        "accuracy, %",
+        title="Arms and their intervals",
+        text="Means over the seeds. An interval says how far the mean of so many seeds may be from that of all.",
+        alt=f"Accuracies of each arm. {best['arm']} has the highest mean robust accuracy, {percents(best['robust']['mean'])} %.",
     )
-    if compared := summary["comparisons"]:
+    swept = _sweep(found, artist)
+    return Section(
+        f"experiment-{number}",
+        f"Experiment: {found.name}",
+        found.summary["verdict"],
+        figures=[figure, *([] if swept is None else [swept])],
+        tables=tables(found),
+        folded=[_raw(found)],
+    )
+
+
+def tables(found: Experiment) -> list[Table]:
+    """The arms with their intervals and, where there are some, the comparisons."""
+    rows = [[arm["arm"], *(cell for kind in METRICS for cell in _cells(arm[kind])), str(arm["n"])] for arm in found.summary["arms"]]
+    columns = ["arm", *(cell for kind in METRICS for cell in (f"{kind}, %", "95 % interval")), "seeds"]
+    both = [Table("Mean over the seeds of each arm, with 95 % intervals", columns, rows)]
+    if compared := found.summary["comparisons"]:
         rows = [
             [
                 f"{row['arm']} against {row['against']}",
@@ -46,11 +55,8 @@ def experiment(found: Experiment, number: int, artist: Artist) -> Section:
             for row in compared
         ]
         columns = ["comparison", "metric", "difference, points", "95 % interval", "p", "p, corrected"]
-        section.tables.append(Table("Paired by seed; p is corrected for the number of comparisons", columns, rows))
-    if (swept := _sweep(found, artist)) is not None:
-        section.figures.append(swept)
-    section.tables.append(_raw(found))
-    return section
+        both.append(Table("Paired by seed; p is corrected for the number of comparisons", columns, rows))
+    return both
 
 
 def _cells(value: Mapping[str, float]) -> list[str]:

@@ -37,26 +37,34 @@ def results(runs: Sequence[Run], artist: Artist) -> Section:
         "Accuracies on the test images, with 95 % Wilson intervals. "
         "Robust accuracy counts the images that are classified correctly as they are and under the attack.",
     )
-    rows, names = [], []
-    marks: dict[str, list[tuple[float, float, float]]] = {"robust": [], "clean": []}
-    for run in runs:
-        dense = next((row for row in run.rows if row["model"] == "dense"), None)
-        for row in run.rows:
-            name = named(runs, run, row["model"])
-            names.append(name)
-            for kind, values in marks.items():
-                low, high = wilson(row[kind], row["images"])
-                values.append((100 * row[kind], 100 * low, 100 * high))
-            rows.append([name, *_accuracies(row, dense), percents(row["sparsity"]), f"{row['kept']:,}", f"{row['seconds']:.1f}"])
-    columns = ["model", "clean, %", "95 % interval", "robust, %", "95 % interval", "robust against dense, points", "95 % interval"]
-    attacks = "; ".join(dict.fromkeys(f"{run.results['attack']}, {run.results['images']:,} test images" for run in runs))
-    section.tables.append(Table(attacks, [*columns, "sparsity, %", "weights kept", "training, s"], rows))
+    section.tables.append(results_table(runs))
+    names = [named(runs, run, row["model"]) for run in runs for row in run.rows]
+    marks = {kind: [_mark(row, kind) for run in runs for row in run.rows] for kind in ("robust", "clean")}
     alt = "Robust and clean accuracy of each model with 95 % intervals; the numbers are in the table above."
     text = "The intervals say how far an accuracy may be from that on all images of this kind. The seed's own effect is not in them."
     section.figures.append(
         artist.figure(plots.intervals, names, marks, "accuracy, %", title="Accuracies and their intervals", text=text, alt=alt)
     )
     return section
+
+
+def results_table(runs: Sequence[Run]) -> Table:
+    """A row for each model of each run."""
+    rows = []
+    for run in runs:
+        dense = next((row for row in run.rows if row["model"] == "dense"), None)
+        for row in run.rows:
+            size = [percents(row["sparsity"]), f"{row['kept']:,}", f"{row['seconds']:.1f}"]
+            rows.append([named(runs, run, row["model"]), *_accuracies(row, dense), *size])
+    columns = ["model", "clean, %", "95 % interval", "robust, %", "95 % interval", "robust against dense, points", "95 % interval"]
+    attacks = "; ".join(dict.fromkeys(f"{run.results['attack']}, {run.results['images']:,} test images" for run in runs))
+    return Table(attacks, [*columns, "sparsity, %", "weights kept", "training, s"], rows)
+
+
+def _mark(row: Mapping[str, Any], kind: str) -> tuple[float, float, float]:
+    """An accuracy and the ends of its interval, in percent."""
+    low, high = wilson(row[kind], row["images"])
+    return 100 * row[kind], 100 * low, 100 * high
 
 
 def _accuracies(row: Mapping[str, Any], dense: Mapping[str, Any] | None) -> list[str]:

@@ -54,6 +54,7 @@ class Section:
     Attributes:
         id: of the heading, for links to it.
         text: what to know before looking at the rest.
+        folded: long tables, of which at first only the captions are seen.
         code: texts to be shown as they are, by their title.
     """
 
@@ -62,6 +63,7 @@ class Section:
     text: str = ""
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    folded: list[Table] = field(default_factory=list)
     pictures: list[Pictures] = field(default_factory=list)
     code: dict[str, str] = field(default_factory=dict)
 

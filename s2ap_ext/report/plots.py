@@ -260,6 +260,8 @@ def sweep(places: Sequence[float], marks: Mapping[str, Sequence[tuple[float, flo
         ax.fill_between(places, [v[1] for v in values], [v[2] for v in values], color=_series(number), alpha=0.2, linewidth=0)
     if min(places) > 0:
         ax.set_xscale("log")
+    ax.set_xticks(places, [f"{place:g}" for place in places])
+    ax.minorticks_off()
     ax.set_xlabel(label)
     ax.set_ylabel("accuracy, %")
     ax.legend(frameon=False)

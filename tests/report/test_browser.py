@@ -6,9 +6,6 @@ import shutil
 import subprocess
 
 import pytest
-from report_folders import ANALYSIS, RESULTS, make_experiment, make_run
-
-from s2ap_ext.report import read_all, to_html
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package chromium)")
@@ -50,10 +47,8 @@ addEventListener("load", () => {
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    base = tmp_path_factory.mktemp("page")
-    run = make_run(base / "a-run-with-quite-a-long-name-that-has-no-spaces", RESULTS, analysis=ANALYSIS)
-    text = to_html(*read_all([run, make_experiment(base / "sweep")]))
+def page(page_text, tmp_path_factory):
+    base, text = tmp_path_factory.mktemp("page"), page_text
     probed = text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'").replace("</body>", PROBE + "</body>")
     assert probed.count("<script>") == 1
     (base / "page.html").write_text(probed)
