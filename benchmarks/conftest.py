@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import BREAK_EVEN, ROOFLINE, ROWS, SCALING, Clock, calls, limits, machine, peak_extra_bytes, table, write
+from measure import BREAK_EVEN, ROOFLINE, ROWS, SCALING, Clock, calls, limits, machine, table, write
+
+from s2ap_ext.speed import peak_extra_bytes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

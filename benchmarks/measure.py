@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import platform
-import re
 import subprocess
 import tempfile
 import time
@@ -85,33 +82,6 @@ def calls(f: Callable[[], object], device: torch.device) -> int:
     if device.type == "cuda":
         return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
     return sum(event.cpu_parent is None for event in profile.events())
-
-
-def peak_extra_bytes(f: Callable[[], object], device: torch.device) -> int | None:
-    """How much more memory is in use at the peak of ``f()`` than before.
-
-    On CUDA that of torch's allocator; elsewhere that of the process, on Linux only (None otherwise).
-    """
-    f()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        f()
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide what the next call takes
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    except (OSError, AttributeError):
-        return None
-    before = _status("VmRSS")
-    f()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(entry: str) -> int:
-    return 1024 * int(re.search(rf"{entry}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def machine() -> dict[str, str]:

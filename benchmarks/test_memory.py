@@ -5,11 +5,12 @@ pytest benchmarks/test_memory.py
 
 import pytest
 import torch
-from measure import ROWS, peak_extra_bytes
+from measure import ROWS
 
 from s2ap_ext import S2AP, sparsify
 from s2ap_ext.models import build_model
 from s2ap_ext.nn import pruned_layers, train_scores
+from s2ap_ext.speed import peak_extra_bytes
 
 
 @pytest.mark.parametrize("defer_grads", [False, True])

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from baselines import MASKS
 from networks import NETWORKS
 
 from s2ap_ext import ops
+from s2ap_ext.baselines import MASKS
 from s2ap_ext.reference import Pattern
 from s2ap_ext.sparsity import kept_count, pattern_for, score_init
 

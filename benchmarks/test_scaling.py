@@ -7,11 +7,11 @@ import io
 
 import pytest
 import torch
-from baselines import MASKS
 from measure import ROWS, SCALING
 from test_ops import SGD, STREAM, Layers
 
 from s2ap_ext import ops
+from s2ap_ext.baselines import MASKS
 
 SLOW = {"sort form": 10**7, "topk form": 10**7, "kthvalue form": 10**7}  # beyond these sizes they would take minutes
 

@@ -10,12 +10,12 @@ import math
 
 import pytest
 import torch
-from baselines import mask_every_forward
 from measure import BREAK_EVEN, ROWS
 from steps import Step
 
 from s2ap_ext import AWP, S2AP, backend, densify, engine, sparsify
 from s2ap_ext.attacks import pgd
+from s2ap_ext.baselines import mask_every_forward
 from s2ap_ext.models import build_model
 from s2ap_ext.nn import dense_kernels, train_scores, train_weights
 

@@ -4,10 +4,10 @@ pytest benchmarks/test_step.py [-k ascents]
 """
 
 import pytest
-from baselines import mask_every_forward
 from steps import Step
 
 from s2ap_ext import S2AP, sparsify
+from s2ap_ext.baselines import mask_every_forward
 from s2ap_ext.models import build_model
 from s2ap_ext.nn import dense_kernels, sampled_gradients, train_scores
 

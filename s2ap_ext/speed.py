@@ -6,11 +6,15 @@ The choice between the two while training is :mod:`s2ap_ext.nn.cost`'s; here it 
 from __future__ import annotations
 
 import copy
+import ctypes
+import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +98,7 @@ def latency(model: nn.Module, shape: tuple[int, int, int], batches: Sequence[int
             x = torch.rand(batch, *shape)
             x_last = x.contiguous(memory_format=torch.channels_last)
             calls: list[Callable[[], object]] = [partial(model, x), partial(last, x_last), partial(network, x)]
-            dense, dense_last, sparse = (1e3 * seconds for seconds in _in_turn(calls))
+            dense, dense_last, sparse = (1e3 * seconds for seconds in in_turn(calls))
             rows.append(Latency(batch, min(dense, dense_last), sparse))
     return rows
 
@@ -183,7 +187,7 @@ def _measure(name: str, layer: nn.Conv2d, input_shape: tuple[int, ...]) -> Measu
         )
 
     with torch.no_grad():
-        first, last, mine = _in_turn([dense(torch.contiguous_format), dense(torch.channels_last), sparse])
+        first, last, mine = in_turn([dense(torch.contiguous_format), dense(torch.channels_last), sparse])
     shape = cost.Shape.from_sizes(tuple(weight.shape), input_shape, convolution[1])
     return Measured(
         layer=name,
@@ -214,7 +218,7 @@ def _measure_inference(layer: nn.Conv2d, batch: int, size: int) -> tuple[float, 
 
     x, weight = (t.detach().contiguous(memory_format=torch.channels_last) for t in (x, layer.weight))
     with torch.no_grad():
-        dense, mine = _in_turn([lambda: layer._conv_forward(x, weight, None), sparse])
+        dense, mine = in_turn([lambda: layer._conv_forward(x, weight, None), sparse])
     return dense, mine
 
 
@@ -231,7 +235,7 @@ def _density(weight: Tensor) -> float:
     return float((weight != 0).float().mean())
 
 
-def _in_turn(functions: list[Callable[[], object]]) -> list[float]:
+def in_turn(functions: list[Callable[[], object]]) -> list[float]:
     """Median seconds of each, one after the other round by round, so that drifts meet all alike."""
     times: list[list[float]] = [[] for _ in functions]
     for round_ in range(ROUNDS + 1):
@@ -241,6 +245,35 @@ def _in_turn(functions: list[Callable[[], object]]) -> list[float]:
             if round_:
                 mine.append(time.perf_counter() - start)
     return [statistics.median(mine) for mine in times]
+
+
+def peak_extra_bytes(f: Callable[[], object], device: torch.device) -> int | None:
+    """How much more memory is in use at the peak of ``f()`` than before.
+
+    On CUDA that of torch's allocator; elsewhere that of the process, on Linux only (None otherwise).
+    """
+    f()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        f()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide what the next call takes
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except (OSError, AttributeError):
+        return None
+    before = _status("VmRSS")
+    f()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(entry: str) -> int:
+    found = re.search(rf"{entry}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -40,6 +40,14 @@ def run(folder, *words):
     return folder / "run"
 
 
+def parsed(words):
+    """What the command line makes of ``words``, without doing it."""
+    commands = Commands()
+    for module in cli.COMMANDS:
+        module.add(commands)
+    return commands.parser.parse_args(words)
+
+
 @pytest.mark.parametrize("line", [0, 1])
 def test_a_method_of_ones_own_is_one_file(line, tmp_path):
     (tmp_path / "taylor.py").write_text(blocks("your-own-method.md", "python")[0])
@@ -301,3 +309,19 @@ class Twice(Ascent):
 def test_the_six_weights_of_the_theory(capsys):
     exec(blocks("theory.md", "python")[0], {})
     assert capsys.readouterr().out == blocks("theory.md", "text")[0]
+
+
+def test_sharpness_as_the_page_shows_it(capsys):
+    exec(blocks("analysis-and-report.md", "python")[0], {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:2]] == ["scores: 690 dimensions", "weights: 138 dimensions"]
+    assert lines[2].startswith("flips along the ascent: [")
+
+
+def test_the_commands_of_the_analysis_page_are_read():
+    """Each up to its folders, which are not there."""
+    for line in blocks("analysis-and-report.md", "bash")[0].splitlines():
+        program, *words = shlex.split(line, comments=True)
+        assert program == "s2ap"
+        arguments = parsed(words)
+        assert arguments.command.__module__ == f"s2ap_ext.cli.{words[0]}"

@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import doctor, evaluate, experiment, import_, profile, recipes, report, run, sweep
+from . import analyze, doctor, evaluate, experiment, import_, profile, recipes, report, run, sweep
 from .parser import STOPPED, Commands, refuse
 
 __all__ = ["main"]
 
-COMMANDS = (run, recipes, import_, experiment, sweep, evaluate, profile, report, doctor)  # in the order of the help
+COMMANDS = (run, recipes, import_, experiment, sweep, evaluate, analyze, report, profile, doctor)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

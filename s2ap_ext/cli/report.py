@@ -1,35 +1,62 @@
-"""``s2ap report``: the table and the plots of a finished run."""
+"""``s2ap report``: the tables and plots of finished runs, and pages about runs and experiments."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .parser import Commands
 
+if TYPE_CHECKING:
+    from ..report import Run
+
 
 def add(commands: Commands) -> None:
-    parser = commands.add("report", _report, "the table and the plots of a finished run")
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    parser = commands.add("report", _report, "the tables and plots of finished runs, or a page about runs and experiments")
+    parser.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="the folder of a finished run, or of an experiment")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables of results as Markdown")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the results of the runs, a row for each model")
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from ..pipeline import extras
+    from .. import report
+    from ..pipeline import checkpoint, extras
 
     extras.require()
-    show(arguments.run_dir)
+    runs, experiments = report.read_all(arguments.folders)
+    for run in runs:
+        _show(run)
+    for experiment in experiments:
+        print(f"{experiment.name}: {experiment.summary['verdict']}")
+    writers: dict[Path | None, Callable[[], str]] = {
+        arguments.html: lambda: report.to_html(runs, experiments),
+        arguments.markdown: lambda: report.to_markdown(runs, experiments),
+        arguments.csv: lambda: report.to_csv(runs),
+    }
+    for path, write in writers.items():
+        if path is not None:
+            checkpoint.write_text(path, write())
+            print(f"Written: {path}")
     return 0
 
 
 def show(folder: Path) -> None:
     """Prints the tables of the finished run in ``folder`` and draws its plots."""
-    from .. import report, speed
-    from ..pipeline.run_folder import read_results
+    from .. import report
 
-    results = read_results(folder)
-    plots = report.write_plots(folder)
-    report.print_table(results)
-    if "latency" in results:
-        report.print_latency(speed.Latency(**row) for row in results["latency"])
+    runs, _ = report.read_all([folder])
+    _show(runs[0])
+
+
+def _show(run: Run) -> None:
+    from .. import report, speed
+
+    plots = report.write_plots(run)
+    report.print_table(run.results)
+    if "latency" in run.results:
+        report.print_latency(speed.Latency(**row) for row in run.results["latency"])
     if plots:
         print(f"Plots: {', '.join(str(path) for path in plots)}")

@@ -117,10 +117,9 @@ class S2AP(Perturbed):
 
     gammas.__doc__ = Perturbed.gammas.__doc__
 
-    @property
-    def flips(self) -> int:
-        """Mask entries that the last perturbation flipped, over all layers; 0 after a plain step. Reading it waits for the device."""
-        return int(self.changes()[:, 0].sum())
+    def layer_flips(self) -> dict[str, int]:
+        """Mask entries that the last perturbation flipped, by layer; 0 after a plain step. Waits for the device."""
+        return dict(zip(pruned_layers(self.model), self.changes()[:, 0].tolist(), strict=True))
 
     def changes(self) -> Tensor:
         """What the last perturbation changed, int64 [L, 2] on the layers' device: flipped mask entries, and scores of another sign.

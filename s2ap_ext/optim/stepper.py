@@ -46,7 +46,11 @@ class Stepper(ABC):
     @property
     def flips(self) -> int:
         """Mask entries that the last step's perturbation flipped, over all layers; 0 where the scores are not perturbed."""
-        return 0
+        return sum(self.layer_flips().values())
+
+    def layer_flips(self) -> dict[str, int]:
+        """The same layer by layer; none where the scores are not perturbed. Waits for the device."""
+        return {}
 
     def gammas(self) -> dict[str, float]:
         """By layer, the size of the perturbation of the scores; none where the present steps perturb no scores. Waits for the device."""

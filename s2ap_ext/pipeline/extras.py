@@ -8,7 +8,7 @@ from .._extras import MissingExtra, optional
 
 __all__ = ["TRAINING", "MissingExtra", "optional", "require"]
 
-TRAINING = ("matplotlib", "rich", "safetensors", "scipy", "tensorboard", "tomli_w")
+TRAINING = ("jinja2", "matplotlib", "rich", "safetensors", "scipy", "tensorboard", "tomli_w")
 
 
 def require(names: tuple[str, ...] = TRAINING) -> None:

@@ -11,6 +11,7 @@ state.safetensors      while a stage trains: model, optimizer and place in the s
 state-before.safetensors  and the last one before it, for the case that it gets damaged
 evaluations            finished batches of attacks on the models
 results.json           the table
+analysis.json          what s2ap analyze found, where it was asked
 *.png                  the plots
 events.out.tfevents.*  TensorBoard
 .lock                  while a process works here: its number
@@ -39,7 +40,7 @@ from .recipe import load_recipe, to_toml
 from .records import CONFIG, sealed, unsealed
 from .sections import Recipe
 
-METRICS, RESULTS, FILES, LOCK = "metrics.jsonl", "results.json", "data.json", ".lock"
+METRICS, RESULTS, ANALYSIS, FILES, LOCK = "metrics.jsonl", "results.json", "analysis.json", "data.json", ".lock"
 CHECKSUM = "\n# checksum: "  # of config.toml, in its last line
 STATE, STATE_BEFORE = "state.safetensors", "state-before.safetensors"
 
@@ -263,6 +264,12 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         (path / LOCK).unlink(missing_ok=True)
         lock.close()
+
+
+def read_analysis(path: str | Path) -> dict[str, Any] | None:
+    """The analysis.json of a run, None where there is none; raises ValueError for a file that is not as it was written."""
+    file = Path(path) / ANALYSIS
+    return unsealed(file.read_text(encoding="utf-8", errors="replace"), Path(path), str(file)) if file.is_file() else None
 
 
 def _lock(path: Path) -> IO[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from .._library import backend
 from ..analysis import layer_masks
 from ..attacks import accuracy
@@ -91,6 +93,7 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
         results = {"recipe": recipe.name, "attack": describe_attack(recipe), "images": rows[-1]["images"], "rows": rows, "density": layers}
         if whose := check_attacks(recipe, model, session.data):
             results["attacks"] = whose
+        results["environment"] = environment(next(model.parameters()).device)
         if pruned_layers(model) and next(model.parameters()).device.type == "cpu" and backend().cpu == "C++":
             results["latency"] = [asdict(row) for row in latency(model, session.data.shape)]
     folder.save_results(results)
@@ -102,6 +105,21 @@ def _attacked(session: Session, model: nn.Module, name: str) -> dict[str, float]
     keep = session.folder.path / EVALUATIONS
     found = attacked(session.recipe, session.data, model, name, keep=keep, show=session.show, stop=session.stop)
     return {**{attack: fraction for attack, fraction in found.accuracy.items() if attack != "clean"}, "worst": found.worst}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a run's numbers and times depend on besides its recipe: versions, the machine, the device, kernels and threads."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    kernels = backend().cuda if device.type == "cuda" else backend().cpu
+    return {
+        "s2ap_ext": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": name,
+        "kernels": kernels,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _own_model(session: Session, path: Path, name: str) -> nn.Module:

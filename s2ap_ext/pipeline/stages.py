@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis import layer_masks, mask_distance
+from ..analysis import by_layer, churn, jaccard, layer_masks, mask_distance
 from ..methods import Method
 from ..nn import pruned_layers, sampled_gradients, train_weights
 from ..optim import AWP, S2AP, Plain, Stepper
 from .checkpoint import check_tensors
 from .model_file import make_sparse
-from .sections import Training
+from .sections import Recipe, Training
 from .trainer import Callbacks, Session, Trainer
 
 
@@ -30,20 +31,30 @@ def pretrain(session: Session, model: nn.Module) -> nn.Module:
 def prune(session: Session, model: nn.Module) -> nn.Module:
     """Makes the dense ``model`` sparse, in place, and searches its mask with the recipe's method, plain or with S2AP."""
     settings = session.recipe.prune
-    method = make_sparse(model, session.recipe, session.show.say)
-    on_weights = settings.s2ap and settings.perturbs == "weights"
-    base = _sgd(method.parameters(model, perturbed=settings.s2ap and not on_weights), settings)
-    stepper: Stepper = Plain(model, base)
-    if on_weights:
-        for layer in pruned_layers(model).values():
-            layer.weight.requires_grad_(True)  # wanted for the perturbation only, where the method does not train them
-        stepper = AWP(model, base, gamma=float(settings.gamma), warmup_epochs=settings.warmup_epochs)
-    elif settings.s2ap:
-        ascent = settings.ascent.make()
-        stepper = S2AP(model, base, gamma=settings.gamma, ascent=ascent, warmup_epochs=settings.warmup_epochs, defer_grads=True)
+    method, stepper = start_search(session.recipe, model, session.show.say)
     Trainer(session, "prune", settings, model, stepper, Search(method, model, stepper, settings.sampled_gradients)).fit()
     method.finish(model)
     return model
+
+
+def start_search(recipe: Recipe, model: nn.Module, tell: Callable[[str], None] = lambda line: None) -> tuple[Method, Stepper]:
+    """Makes the dense ``model`` sparse, in place, and returns the recipe's method with what makes its steps.
+
+    Args:
+        tell: takes what there is to say about layers that stay dense.
+    """
+    settings = recipe.prune
+    method = make_sparse(model, recipe, tell)
+    on_weights = settings.s2ap and settings.perturbs == "weights"
+    base = _sgd(method.parameters(model, perturbed=settings.s2ap and not on_weights), settings)
+    if not settings.s2ap:
+        return method, Plain(model, base)
+    if on_weights:
+        for layer in pruned_layers(model).values():
+            layer.weight.requires_grad_(True)  # wanted for the perturbation only, where the method does not train them
+        return method, AWP(model, base, gamma=float(settings.gamma), warmup_epochs=settings.warmup_epochs)
+    ascent = settings.ascent.make()
+    return method, S2AP(model, base, gamma=settings.gamma, ascent=ascent, warmup_epochs=settings.warmup_epochs, defer_grads=True)
 
 
 def finetune(session: Session, model: nn.Module) -> nn.Module:
@@ -62,16 +73,24 @@ TRAIN: dict[str, Callable[[Session, nn.Module], nn.Module]] = {"pretrain": pretr
 
 
 class Search(Callbacks):
-    """What a mask search does besides training: what its method asks for, and how far the mask moves."""
+    """What a mask search does besides training: what its method asks for, and how the mask moves."""
 
     def __init__(self, method: Method, model: nn.Module, stepper: Stepper, sampled: float) -> None:
         self.method, self.model, self.stepper, self.sampled = method, model, stepper, sampled
         self.masks: dict[str, Tensor] = {}  # at the start of the epoch
-        self.steps = self.flips = self.passes = 0  # of this epoch; the flips are those by perturbations
+        self.earlier: dict[str, Tensor] = {}  # what any mask has kept at the start of an epoch before
+        self.steps = self.passes = 0  # of this epoch
+        self.flips: Counter[str] = Counter()  # of this epoch and by perturbations, layer by layer
 
     def start_epoch(self) -> None:
-        self.masks = layer_masks(self.model)
-        self.steps = self.flips = self.passes = 0
+        now = layer_masks(self.model)
+        if self.masks:
+            self.earlier = {name: mask | self.masks[name] for name, mask in self.earlier.items()}
+        else:
+            self.earlier = {name: torch.zeros_like(mask) for name, mask in now.items()}
+        self.masks = now
+        self.steps = self.passes = 0
+        self.flips.clear()
 
     def around_step(self) -> AbstractContextManager[None]:
         return sampled_gradients(self.model, self.sampled)
@@ -81,17 +100,29 @@ class Search(Callbacks):
 
     def after_step(self) -> None:
         self.steps += 1
-        self.flips += self.stepper.flips
+        self.flips.update(self.stepper.layer_flips())
         self.passes += self.stepper.passes
         self.method.after_step(self.model)
 
     def metrics(self) -> dict[str, Any]:
         now = layer_masks(self.model)
-        kept = sum(int(mask.sum()) for mask in now.values())
-        flips = self.flips / max(kept * self.steps, 1)  # of the kept weights, per step
-        passes = self.passes / max(self.steps, 1)  # backward passes per step
-        moved = {"mask_distance": mask_distance(self.masks, now), "flips": flips, "passes": passes}
-        return {**moved, **self._gamma(), **self.method.metrics()}
+        kept = {name: int(mask.sum()) for name, mask in now.items()}
+        per_step = {name: self.flips[name] / max(count * self.steps, 1) for name, count in kept.items()}  # of the kept weights
+        sequence = [self.earlier, self.masks, now]  # what comes back in this epoch
+        return {
+            "mask_distance": mask_distance(self.masks, now),
+            "flips": self.flips.total() / max(sum(kept.values()) * self.steps, 1),
+            "passes": self.passes / max(self.steps, 1),  # backward passes per step
+            "jaccard": jaccard(self.masks, now),
+            "churn": churn(sequence),
+            "layer_distance": by_layer(mask_distance, self.masks, now),
+            "layer_jaccard": by_layer(jaccard, self.masks, now),
+            "layer_churn": {name: churn([{name: masks[name]} for masks in sequence]) for name in now},
+            "layer_flips": per_step,
+            "layer_density": {name: count / max(now[name].numel(), 1) for name, count in kept.items()},
+            **self._gamma(),
+            **self.method.metrics(),
+        }
 
     def _gamma(self) -> dict[str, dict[str, float]]:
         """The gamma of each layer, as it stands at the end of the epoch; nothing in an epoch of plain steps."""
@@ -99,10 +130,10 @@ class Search(Callbacks):
         return {"gamma": {name: float(f"{gamma:.4g}") for name, gamma in gammas.items()}} if gammas else {}
 
     def state(self) -> dict[str, Tensor]:
-        masks = {f"mask/{name}": mask for name, mask in self.masks.items()}
         return {
-            **masks,
-            "counts": torch.tensor([self.steps, self.flips, self.passes]),
+            **{f"mask/{name}": mask for name, mask in self.masks.items()},
+            **{f"earlier/{name}": mask for name, mask in self.earlier.items()},
+            "counts": torch.tensor([self.steps, self.passes, *(self.flips[name] for name in self.masks)]),
             **{f"method/{name}": t for name, t in self.method.state().items()},
         }
 
@@ -111,10 +142,13 @@ class Search(Callbacks):
             return {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
 
         own = {name: tensor for name, tensor in state.items() if not name.startswith("method/")}
-        masks = {f"mask/{name}": mask for name, mask in layer_masks(self.model).items()}
-        check_tensors(own, {**masks, "counts": torch.zeros(3, dtype=torch.int64)}, "mask search: not a state of its own")
-        self.masks = under("mask/")
-        self.steps, self.flips, self.passes = state["counts"].tolist()
+        now = layer_masks(self.model)
+        masks = {f"{part}/{name}": mask for part in ("mask", "earlier") for name, mask in now.items()}
+        counts = {"counts": torch.zeros(2 + len(now), dtype=torch.int64)}
+        check_tensors(own, masks | counts, "mask search: not a state of its own")
+        self.masks, self.earlier = under("mask/"), under("earlier/")
+        self.steps, self.passes, *flips = state["counts"].tolist()
+        self.flips = Counter(dict(zip(now, flips, strict=True)))
         self.method.load_state(under("method/"))
 
 

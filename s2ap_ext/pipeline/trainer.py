@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..analysis import functional_distance
 from ..attacks import accuracy, pgd
 from ..averaging import WeightAverage, reestimate_batchnorm
 from ..data import Batches, Dataset, seeded_generator
 from ..losses import Loss
+from ..modes import evaluation_mode
 from ..nn import refresh
 from ..optim import Stepper
 from ..settings import shown
@@ -110,6 +112,28 @@ class EpochProgress:
         return cls(**table)
 
 
+class Drift:
+    """How far the model's predictions on the watched test images move from the end of one epoch to that of the next."""
+
+    def __init__(self, watched: Batches, images: int) -> None:
+        self.watched, self.images = watched, images
+        self.logits: Tensor | None = None  # at the end of the last epoch
+
+    def since_last(self, model: nn.Module) -> dict[str, float]:
+        """The epoch's ``functional_distance``; nothing after the first epoch, before which there is nothing to compare with."""
+        with evaluation_mode(model, freeze=True), torch.no_grad():
+            before, self.logits = self.logits, torch.cat([model(images) for images, _ in self.watched])
+        return {} if before is None else {"functional_distance": functional_distance(before, self.logits)}
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.logits is None else {"logits": self.logits}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.logits = state.get("logits")
+        if state.keys() - {"logits"} or (self.logits is not None and (self.logits.dim() != 2 or len(self.logits) != self.images)):
+            raise ValueError(f"drift: expected the logits of {self.images} images, got something else")
+
+
 class Trainer:
     """Trains ``model`` in place, from where the session's folder says the stage stands.
 
@@ -143,6 +167,7 @@ class Trainer:
         self.watched = Batches(few, recipe.evaluate.batch_size, device=self.device)
         self.average = WeightAverage(model, settings.averaging) if settings.averaging else None
         self.recent: deque[Tensor] = deque(maxlen=RECENT)  # images that the loss has shown the model
+        self.drift = Drift(self.watched, len(few))
         self.initial_lr = [group["lr"] for group in stepper.param_groups]
         self.progress = EpochProgress()
 
@@ -259,6 +284,7 @@ class Trainer:
                 "robust": found.robust,
                 "seconds": done.seconds,
                 "steps": done.batch * self.loss.replays,
+                **self.drift.since_last(self.model),
                 **besides,
             }
 
@@ -296,7 +322,7 @@ class Trainer:
 
     def _keepers(self) -> dict[str, Any]:
         """What has a state beside the model and the optimizer, by the name that its tensors have in the file."""
-        keepers = {"loss": self.loss, "stage": self.callbacks}
+        keepers = {"loss": self.loss, "stage": self.callbacks, "drift": self.drift}
         return keepers | ({"average": self.average} if self.average is not None else {})
 
     def _store(self) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import s2ap_ext
 from s2ap_ext import speed
 from s2ap_ext.cli import main
 from s2ap_ext.nn import cost
-from s2ap_ext.pipeline import checkpoint
+from s2ap_ext.pipeline import analyze, checkpoint
+from s2ap_ext.pipeline.run_folder import read_analysis
 
 SMALL = [
     "model.width=4",
@@ -77,7 +79,7 @@ def test_run_prints_lines_a_table_and_the_outcome(words, labels, tmp_path, capsy
         assert f" {100 * row['clean']:.1f} " in shown
         assert f" {100 * row['robust']:.1f} " in shown
         assert f" {100 * row['sparsity']:.1f} " in shown
-    assert any(line.startswith("Finetuned at ") and "clean" in line and "robust" in line for line in lines)
+    assert any(line.startswith("At 90.") and "the finetuned model has" in line for line in lines)
     for plot in ("curves.png", "mask_distance.png", "density.png", "perturbation.png"):
         assert (tmp_path / "run" / plot).read_bytes().startswith(b"\x89PNG")
         assert plot in out
@@ -142,6 +144,41 @@ def test_report_draws_and_prints_again(finished, capsys):
     assert sorted(path.name for path in finished.glob("*.png")) == ["curves.png", "density.png", "mask_distance.png", "perturbation.png"]
 
 
+def test_an_analysis_is_kept_in_the_folder_and_shown_in_the_report(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(analyze, "POINTS", {"line": 3, "plane": 3})
+    folder = shutil.copytree(finished, tmp_path / "run")
+    assert main(["analyze", str(folder), "--images", "8"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    found = read_analysis(folder)
+    assert found["images"] == 8
+    assert [entry["model"] for entry in found["models"]] == ["dense", "pruned", "finetuned"]
+    spaces = [[one["space"] for one in entry["spectra"]] for entry in found["models"]]
+    assert spaces == [["weights"], ["scores", "weights"], ["scores", "weights"]]
+    assert f"{found['models'][1]['spectra'][0]['eigenvalues'][0]:.4g}" in out
+    files = [tmp_path / name for name in ("page.html", "table.csv", "table.md")]
+    options = [word for option, file in zip(("--html", "--csv", "--markdown"), files, strict=True) for word in (option, str(file))]
+    assert main(["report", str(folder), *options]) == 0
+    page, table, markdown = (file.read_text() for file in files)
+    assert f"<td>{found['models'][1]['ascent']['gradient_cosine']:.3f}</td>" in page
+    assert page.count('src="data:image/png;base64,') == 6 * 3
+    assert "A test image of the class" in page
+    assert table.count("\n") == 4
+    assert "| finetuned |" in markdown
+
+
+def test_profile_of_a_step(capsys):
+    assert main(["profile", "--step", "digits", *settings("prune.ascent=reuse"), "--batch", "16", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "a step of digits's mask search: hydra, S2AP, reuse ascent, 16 images" in " ".join(out.split())
+    assert all(f"│ {phase} " in out for phase in ("data", "attack", "forward", "backward", "select", "perturb", "update"))
+
+
+def test_masks_of_several_runs(finished):
+    same = analyze.compare_masks([finished, finished])
+    assert same["overlap"] == 1
+    assert 0 < same["chance"] < 0.1
+
+
 @pytest.mark.skipif(s2ap_ext.backend().cpu != "C++", reason="without the kernels there is nothing to compare")
 def test_profile_measures_every_convolution_and_calibrates(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -157,7 +194,7 @@ def test_profile_measures_every_convolution_and_calibrates(finished, tmp_path, m
         monkeypatch.undo()
         cost.load.cache_clear()
     assert main(["profile"]) == 2
-    assert "profile: expected CHECKPOINT or --calibrate" in capsys.readouterr().err
+    assert "profile: expected CHECKPOINT, --step RECIPE or --calibrate" in capsys.readouterr().err
 
 
 def test_version_and_doctor(capsys):
@@ -256,7 +293,7 @@ def test_a_defect_is_not_hidden(finished, monkeypatch):
     def broken(path):
         raise KeyError("a defect")
 
-    monkeypatch.setattr("s2ap_ext.report.read_results", broken)
+    monkeypatch.setattr("s2ap_ext.report.records.read_results", broken)
     with pytest.raises(KeyError):
         main(["report", str(finished)])
 

@@ -6,11 +6,15 @@ import json
 import pytest
 import torch
 from command_line import refused
+from torch import nn
 
-from s2ap_ext import backend
+from s2ap_ext import backend, sparsify
+from s2ap_ext.methods.hydra import Hydra
 from s2ap_ext.nn import pruned_layers
+from s2ap_ext.optim import Plain
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, checkpoint, evaluate, load_model, load_recipe, new_model, open_data, run
 from s2ap_ext.pipeline.run_folder import read_metrics
+from s2ap_ext.pipeline.stages import Search
 from s2ap_ext.sparsity import kept_count
 
 SMALL = [
@@ -106,6 +110,50 @@ def test_hydra_trains_scores_and_batchnorm_only(finished):
     search = [r for r in records if r["stage"] == "prune"]
     assert all(r["mask_distance"] > 0 for r in search)
     assert [r["flips"] > 0 for r in search] == [False, True, True]  # the first epoch is S2AP's warm-up
+
+
+def test_a_search_tells_how_the_mask_of_each_layer_moves(finished):
+    folder, _ = finished
+    search = [r for r in read_metrics(folder) if r["stage"] == "prune"]
+    sizes = {name: layer.weight.numel() for name, layer in pruned_layers(load_model(folder / "pruned.safetensors")[0]).items()}
+    kept = {name: kept_count(n, 0.9) for name, n in sizes.items()}
+    for r in search:
+        assert r["layer_density"] == {name: kept[name] / n for name, n in sizes.items()}
+        moved = {name: round(r["layer_distance"][name] * n) for name, n in sizes.items()}
+        assert r["mask_distance"] == pytest.approx(sum(moved.values()) / sum(sizes.values()))
+        shared = {name: kept[name] - moved[name] / 2 for name in sizes}  # each entry that leaves makes room for another
+        assert r["layer_jaccard"] == pytest.approx({name: shared[name] / (2 * kept[name] - shared[name]) for name in sizes})
+        assert r["jaccard"] == pytest.approx(sum(shared.values()) / sum(2 * kept[name] - shared[name] for name in sizes))
+        assert r["flips"] == pytest.approx(sum(r["layer_flips"][name] * kept[name] for name in sizes) / sum(kept.values()))
+        assert r["churn"] == pytest.approx(sum(r["layer_churn"][name] * kept[name] for name in sizes) / sum(kept.values()))
+        assert all(0 <= r["layer_churn"][name] * kept[name] <= moved[name] / 2 for name in sizes)
+    assert search[0]["churn"] == 0  # nothing can come back that never left
+
+
+def test_what_comes_back_is_told_from_what_is_new():
+    net = sparsify(nn.Sequential(nn.Linear(4, 1, bias=False)), 0.5)
+    search = Search(Hydra(), net, Plain(net, torch.optim.SGD(net.parameters(), lr=0.1)), sampled=1.0)
+    told = []
+    for scores in ([4, 3, 2, 1], [4, 1, 2, 3], [4, 3, 2, 1], [1, 2, 4, 3]):
+        with torch.no_grad():
+            net[0].scores.copy_(torch.tensor([scores]))
+        if search.masks:
+            told.append(search.metrics()["churn"])
+        search.start_epoch()
+    assert told == [0, 0.5, 0.5]  # the second weight comes back, then the fourth beside the third, which is new
+
+
+def test_each_epoch_but_the_first_of_a_stage_tells_how_far_the_predictions_moved(finished):
+    records = [r for r in read_metrics(finished[0]) if "epoch" in r]
+    assert all(("functional_distance" in r) == (r["epoch"] > 1) for r in records)
+    assert all(r["functional_distance"] > 0 for r in records if r["epoch"] > 1)
+
+
+def test_the_results_say_where_they_come_from(finished):
+    environment = json.loads((finished[0] / "results.json").read_text())["environment"]
+    assert environment["torch"] == torch.__version__
+    assert environment["threads"] == 1
+    assert environment["device"] == "cpu"
 
 
 def test_finetuning_keeps_the_mask_and_the_scores(finished):

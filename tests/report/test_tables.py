@@ -1,0 +1,46 @@
+"""What is printed on a terminal."""
+
+from report_folders import ANALYSIS, RESULTS, ROWS
+
+from s2ap_ext import report
+from s2ap_ext.speed import Latency
+
+
+def cells(text, word):
+    """The cells of the first line of a table that holds ``word``."""
+    line = next(line for line in text.splitlines() if f" {word} " in line)
+    return [cell.strip() for cell in line.replace("│", "|").strip("|").split("|")]
+
+
+def test_the_table_of_latencies(capsys):
+    report.print_latency(Latency(**row) for row in [{"batch": 64, "dense_ms": 40.0, "sparse_ms": 10.0}])
+    assert cells(capsys.readouterr().out, "64") == ["64", "40.00", "10.00", "4.0", "1,600", "6,400"]
+
+
+def test_the_table_compares_with_the_dense_model(capsys):
+    report.print_table(RESULTS)
+    out = capsys.readouterr().out
+    assert "mine: 100 test images, PGD-20, linf, eps 8/255" in out
+    assert "90.0 (-5.0)" in out
+    assert "79.0 (-1.0)" in out
+    assert " ".join(out.split()).endswith(report.verdict(RESULTS))
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_a_single_model_is_compared_with_nothing(capsys):
+    report.print_table(RESULTS | {"rows": ROWS[2:]})
+    out = capsys.readouterr().out
+    assert "79.0 " in out
+    assert "(" not in out
+    assert "against" not in out
+
+
+def test_an_analysis_in_numbers(capsys):
+    report.print_analysis("runs/mine", ANALYSIS)
+    out = capsys.readouterr().out
+    assert "runs/mine: robust loss on 64 test images, PGD-20, linf, eps 8/255" in " ".join(out.split())
+    assert cells(out, "scores") == ["pruned", "scores", "1,006", "4.5", "30.5 +- 1.5"]
+    flat = " ".join(out.split())
+    assert "pruned: a perturbation of the scores by gamma 0.001 flips 0.31 % of the kept weights" in flat
+    assert "changes the robust loss by +0.0625; the gradients before and after have the cosine 0.985." in flat
+    assert "Masks of 2 runs: overlap 0.300, of random masks 0.053." in flat
