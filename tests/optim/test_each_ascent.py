@@ -10,6 +10,7 @@ from torch import nn
 from s2ap_ext import S2AP, sparsify
 from s2ap_ext._files import load, save
 from s2ap_ext.nn import pruned_layers, train_scores
+from s2ap_ext.optim import Ascent
 from s2ap_ext.optim.ascents.every import orthogonal
 from s2ap_ext.parts import make, names
 
@@ -428,6 +429,32 @@ def test_reuse_needs_gradients():
     assert list(optimizer.wanted_gradients()) == ["0.scores", "3.scores", "5.scores"]
     with pytest.raises(RuntimeError, match=r"ascent reuse: expected the gradients of an attack; call step\(closure, along\)"):
         optimizer.step(closure_for(net, optimizer))
+
+
+def test_a_move_can_be_taken_back_and_only_then_followed_by_another():
+    net, stood = pruned_net(), []
+
+    class Twice(Ascent):
+        def step(self, at, backward):
+            with pytest.raises(RuntimeError, match=r"back\(\): the model has not moved in this step"):
+                at.back()
+            backward()
+            before = net[0].mask.clone()
+            at.move()
+            with pytest.raises(RuntimeError, match=r"move\(\): the model has moved in this step already"):
+                at.move()
+            stood.append(not torch.equal(net[0].mask, before))
+            at.back()
+            stood.append(torch.equal(net[0].mask, before))
+            at.move()
+            backward()
+
+    other = copy.deepcopy(net)
+    twice, once = s2ap(net, Twice(), gamma=1.0), s2ap(other, "exact", gamma=1.0)
+    twice.step(closure_for(net, twice))
+    once.step(closure_for(other, once))
+    assert stood == [True, True]
+    assert_same_state(net, other)
 
 
 def test_a_plain_step_wants_no_gradients():

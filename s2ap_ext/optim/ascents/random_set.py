@@ -20,7 +20,8 @@ class RandomSet(Random):
 
     In each layer, each of them and a random pruned weight exchange the sizes of their scores. So the layer keeps as many weights, its
     scores keep their signs and, as a set, their sizes, and the flipped entries lie anywhere, not near the threshold. The scores move much
-    further than by ``exact``. Random numbers are those of ``random``. It is for single weights as the unit of pruning.
+    further than by ``exact``. Random numbers are those of ``random``. It is for single weights as the unit of pruning, and
+    waits for a CUDA device.
 
     Equivalent to::
 
