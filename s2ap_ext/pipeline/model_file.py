@@ -18,6 +18,7 @@ from torch import nn
 from .. import parts
 from ..data import Dataset, seeded_generator
 from ..methods import Method
+from ..nn.accelerated import check_precision
 from . import checkpoint
 from .plan import STAGES, stage_before
 from .recipe import from_table, load_recipe, override, to_table
@@ -45,8 +46,10 @@ def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
     """The recipe's model for ``data``, untrained, on the recipe's device.
 
     Raises:
-        ValueError: a model that is larger than this machine's memory.
+        ValueError: a model that is larger than this machine's memory; a precision that the device does not compute in.
     """
+    device = pick_device(recipe.device)
+    check_precision(recipe.precision, device)
     count = recipe.model.make().count_parameters(**_shape(data))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:
@@ -54,7 +57,7 @@ def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
         raise ValueError(
             f"{keys}: expected a model that fits this machine's {memory / 2**30:.1f} GiB of memory, got one of {count:,} parameters"
         )
-    return _build(recipe, recipe.seed, _shape(data)).to(pick_device(recipe.device))
+    return _build(recipe, recipe.seed, _shape(data)).to(device)
 
 
 def _build(recipe: Recipe, seed: int, shape: dict[str, int]) -> nn.Module:

@@ -34,8 +34,8 @@ def prune(session: Session, model: nn.Module) -> nn.Module:
     base = _sgd(method.parameters(model, perturbed=settings.s2ap), settings)
     stepper: Stepper = Plain(model, base)
     if settings.s2ap:
-        ascent = settings.ascent.make()
-        stepper = S2AP(model, base, gamma=settings.gamma, ascent=ascent, warmup_epochs=settings.warmup_epochs, defer_grads=True)
+        how: dict[str, Any] = {"gamma": settings.gamma, "ascent": settings.ascent.make(), "warmup_epochs": settings.warmup_epochs}
+        stepper = S2AP(model, base, defer_grads=session.recipe.precision != "fp16", **how)  # a loss scale works on .grad
     Trainer(session, "prune", settings, model, stepper, Search(method, model, stepper, settings.sampled_gradients)).fit()
     method.finish(model)
     return model
