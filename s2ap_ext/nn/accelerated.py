@@ -42,6 +42,7 @@ class Accelerated(nn.Module):
 
     Equivalent to::
 
+        logits: Tensor
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
             logits = torch.compile(model)(x.contiguous(memory_format=torch.channels_last))
         logits = logits.float()
@@ -70,6 +71,7 @@ class Accelerated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
+        logits: Tensor
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             if self.compiled_batch and len(x) == self.compiled_batch:
                 with masked_weights_made(self.model):
@@ -106,7 +108,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
     if precision != "tf32":
         yield
         return
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    cudnn: Any = torch.backends.cudnn  # a module whose attributes are made as it is imported
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:

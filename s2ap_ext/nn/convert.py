@@ -13,12 +13,14 @@ from torch import nn
 from ..allocations import Allocation, Layer, allocate
 from ..allocations.mapping import name_matches
 from ..sparsity import check_sparsity, input_multiple, pattern_for
+from . import semi_structured
 from .layers import DENSE_TO_PRUNED, Pruned, S2APConv2d, S2APLinear, baked_weight, pruned_layers, refresh, to_dense_class
 from .layout import forget_layout, keep_layout
 from .mask_state import MaskGroup
 from .pruned_weight import PrunedWeight, pruned_weights, put_in, take_out
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
+FORMATS = ("dense", "semi-structured")
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -159,19 +161,32 @@ def _candidates(model: nn.Module, granularity: str, exclude: Sequence[str]) -> l
     return [candidate for candidate in found if not excluded(candidate[0])]
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: nn.Module, *, format: str = "dense") -> nn.Module:
     """Turns pruned layers back into plain modules with the zeros baked in, in place; logits stay equal to the bit.
 
     Nothing of this package is left: neither in the classes nor in the state_dict. A weight that a pruned layer shared with a dense
     one (a tied embedding) is a parameter of its own afterwards.
+
+    Args:
+        model: a model with pruned layers.
+        format: ``"dense"``; or ``"semi-structured"``: on CUDA, in float16 or bfloat16, linear layers that keep at most 2 of every 4
+            neighbouring inputs (granularity ``"2:4"``) get weights in torch's semi-structured form, which sparse tensor cores compute with.
+            Their logits equal the masked ones up to rounding at that precision, and they no longer train. All other layers are dense.
 
     Returns:
         ``model``.
 
     Raises:
         RuntimeError: called between ``ascend()`` and ``descend()``.
+        ValueError: an unknown ``format``; no layer has the semi-structured form, with the reason. The model is unchanged then.
+
+    Warns:
+        UserWarning: some of the pruned linear layers do not have the semi-structured form, with the reasons.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     refresh(model)
+    packed = semi_structured.pack(model) if format == "semi-structured" else {}
     baked: dict[tuple[int, int], nn.Parameter] = {}
     for layer in pruned_layers(model).values():
         baked_weight(layer, baked)  # all of them before the first layer changes
@@ -181,6 +196,7 @@ def densify(model: nn.Module) -> nn.Module:
         elif pruned := pruned_weights(module):
             take_out(module, {name: baked_weight(child, baked) for name, child in pruned})
     forget_layout(model)
+    semi_structured.put_in(packed)
     return model
 
 

@@ -7,6 +7,7 @@ import torch
 
 from s2ap_ext import optim
 from s2ap_ext.cli import main
+from s2ap_ext.data import Dataset, Split
 from s2ap_ext.nn import Accelerated
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, forwards, load_recipe, model_file, open_data, run, trainer
 from s2ap_ext.pipeline.run_folder import read_metrics
@@ -97,3 +98,26 @@ def test_by_default_steps_call_the_model_itself_and_no_loss_is_scaled():
     recipe, model = load_recipe("digits"), torch.nn.Linear(2, 2)
     assert forwards.forwards(recipe, model, 16) == (model, model)
     assert forwards.loss_scale(recipe) is None
+
+
+def test_five_minutes_for_cifar10_takes_steps_at_tiny_size(tmp_path):
+    """But for the compilation, which takes longer than all else at this size, and is tested above."""
+    assert load_recipe("cifar10-5min").compile
+    small = [
+        "device=cpu",
+        "compile=false",
+        "model.width=2",
+        "attack.steps=1",
+        "evaluate.steps=1",
+        "evaluate.images_per_epoch=4",
+        "prune.warmup_epochs=0",
+    ]
+    small += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=1", "batch_size=8")]
+    recipe = load_recipe("cifar10-5min", small)
+    pixels = torch.randint(256, (28, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(28) % 10
+    data = Dataset("cifar10", Split(pixels[:20], labels[:20]), Split(pixels[20:], labels[20:]), tuple("0123456789"))
+    with RunFolder.create(tmp_path / "run", recipe) as folder:
+        rows = run(Session(recipe, data, folder))
+    assert [row["model"] for row in rows] == ["dense", "pruned", "finetuned"]
+    assert rows[2]["sparsity"] == pytest.approx(0.9, abs=0.01)

@@ -12,11 +12,11 @@ from s2ap_ext.pipeline import Recipe, known_recipes, load_recipe, override
 from s2ap_ext.pipeline.recipe import explained_keys, from_table, to_table, to_toml
 
 
-def test_two_recipes_ship():
-    assert known_recipes() == ["cifar10-resnet18", "digits"]
+def test_three_recipes_ship():
+    assert known_recipes() == ["cifar10-5min", "cifar10-resnet18", "digits"]
 
 
-@pytest.mark.parametrize("name", ["cifar10-resnet18", "digits"])
+@pytest.mark.parametrize("name", ["cifar10-5min", "cifar10-resnet18", "digits"])
 def test_a_recipe_survives_the_way_through_toml(name, tmp_path):
     recipe = load_recipe(name)
     path = tmp_path / "config.toml"
@@ -123,7 +123,9 @@ def test_a_wrong_file_is_answered_with_its_name_and_the_key(text, message, tmp_p
 
 
 def test_an_unknown_recipe_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"expected one of cifar10-resnet18, digits or .*, got 'digit'; did you mean digits\?"):
+    with pytest.raises(
+        ValueError, match=r"expected one of cifar10-5min, cifar10-resnet18, digits or .*, got 'digit'; did you mean digits\?"
+    ):
         load_recipe("digit")
 
 
