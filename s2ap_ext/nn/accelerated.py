@@ -108,16 +108,15 @@ def matmul_precision(precision: str) -> Iterator[None]:
     if precision != "tf32":
         yield
         return
-    cudnn: Any = torch.backends.cudnn  # a module whose attributes are made as it is imported
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
-    before = [setting.fp32_precision for setting in settings]
+    # Not by torch's newer fp32_precision: torch.compile reads these settings, and torch refuses to give them where both forms were used.
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
-        for setting in settings:
-            setting.fp32_precision = "tf32"
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def check_precision(precision: str, device: torch.device) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import LABELS, Selections, assert_same_state, images, small_net
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from s2ap_ext import S2AP, sparsify
 from s2ap_ext.attacks import pgd
@@ -129,15 +130,22 @@ def test_the_engine_leaves_accelerated_models_alone():
     assert for_attack(Accelerated(searching(), precision="bf16"), images()) is None
 
 
+def test_a_search_compiles_two_graphs_and_no_more():
+    torch.compiler.reset()
+    counted = CompileCounterWithBackend("eager")
+    trained(lambda net: Accelerated(net, compiled_batch=4, backend=counted), defer_grads=True)
+    assert counted.frame_count == 2  # in the attack, where nothing trains, and in training
+
+
 def test_tf32_is_set_for_a_while():
     def settings():
-        return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
     before = settings()
     with matmul_precision("bf16"):
         assert settings() == before
     with matmul_precision("tf32"):
-        assert settings() == ("tf32", "tf32")
+        assert settings() == (True, True)
     assert settings() == before
 
 
