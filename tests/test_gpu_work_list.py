@@ -9,6 +9,7 @@ import pytest
 from gpu import __main__ as command_line
 from gpu.parts import Command, Part, Setting, parts
 from gpu.runner import WorkList, call
+from gpu.table import table
 
 
 def part(name, code="", *, minutes=0.01, after=()):
@@ -79,7 +80,7 @@ def test_the_arms_of_the_comparison_start_from_one_dense_network_and_go_on(tmp_p
     arms = [p for p in parts(at) if p.name.startswith("central/") and p.name != "central/dense"]
     assert len(arms) == 12
     assert {p.after for p in arms} == {("central/dense/dense.safetensors",)}
-    search, finetune = (command.words for command in arms[3].commands())
+    search, finetune, _ = (command.words for command in arms[3].commands())
     assert search[3:5] == ["prune", "cifar10-5min"]
     assert {"prune.method=harp", "prune.s2ap=true", "prune.sparsity=0.90", "/data"} < set(search)
     assert search[search.index("--from") + 1] == str(tmp_path / "central/dense/dense.safetensors")
@@ -87,6 +88,28 @@ def test_the_arms_of_the_comparison_start_from_one_dense_network_and_go_on(tmp_p
     (tmp_path / "central/harp-s2ap-90-search").mkdir(parents=True)
     (tmp_path / "central/harp-s2ap-90-search/config.toml").touch()
     assert arms[3].commands()[0].words[3:] == ["prune", "--resume", str(tmp_path / "central/harp-s2ap-90-search")]
+
+
+def test_the_comparison_has_a_line_for_each_arm_that_is_there(tmp_path):
+    def run(name, robust, seconds, **record):
+        folder = tmp_path / "central" / name
+        folder.mkdir(parents=True)
+        row = {"clean": 0.8, "robust": robust, "sparsity": 0.9, "images": 1000, "seconds": seconds}
+        (folder / "results.json").write_text(json.dumps({"rows": [row], "attack": "PGD-20"}))
+        (folder / "metrics.jsonl").write_text((json.dumps({"stage": "prune", **record}) + "\n") * 2)
+
+    run("dense", 0.5, 60)
+    for arm, robust in (("harp-plain-90", 0.4), ("hydra-s2ap-90", 0.45)):
+        run(f"{arm}-search", robust - 0.1, 60, mask_distance=0.125)
+        run(arm, robust, 120)
+    run("hydra-s2ap-99-search", 0.1, 60, mask_distance=0.1)  # not finetuned yet
+    lines = table(tmp_path).splitlines()
+    assert lines[2:5] == [
+        "| dense | 0 | 80.0% | 50.0% |  |  |  | 1.0 |",
+        "| harp-plain-90 | 90.0% | 80.0% | 40.0% | 80.0% | 30.0% | 0.250 | 3.0 |",
+        "| hydra-s2ap-90 | 90.0% | 80.0% | 45.0% | 80.0% | 35.0% | 0.250 | 3.0 |",
+    ]
+    assert lines[6].startswith("1000 test images, PGD-20.")
 
 
 def test_the_command_runs_from_a_checkout_at_tiny_size(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # Of an adversarial network and two trainings cut short, the same for all arms of the comparison.
@@ -56,16 +57,15 @@ class Part:
 
 def parts(at: Setting) -> list[Part]:
     """All parts in their order."""
-    minutes = (lambda full: 0.1) if at.tiny else (lambda full: full)
 
-    def measured(name: str, full: float, what: str, *tests: str) -> Part:
-        return Part(name, minutes(full), what, lambda: [_benchmark(at, name, *tests)])
+    def measured(name: str, minutes: float, what: str, *tests: str) -> Part:
+        return Part(name, minutes, what, lambda: [_benchmark(at, name, *tests)])
 
-    def checked(tool: str, full: float, what: str) -> Part:
-        return Part(tool, minutes(full), what, lambda: [_sanitized(at, tool)])
+    def checked(tool: str, minutes: float, what: str) -> Part:
+        return Part(tool, minutes, what, lambda: [_sanitized(at, tool)])
 
-    return [
-        Part("tests", minutes(3), "the tests that need a GPU: bits, graphs, streams, no call that waits", lambda: [_tests(at)]),
+    found = [
+        Part("tests", 3, "the tests that need a GPU: bits, graphs, streams, no call that waits", lambda: [_tests(at)]),
         checked("memcheck", 2, "compute-sanitizer looks for wrong accesses in every op and dtype"),
         checked("racecheck", 3, "compute-sanitizer looks for races in every op and dtype"),
         measured("ops", 2, "the ops on ResNet-18 against their floors and torch", "test_ops.py", "-k", "ResNet-18"),
@@ -76,14 +76,15 @@ def parts(at: Setting) -> list[Part]:
         measured("ascents", 3, "what each ascent adds to a step", "test_step.py", "-k", "ascents and dense"),
         measured("memory", 1, "the memory of an S2AP step", "test_memory.py"),
         measured("semi-structured", 3, "2:4 against dense linear layers, ViT-B, batch 1 to 256", "test_semi_structured.py"),
-        *_comparison(at, minutes),
-        Part("five-minutes", minutes(7), "s2ap run cifar10-5min, all of it", lambda: [_run(at, "cifar10-5min", "five-minutes", ())]),
+        *_comparison(at),
+        Part("five-minutes", 7, "s2ap run cifar10-5min, all of it", lambda: [_run(at, "cifar10-5min", "five-minutes", ())]),
     ]
+    return [replace(part, minutes=0.1) for part in found] if at.tiny else found
 
 
-def _comparison(at: Setting, minutes: Callable[[float], float]) -> list[Part]:
+def _comparison(at: Setting) -> list[Part]:
     """A robust dense network, and from it each arm of {HYDRA, HARP} x {plain, S2AP} x {90, 95, 99 %} with the same short schedule."""
-    found = [Part("central/dense", minutes(4), "the robust dense network of the comparison", lambda: [_train(at, "pretrain", "dense", ())])]
+    found = [Part("central/dense", 4, "the robust dense network of the comparison", lambda: [_train(at, "pretrain", "dense", ())])]
     dense = at.folder / "central/dense/dense.safetensors"
     for sparsity in (90, 95, 99):
         for method in ("hydra", "harp"):
@@ -94,10 +95,11 @@ def _comparison(at: Setting, minutes: Callable[[float], float]) -> list[Part]:
                 def commands(arm: str = arm, settings: tuple[str, ...] = settings) -> list[Command]:
                     pruned = at.folder / f"central/{arm}-search/pruned.safetensors"
                     search = _train(at, "prune", f"{arm}-search", settings, start=dense)
-                    return [search, _train(at, "finetune", arm, settings, start=pruned)]
+                    table = Command([sys.executable, "-m", "benchmarks.gpu.table", str(at.folder)])
+                    return [search, _train(at, "finetune", arm, settings, start=pruned), table]
 
                 what = f"{method}, {kind} steps, {sparsity} % sparse: mask search, finetuning with AWP, PGD-20"
-                found.append(Part(f"central/{arm}", minutes(4), what, commands, after=("central/dense/dense.safetensors",)))
+                found.append(Part(f"central/{arm}", 4, what, commands, after=("central/dense/dense.safetensors",)))
     return found
 
 
@@ -110,7 +112,8 @@ def _sanitized(at: Setting, tool: str) -> Command:
     ops = [sys.executable, "-m", "benchmarks.gpu.every_op", "--device", at.device]
     if at.device == "cpu":
         return Command(ops)
-    return Command(["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *ops], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return Command([program, "--tool", tool, "--error-exitcode", "1", *ops], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def _benchmark(at: Setting, name: str, *tests: str) -> Command:

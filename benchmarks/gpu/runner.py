@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from measure import machine, write
 
+from s2ap_ext import backend
+
 from . import ROOT
 from .parts import Part
 
@@ -45,6 +47,8 @@ class WorkList:
         """Runs the parts that are not done and fit into the time that is left. Returns whether all that were tried are done now."""
         if self.device == "cuda" and not torch.cuda.is_available():
             raise SystemExit("benchmarks.gpu: no CUDA device; --tiny --device cpu shows that the parts run")
+        if self.device == "cuda" and backend().cuda != "CUDA":
+            raise SystemExit(f"benchmarks.gpu: the CUDA kernels are not built ({backend().why}); what would run is plain PyTorch")
         end, fine = time.monotonic() + 60 * minutes, True
         for part in parts:
             left = end - time.monotonic()
