@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from s2ap_ext.attacks import Pgd
 from s2ap_ext.losses import PgdAt
-from s2ap_ext.nn import refresh
+from s2ap_ext.nn import matmul_precision, refresh
 from s2ap_ext.optim import Plain, Stepper
 
 MakeStepper = Callable[[nn.Module, torch.optim.Optimizer], Stepper]
@@ -26,6 +26,8 @@ class Step:
         batch: images in the batch.
         attack_steps: of PGD.
         around: gives what the step runs in; None for nothing.
+        forwards: what attack and loss call in the model's place, such as :class:`s2ap_ext.nn.Accelerated`.
+        precision: ``"tf32"``: the step runs in it; any other changes nothing here.
     """
 
     def __init__(
@@ -37,28 +39,31 @@ class Step:
         attack_steps: int,
         device: torch.device | str = "cpu",
         around: Callable[[nn.Module], AbstractContextManager] | None = None,
+        forwards: nn.Module | None = None,
+        precision: str = "fp32",
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.x = torch.rand(batch, 3, 32, 32, generator=generator).to(device)
         self.y = torch.randint(10, (batch,), generator=generator).to(device)
         self.model = model.to(device)
+        self.forwards, self.precision = forwards or model, precision
         self.loss = PgdAt(adversary=Pgd(eps=8 / 255, step_size=2 / 255, steps=attack_steps))
         trained = [p for p in model.parameters() if p.requires_grad]
         self.stepper = make_stepper(model, torch.optim.SGD(trained, lr=1e-3, momentum=0.9, weight_decay=5e-4))
         self.around = around
 
     def __call__(self) -> None:
-        with self.around(self.model) if self.around else contextlib.nullcontext():
+        with matmul_precision(self.precision), self.around(self.model) if self.around else contextlib.nullcontext():
             refresh(self.model)
             wanted, along = self.stepper.wanted_gradients(), None
             if wanted:
-                x_adv, along = self.loss.attack_with_gradients(self.model, self.x, self.y, wanted)
+                x_adv, along = self.loss.attack_with_gradients(self.forwards, self.x, self.y, wanted)
             else:
-                x_adv = self.loss.attack(self.model, self.x, self.y)
+                x_adv = self.loss.attack(self.forwards, self.x, self.y)
 
             def closure() -> Tensor:
                 self.stepper.zero_grad()
-                value, _ = self.loss(self.model, self.x, x_adv, self.y)
+                value, _ = self.loss(self.forwards, self.x, x_adv, self.y)
                 value.backward()
                 return value
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s2ap_ext import S2AP, backend, ops, reference, sparsify
+from s2ap_ext import S2AP, backend, densify, ops, reference, sparsify
 from s2ap_ext.nn import refresh, train_scores
+from s2ap_ext.pipeline import RunFolder, Session, load_recipe, open_data, run
 from s2ap_ext.reference import CUT_COLUMNS, GROUP, SINGLE_WEIGHTS, WINDOW, Pattern
 
 pytestmark = [
@@ -445,3 +446,26 @@ def test_training_is_that_of_the_fallback_on_the_gpu(tmp_path):
         ours, fallbacks = (load_file(tmp_path / disabled / f"{model}.safetensors") for disabled in "01")
         assert ours.keys() == fallbacks.keys()
         assert_same_bits(ours.values(), fallbacks.values())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_semi_structured_layers_compute_the_masked_logits(dtype):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 128)).to("cuda", dtype)
+    net = sparsify(net, 0.5, granularity="2:4").requires_grad_(False)
+    x = torch.randn(64, 256, device="cuda", dtype=dtype)
+    expected = net(x)
+    densify(net, format="semi-structured")
+    torch.testing.assert_close(net(x), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself, and of operations without a deterministic form
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_recipes_train_in_every_precision(precision, tmp_path):
+    settings = [f"precision={precision}", "channels_last=true", "compile=true", "model.width=8", "data.train_size=256", "data.test_size=64"]
+    settings += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=2", "batch_size=64")]
+    recipe = load_recipe("digits", [*settings, "prune.warmup_epochs=1"])
+    with RunFolder.create(tmp_path / "run", recipe) as folder:
+        rows = run(Session(recipe, open_data(recipe), folder))
+    assert rows[-1]["clean"] > 0.2

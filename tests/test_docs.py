@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_models import cut_down, images_of, small_network
+from gpu.parts import Setting, parts
 
 from s2ap_ext import cli, sparsify
 from s2ap_ext.cli import COMMANDS as COMMANDS_OF_THE_PROGRAM
@@ -67,6 +68,21 @@ def test_your_own_loop_runs_from_top_to_bottom(capsys):
     assert "90.00%" in capsys.readouterr().out  # the table of the sparsities
     assert type(space["net"][4]) is torch.nn.Linear
     assert space["optimizer"].flips > 0
+
+
+def test_a_fast_step_runs_on_a_cpu_too():
+    space = {}
+    (code,) = blocks("on-a-gpu.md", "python")
+    exec(code, space)
+    assert space["optimizer"].passes == 2
+    assert space["fast"](space["x"]).dtype == torch.float32
+
+
+def test_the_page_names_parts_of_the_work_list():
+    named = re.findall(r"--only ([\w-]+)", (DOCS / "on-a-gpu.md").read_text(encoding="utf-8"))
+    known = {part.name.partition("/")[0] for part in parts(Setting(Path("results"), "cuda", tiny=False))}
+    assert len(named) >= 8
+    assert set(named) - {"PART"} <= known
 
 
 def test_the_sparse_network_of_the_page_is_saved_and_loaded(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import pruned_layers
+from ..nn import Accelerated, pruned_layers
 from ..nn.execution import takes
 from .network import SparseNetwork, compile_model
 
@@ -21,9 +21,9 @@ def for_attack(model: nn.Module, x: Tensor) -> SparseNetwork | None:
     """A network that gives the logits of ``model`` in evaluation mode, with the gradient with respect to ``x``; or None.
 
     There is one where the compiled kernels run, for float32 images [N, C, H, W] and a float32 model on the CPU with pruned layers, of
-    which at least one convolution runs sparse; no module has hooks, autocast and :func:`s2ap_ext.nn.dense_kernels` are off, and the
-    engine has a step for everything in the model. It is made at the first call and takes the model's weights and masks again whenever
-    they have changed.
+    which at least one convolution runs sparse; no module has hooks, autocast and :func:`s2ap_ext.nn.dense_kernels` are off, the model is
+    no :class:`s2ap_ext.nn.Accelerated`, and the engine has a step for everything in it. It is made at the first call and takes the model's
+    weights and masks again whenever they have changed.
     """
     if not _applies(model, x):
         return None
@@ -51,7 +51,7 @@ def _is_setting(name: str, value: object) -> bool:
 
 
 def _applies(model: nn.Module, x: Tensor) -> bool:
-    if not isinstance(model, nn.Module) or isinstance(model, SparseNetwork) or not takes(x):
+    if not isinstance(model, nn.Module) or isinstance(model, (SparseNetwork, Accelerated)) or not takes(x):
         return False
     if not pruned_layers(model) or any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         return False

@@ -1,5 +1,6 @@
 """Pruned layers, and the conversion of whole models."""
 
+from .accelerated import Accelerated, matmul_precision
 from .convert import densify, sparsify, train_scores, train_weights
 from .execution import dense_kernels
 from .layers import Pruned, S2APConv2d, S2APLinear, pruned_layers, refresh
@@ -11,6 +12,7 @@ from .table import SparsityRow, SparsityTable, sparsity_table
 from .units import PrunedUnits
 
 __all__ = [
+    "Accelerated",
     "Pruned",
     "PrunedUnits",
     "PrunedWeight",
@@ -21,6 +23,7 @@ __all__ = [
     "Units",
     "dense_kernels",
     "densify",
+    "matmul_precision",
     "pruned_layers",
     "refresh",
     "sampled_gradients",

@@ -13,6 +13,7 @@ from torch import nn
 from ..allocations import Allocation, Layer, allocate
 from ..allocations.mapping import name_matches
 from ..sparsity import OF_SEVERAL_LAYERS, check_sparsity, input_multiple, pattern_for
+from . import semi_structured
 from .layers import DENSE_TO_PRUNED, Pruned, S2APConv2d, S2APLinear, baked_weight, pruned_layers, refresh, to_dense_class
 from .layout import forget_layout, keep_layout
 from .mask_state import MaskGroup
@@ -23,6 +24,7 @@ from .units import PrunedUnits, unit_blocks, unit_layers
 
 T = TypeVar("T")
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
+FORMATS = ("dense", "semi-structured")
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -209,7 +211,7 @@ def _not_excluded(found: Sequence[T], names: Sequence[Sequence[str]], model: nn.
     return [thing for thing, called in zip(found, names, strict=True) if not any(map(excluded, called))]
 
 
-def densify(model: nn.Module, *, shrink: bool = False, example: Any = None) -> nn.Module:
+def densify(model: nn.Module, *, shrink: bool = False, example: Any = None, format: str = "dense") -> nn.Module:
     """Turns pruned layers back into plain modules with the zeros baked in, in place; logits stay equal to the bit.
 
     Nothing of this package is left: neither in the classes nor in the state_dict. A weight that a pruned layer shared with a dense
@@ -220,15 +222,25 @@ def densify(model: nn.Module, *, shrink: bool = False, example: Any = None) -> n
         shrink: what is pruned goes away, so that the layers become smaller: heads and neurons (:func:`s2ap_ext.nn.shrink_units`). Logits
             stay equal up to rounding.
         example: for ``shrink``, an input of the model, as for :func:`sparsify`: every block is run before and after.
+        format: ``"dense"``; or ``"semi-structured"``: on CUDA, in float16 or bfloat16, linear layers that keep at most 2 of every 4
+            neighbouring inputs (granularity ``"2:4"``) get weights in torch's semi-structured form, which sparse tensor cores compute with.
+            Their logits equal the masked ones up to rounding at that precision, and they no longer train. All other layers are dense.
 
     Returns:
         ``model``.
 
     Raises:
         RuntimeError: called between ``ascend()`` and ``descend()``.
-        ValueError: a block that cannot be shrunk; the model is dense then, with the zeros baked in.
+        ValueError: a block that cannot be shrunk; the model is dense then, with the zeros baked in. An unknown ``format``, or no layer
+            that has the semi-structured form, with the reason; the model is unchanged then.
+
+    Warns:
+        UserWarning: some of the pruned linear layers do not have the semi-structured form, with the reasons.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     refresh(model)
+    packed = semi_structured.pack(model) if format == "semi-structured" else {}
     baked: dict[tuple[int, int], nn.Parameter] = {}
     units = [layer for layer in model.modules() if isinstance(layer, PrunedUnits)]
     for layer in pruned_layers(model).values():
@@ -243,6 +255,7 @@ def densify(model: nn.Module, *, shrink: bool = False, example: Any = None) -> n
     forget_layout(model)
     if shrink:
         shrink_units(model, [(layer.block, layer.mask) for layer in units], example=example)
+    semi_structured.put_in(packed)
     return model
 
 

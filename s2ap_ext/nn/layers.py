@@ -10,7 +10,8 @@ nothing, and the first forward after a step selects for all layers of the model 
 place through ``.data`` or ``.numpy()``) cannot be seen: call ``layer.invalidate()`` after them. Assigning a new tensor to ``.data``
 is seen. Any number of threads may call a model at once while nobody changes it.
 
-Under ``torch.compile`` the selection is part of the compiled graph and runs in every forward.
+Under ``torch.compile`` the selection is part of the compiled graph and runs in every forward; :class:`s2ap_ext.nn.Accelerated` compiles
+a model without its selections.
 """
 
 from __future__ import annotations
@@ -166,6 +167,8 @@ class Pruned(nn.Module):
 
     def _masked_weight(self) -> Tensor:
         """The masked weight as the forward uses it. It shares memory with the next selection's: use it and let it go."""
+        if self.mask_state.made is not None:
+            return self.mask_state.made
         scores, weight = self.scores, self.weight
         made, mask = None, None
         if torch.compiler.is_compiling() or not can_remember(self):

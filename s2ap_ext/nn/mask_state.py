@@ -127,6 +127,7 @@ class MaskState:
         memory: where selections write the masked weight, again and again; None before the first.
         selection: the last one; None where it is out of date for certain.
         perturbation: while the layer stands at ``s + z``, how it came there.
+        made: a masked weight, with its graph, that the forward is to use in place of making one: an input of a compiled graph.
         sampled_channels: int64, the output channels in which pruned weights get a gradient; None: in all
             (:func:`s2ap_ext.nn.sampled_gradients`).
     """
@@ -138,6 +139,7 @@ class MaskState:
         self.memory: Tensor | None = None
         self.selection: Selection | None = None
         self.perturbation: Perturbation | None = None
+        self.made: Tensor | None = None
         self.sampled_channels: Tensor | None = None
         self._listeners: OrderedDict[int, Listener] = OrderedDict()
         self._collectors: OrderedDict[int, Listener] = OrderedDict()  # one at most

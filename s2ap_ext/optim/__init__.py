@@ -34,8 +34,9 @@ ascends along a gradient that the attack has left on its way, which the loop han
 from .ascents import Ascent
 from .awp import AWP
 from .flip_budget import FlipBudget
+from .loss_scale import LossScale, Overflow
 from .perturbed import Perturbed
 from .s2ap import S2AP
 from .stepper import Plain, Stepper
 
-__all__ = ["AWP", "S2AP", "Ascent", "FlipBudget", "Perturbed", "Plain", "Stepper"]
+__all__ = ["AWP", "S2AP", "Ascent", "FlipBudget", "LossScale", "Overflow", "Perturbed", "Plain", "Stepper"]

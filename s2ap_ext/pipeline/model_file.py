@@ -21,6 +21,7 @@ from ..data import Dataset, Split, seeded_generator
 from ..data.encoded import FITTING
 from ..methods import Method
 from ..models.base import at_most
+from ..nn.accelerated import check_precision
 from . import checkpoint
 from .attacked import check_attacks
 from .plan import STAGES, plan, stage_before
@@ -50,8 +51,10 @@ def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
     """The recipe's model for ``data``, untrained, on the recipe's device.
 
     Raises:
-        ValueError: a model that is larger than this machine's memory.
+        ValueError: a model that is larger than this machine's memory; a precision that the device does not compute in.
     """
+    device = pick_device(recipe.device)
+    check_precision(recipe.precision, device)
     count = recipe.model.make().count_parameters(**_sizes(recipe, data))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:
@@ -59,7 +62,7 @@ def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
         raise ValueError(
             f"{keys}: expected a model that fits this machine's {memory / 2**30:.1f} GiB of memory, got one of {count:,} parameters"
         )
-    return _build(recipe, recipe.seed, _sizes(recipe, data)).to(pick_device(recipe.device))
+    return _build(recipe, recipe.seed, _sizes(recipe, data)).to(device)
 
 
 def _build(recipe: Recipe, seed: int, sizes: dict[str, Any]) -> nn.Module:

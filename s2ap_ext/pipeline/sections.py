@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from .. import parts
+from ..nn.accelerated import PRECISIONS
 from ..optim import FlipBudget
 from ..settings import key, types_of
 
@@ -145,6 +146,13 @@ class Recipe:
     device: str = key("auto", "auto (CUDA where there is a device), or a torch device such as cpu or cuda:1")
     save_every: float = key(30.0, "seconds of training after which the state is saved within an epoch", low=0)
     threads: int = key(0, "CPU threads, on which the last bits of sums depend; 0: as many as torch takes", low=0, high=1024)
+    precision: str = key(
+        "fp32",
+        "of the forwards and backwards in training and in the accuracies of its epochs, not of parameters, scores or the last evaluation",
+        choices=PRECISIONS,
+    )
+    channels_last: bool = key(False, "in training, images have their channels innermost in memory, which is faster on a GPU")
+    compile: bool = key(False, "in training, the model runs as torch.compile makes it, in all batches of full size")
     model: Chosen = part("model", "digits_cnn", "the architecture")
     data: Data = field(default_factory=Data)
     attack: Chosen = part("attack", "pgd", "the training attack; the test images are attacked with its norm and eps too")

@@ -53,8 +53,8 @@ def start_search(recipe: Recipe, model: nn.Module, tell: Callable[[str], None] =
         for layer in pruned_layers(model).values():
             layer.weight.requires_grad_(True)  # wanted for the perturbation only, where the method does not train them
         return method, AWP(model, base, gamma=float(settings.gamma), warmup_epochs=settings.warmup_epochs)
-    ascent = settings.ascent.make()
-    return method, S2AP(model, base, gamma=settings.gamma, ascent=ascent, warmup_epochs=settings.warmup_epochs, defer_grads=True)
+    how: dict[str, Any] = {"gamma": settings.gamma, "ascent": settings.ascent.make(), "warmup_epochs": settings.warmup_epochs}
+    return method, S2AP(model, base, defer_grads=recipe.precision != "fp16", **how)  # a loss scale works on .grad
 
 
 def finetune(session: Session, model: nn.Module) -> nn.Module:

@@ -27,10 +27,11 @@ from ..averaging import WeightAverage, reestimate_batchnorm
 from ..data import Batches, Dataset, seeded_generator
 from ..losses import Loss
 from ..modes import evaluation_mode
-from ..nn import refresh
-from ..optim import Stepper
+from ..nn import matmul_precision, refresh
+from ..optim import Overflow, Stepper
 from ..settings import shown
 from . import checkpoint, progress
+from .forwards import forwards, loss_scale
 from .model_file import RECENT, identity
 from .plan import number_of
 from .progress import Stopped
@@ -155,6 +156,8 @@ class Trainer:
         self.loss: Loss = settings.loss.make(adversary=recipe.attack.make(), label_smoothing=settings.label_smoothing)
         self.device = next(model.parameters()).device
         self.number = number_of(stage)
+        self.forwards, self.watched_forwards = forwards(recipe, model, settings.batch_size)
+        self.loss_scale = loss_scale(recipe)
         self.batches = Batches(
             session.data.train,
             settings.batch_size,
@@ -177,9 +180,13 @@ class Trainer:
         Raises:
             Stopped: ``session.stop`` said so; the state is saved.
             ValueError: NaN in images or scores.
-            FloatingPointError: a loss or a parameter that is not finite.
+            FloatingPointError: a loss or a parameter that is not finite; in fp16, gradients that are not, whatever the loss scale.
         """
         resumed = self._restore()
+        with matmul_precision(self.session.recipe.precision):
+            self._fit(resumed)
+
+    def _fit(self, resumed: bool) -> None:
         show, epochs = self.session.show, self.settings.epochs
         show.start(self.stage, epochs * len(self.batches), self.progress.epoch * len(self.batches) + self.progress.batch)
         try:
@@ -227,44 +234,58 @@ class Trainer:
         done = self.progress
         try:
             with self.callbacks.around_step():
-                loss, logits = self._step(x, y)
+                loss, logits, stepped = self._step(x, y)
         except (ValueError, FloatingPointError) as error:
             kind = FloatingPointError if isinstance(error, FloatingPointError) else ValueError
             raise kind(f"{self.stage}, epoch {done.epoch + 1}, step {done.batch + 1}: {error}") from error
-        self.callbacks.after_step()
-        if self.average is not None:
-            self.average.update()
+        if stepped:
+            self.callbacks.after_step()
+            if self.average is not None:
+                self.average.update()
         done.images += len(y)
         done.loss += loss * len(y)
         done.right += int((logits.argmax(dim=1) == y).sum())
 
-    def _step(self, x: Tensor, y: Tensor) -> tuple[float, Tensor]:
+    def _step(self, x: Tensor, y: Tensor) -> tuple[float, Tensor, bool]:
+        """Loss and logits of the unperturbed point, and whether the step was taken: one whose gradients overflow is not."""
         refresh(self.model)
         wanted, along = self.stepper.wanted_gradients(), None
         if wanted:
-            x_adv, along = self.loss.attack_with_gradients(self.model, x, y, wanted)
+            x_adv, along = self.loss.attack_with_gradients(self.forwards, x, y, wanted)
         else:
-            x_adv = self.loss.attack(self.model, x, y)
-        first_logits: list[Tensor] = []
+            x_adv = self.loss.attack(self.forwards, x, y)
+        first: list[tuple[Tensor, Tensor]] = []
+        stepped = True
 
         def closure() -> Tensor:
             self.stepper.zero_grad()
-            loss, logits = self.loss(self.model, x, x_adv, y)
+            loss, logits = self.loss(self.forwards, x, x_adv, y)
             penalty = self.callbacks.penalty(self.progress.epoch)
             if penalty is not None:
                 loss = loss + penalty.to(loss.dtype)
-            loss.backward()
-            if not first_logits:
+            is_first = not first
+            if is_first:
+                first.append((loss.detach(), logits.detach()))
+            if self.loss_scale is None:
+                loss.backward()
+            else:
+                self.loss_scale.backward(loss, [p for group in self.stepper.param_groups for p in group["params"]])
+            if is_first:
                 self.loss.after_backward(x, x_adv)
-                first_logits.append(logits.detach())
             return loss
 
-        loss = self.stepper.step(closure, along).item()
+        try:
+            self.stepper.step(closure, along)
+        except Overflow:
+            stepped = False
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflowed=not stepped)
+        loss, logits = first[0][0].item(), first[0][1]
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss: expected a finite number, got {loss}; lower the learning rate")
         if self._settles:
             self.recent.extend(images.detach() for images in self.loss.images(x, x_adv))
-        return loss, first_logits[0]
+        return loss, logits, stepped
 
     # ----------------------------------------------------------------------------------------------------------- the end of an epoch
 
@@ -273,7 +294,7 @@ class Trainer:
         with self.average.swapped() if self.average is not None else contextlib.nullcontext():
             self._settle_statistics()
             seed(self.session.recipe.seed, 0)
-            found = accuracy(self.model, self.watched, evaluation_attack(self.session.recipe))
+            found = accuracy(self.watched_forwards, self.watched, evaluation_attack(self.session.recipe))
             return {
                 "stage": self.stage,
                 "epoch": done.epoch + 1,
@@ -299,7 +320,7 @@ class Trainer:
         The running ones lag behind: a mask that flips changes the activations faster than the statistics follow.
         """
         if self._settles and self.recent:
-            reestimate_batchnorm(self.model, self.recent)
+            reestimate_batchnorm(self.watched_forwards, self.recent)
 
     def _set_lr(self) -> float:
         """Sets the epoch's learning rates: a function of the epoch alone, so a resumed run needs no scheduler's state."""
@@ -323,7 +344,8 @@ class Trainer:
     def _keepers(self) -> dict[str, Any]:
         """What has a state beside the model and the optimizer, by the name that its tensors have in the file."""
         keepers = {"loss": self.loss, "stage": self.callbacks, "drift": self.drift}
-        return keepers | ({"average": self.average} if self.average is not None else {})
+        sometimes = {"average": self.average, "loss_scale": self.loss_scale}
+        return keepers | {name: keeper for name, keeper in sometimes.items() if keeper is not None}
 
     def _store(self) -> None:
         """Writes state.safetensors: the model, the optimizer, the place, and all else that the rest of the stage depends on."""
