@@ -26,9 +26,11 @@ def test_the_grid_of_the_literature_ships():
 
 
 @pytest.mark.parametrize("name", known_recipes())
-def test_a_recipe_has_its_files_name_and_survives_the_way_through_toml(name, tmp_path):
+def test_a_recipe_has_its_files_name_a_model_and_survives_the_way_through_toml(name, tmp_path):
     recipe = load_recipe(name)
     assert recipe.name == name
+    model = recipe.model.make()
+    assert 5_000 < model.count_parameters(**model.sizes(two_images(recipe).shape, 10)) < 50_000_000
     assert len(recipe_file(name).description) > 20
     path = tmp_path / "config.toml"
     path.write_text(to_toml(recipe), encoding="utf-8")
