@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from .units import Reader, Units
+from .coupling import Coupling, Reader
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ class Activation(NamedTuple):
     constant: Tensor
 
 
-def analyse(model: nn.Module, example: Tensor, *, numbers_are_written: bool = False) -> Units:
+def analyse(model: nn.Module, example: Tensor, *, numbers_are_written: bool = False) -> Coupling:
     """The units of ``model``, which is in evaluation mode, found for the images ``example``.
 
     Args:
@@ -64,7 +64,7 @@ class _Reading:
     """Goes through the graph. ``self.at`` has what is known of the nodes; the channels of a node that is not there all stay."""
 
     def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, numbers_are_written: bool) -> None:
-        self.model, self.found, self.numbers_are_written = model, Units(), numbers_are_written
+        self.model, self.found, self.numbers_are_written = model, Coupling(), numbers_are_written
         self.at: dict[fx.Node, Activation] = {}
         self.memory: dict[fx.Node, fx.Node] = {}  # the node whose memory a node shares
         names: dict[int, str] = {}  # the first name of each tensor

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..modes import evaluation_mode
 from .channels import analyse
+from .coupling import Coupling, Reader
 from .layers import pruned_layers
-from .units import Reader, Units
 
 
 class Size(NamedTuple):
@@ -101,7 +101,7 @@ def _compare(got: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def _cut(model: nn.Module, found: Units) -> None:
+def _cut(model: nn.Module, found: Coupling) -> None:
     gone = found.removed()
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     changed: dict[str, Tensor] = {}

@@ -35,7 +35,7 @@ class Reader:
 
 
 @dataclass
-class Units:
+class Coupling:
     """Where the units are.
 
     Attributes:
