@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..allocations import Allocation, Layer, allocate
 from ..allocations.mapping import name_matches
@@ -17,6 +18,7 @@ from .layers import DENSE_TO_PRUNED, Pruned, S2APConv2d, S2APLinear, baked_weigh
 from .layout import forget_layout, keep_layout
 from .mask_state import MaskGroup
 from .pruned_weight import PrunedWeight, pruned_weights, put_in, take_out
+from .tied import TiedWeight, layers_that_are_added, side_by_side
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -29,6 +31,8 @@ def sparsify(
     allocation: str | Allocation | Mapping[str, float] = "uniform",
     granularity: str = "weight",
     exclude: Sequence[str] = (),
+    tied: bool = False,
+    example: Tensor | None = None,
 ) -> nn.Module:
     """Turns the convolutions and linear layers of ``model`` into pruned layers, in place.
 
@@ -52,6 +56,9 @@ def sparsify(
             ``nn.MultiheadAttention``; all other layers stay dense. ``"N:M"`` such as ``"2:4"``: N weights of every M neighbouring
             inputs stay; ``sparsity`` has to be ``1 - N / M`` and ``allocation`` uniform. Layers whose inputs are not a multiple of M stay
             dense, and a warning names them.
+        tied: for ``"channel"``: layers whose results are added together share one mask, so that :func:`densify` can remove their channels.
+            Their weights lie side by side in one :class:`PrunedWeight`, and channels rank by the sum of their ``|scores|`` in all of them.
+        example: for ``tied``, images [N, C, H, W] for the model, with which its operations are recorded.
         exclude: names of layers or modules to leave dense, as in ``named_modules()``; ``*`` and ``?`` match. ``":first"`` and
             ``":last"`` are the first and the last of the layers that can be pruned, in module order.
 
@@ -62,7 +69,8 @@ def sparsify(
         TypeError: an ``allocation`` that is none of those above.
         ValueError: ``sparsity`` outside [0, 1]; an unknown ``allocation`` or ``granularity``, or one that does not fit ``sparsity`` or
             a layer; a weight that is no parameter (one with a torch parametrization, say); an ``exclude`` that matches no module; a model
-            without a layer to prune, or with a layer that is pruned already. The model is unchanged then.
+            without a layer to prune, or with a layer that is pruned already; ``tied`` with another granularity, without an ``example``, or
+            of a model whose operations cannot be recorded. The model is unchanged then.
 
     Warns:
         UserWarning: layers stay dense because ``"N:M"`` does not divide their inputs. Naming them in ``exclude`` says that they should.
@@ -71,6 +79,8 @@ def sparsify(
     if already := list(pruned_layers(model)):
         raise ValueError(f"model: layer {already[0] or '(the model itself)'} is pruned already; densify(model) first")
     targets, left_out = _targets(model, sparsity, granularity, [exclude] if isinstance(exclude, str) else exclude)
+    if tied:
+        targets = _tied(targets, model, sparsity, granularity, example)
     layers: dict[int, Layer] = {}  # each weight once, as the first layer that has it
     for target in targets:
         layers.setdefault(id(target.layer.weight), target.layer)
@@ -88,7 +98,14 @@ def sparsify(
         same = {"kept": torch.tensor(kept[id(weight)], device=weight.device)}
         if first is not None:
             same = {"kept": first.kept, "scores": first.scores}
-        if type(target.module) in DENSE_TO_PRUNED and target.module not in read_by_name:
+        if target.parts:
+            pruned = PrunedWeight(weight, sparsity=sparsity, pattern=pattern, group=group, **same)
+            first_column = 0
+            for part in target.parts:
+                own = part.layer.weight
+                put_in(part.module, part.weight, TiedWeight(pruned, first_column, own.shape))
+                first_column += own[0].numel()
+        elif type(target.module) in DENSE_TO_PRUNED and target.module not in read_by_name:
             pruned = target.module
             pruned.__class__ = DENSE_TO_PRUNED[type(pruned)]
             pruned._start_pruning(sparsity, pattern, group=group, **same)
@@ -102,11 +119,32 @@ def sparsify(
 
 
 class _Target(NamedTuple):
-    """A layer that :func:`sparsify` prunes: ``module``'s tensor of the name ``weight``."""
+    """A layer that :func:`sparsify` prunes: ``module``'s tensor of the name ``weight``; or the ``parts`` that share a mask."""
 
     layer: Layer
     module: nn.Module
     weight: str
+    parts: tuple[_Target, ...] = ()
+
+
+def _tied(targets: list[_Target], model: nn.Module, sparsity: float, granularity: str, example: Tensor | None) -> list[_Target]:
+    """``targets``, those whose channels are added together as one, in the place of the first."""
+    if granularity != "channel":
+        raise ValueError(f"tied: it is for granularity 'channel', got {granularity!r}")
+    if example is None:
+        raise ValueError("example: expected images for the model, with which tied finds the layers that are added together, got None")
+    owners = Counter(id(target.layer.weight) for target in targets)
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = {name_of[id(target.layer.weight)]: target for target in targets if owners[id(target.layer.weight)] == 1}
+    for names in layers_that_are_added(model, example):
+        parts = tuple(target for name, target in own.items() if name in names)
+        if len(parts) < 2:
+            continue
+        weight = side_by_side([part.layer.weight for part in parts])
+        layer = Layer(" + ".join(part.layer.name for part in parts), weight, pattern_for("channel", weight.shape, sparsity))
+        first, *others = parts
+        targets = [first._replace(layer=layer, parts=parts) if target is first else target for target in targets if target not in others]
+    return targets
 
 
 def _targets(model: nn.Module, sparsity: float, granularity: str, exclude: Sequence[str]) -> tuple[list[_Target], list[str]]:
@@ -177,9 +215,16 @@ def densify(model: nn.Module) -> nn.Module:
         if isinstance(module, (S2APConv2d, S2APLinear)):
             to_dense_class(module, baked)
         elif pruned := pruned_weights(module):
-            take_out(module, {name: baked_weight(child, baked) for name, child in pruned})
+            take_out(module, {name: _baked(child, baked) for name, child in pruned})
     forget_layout(model)
     return model
+
+
+def _baked(child: PrunedWeight | TiedWeight, baked: dict[tuple[int, int], nn.Parameter]) -> nn.Parameter:
+    if isinstance(child, PrunedWeight):
+        return baked_weight(child, baked)
+    together = baked_weight(child.together, baked)
+    return nn.Parameter(child.own(together.detach()).clone(), requires_grad=together.requires_grad)
 
 
 def train_scores(model: nn.Module) -> nn.Module:

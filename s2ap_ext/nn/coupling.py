@@ -72,6 +72,10 @@ class Coupling:
             unit = self._joined[unit]
         return unit
 
+    def representatives(self, units: Tensor) -> tuple[int, ...]:
+        """The same numbers for units that are joined."""
+        return tuple(self._representative(unit) for unit in units.tolist())
+
     def put(self, name: str, axis: int, units: Tensor) -> None:
         """The entries of a tensor's axis belong to ``units``; a tensor that is used twice joins those of both uses."""
         if (name, axis) in self.axes:
@@ -81,7 +85,7 @@ class Coupling:
 
     def removed(self) -> Tensor:
         """bool, for each unit whether it is removed. The units that are joined agree."""
-        of = torch.tensor([self._representative(unit) for unit in range(len(self._joined))], dtype=torch.int64)
+        of = torch.tensor(self.representatives(torch.arange(len(self._joined))), dtype=torch.int64)
         goes = torch.ones(len(of), dtype=torch.bool)
 
         def stay(units: Tensor) -> None:

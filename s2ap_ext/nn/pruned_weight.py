@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -16,6 +17,9 @@ from ..reference import SINGLE_WEIGHTS, Pattern
 from .layers import Pruned
 from .layout import TORCH_CLASSES
 from .mask_state import MaskGroup
+
+if TYPE_CHECKING:
+    from .tied import TiedWeight
 
 PREFIX = "pruned_"  # of the child's name, before that of the weight
 
@@ -72,7 +76,7 @@ def _empty(dense: type, names: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def put_in(module: nn.Module, name: str, pruned: PrunedWeight) -> None:
+def put_in(module: nn.Module, name: str, pruned: PrunedWeight | TiedWeight) -> None:
     """From now on ``module`` computes with ``pruned`` in place of its parameter ``name``."""
     cls = type(module)
     dense, names = (cls.dense, cls.names) if issubclass(cls, _WithPrunedWeights) else (cls, ())
@@ -83,7 +87,7 @@ def put_in(module: nn.Module, name: str, pruned: PrunedWeight) -> None:
     module.add_module(PREFIX + name, pruned)
 
 
-def pruned_weights(module: nn.Module) -> Iterable[tuple[str, PrunedWeight]]:
+def pruned_weights(module: nn.Module) -> Iterable[tuple[str, PrunedWeight | TiedWeight]]:
     """Name and child for each weight of ``module`` that :func:`put_in` has replaced."""
     names = type(module).names if isinstance(module, _WithPrunedWeights) else ()
     return [(name, module.get_submodule(PREFIX + name)) for name in names]
