@@ -233,8 +233,13 @@ class Pool(Step):
     def run(self, run: Run) -> None:
         x, out = inside(run.values[self.sources[0]], run.halo), inside(run.new(self.out), run.halo)
         if self.kind == "max":
-            out.fill_(-math.inf)
-            for there, here in self._taps(x, out):
+            taps = list(self._taps(x, out))
+            if any(self.padding) or len(taps) == 1:
+                out.fill_(-math.inf)
+            else:  # the first two reach all outputs, so nothing has to be there before
+                (_, first), (_, second), *taps = taps
+                torch.maximum(x[first], x[second], out=out)
+            for there, here in taps:
                 torch.maximum(out[there], x[here], out=out[there])
         elif self._one_window(x):
             torch.mean(x, dim=(2, 3), keepdim=True, out=out)
