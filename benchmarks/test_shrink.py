@@ -53,8 +53,8 @@ def test_inference(side_by_side, quick, network):
     xc = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         logits = before(x)
-        apart = ((after(x) - logits).abs().max() / logits.abs().max()).item()
-        assert apart <= 1e-5
+        apart = (after(x) - logits).abs().max().item()
+        assert apart <= 1e-5 * max(1, logits.abs().max().item())
         side_by_side(
             {
                 "smaller": lambda: after(x),
@@ -69,5 +69,5 @@ def test_inference(side_by_side, quick, network):
     old, new = (size_of(net, x[:1]) for net in (before, after))
     ROWS[-1]["note"] = (
         f"Parameters {old.parameters:,} -> {new.parameters:,}; FLOPs of an image {old.flops:.4g} -> {new.flops:.4g} "
-        f"({old.flops / new.flops:.2f} times fewer); logits differ by {apart:.1g} of the largest."
+        f"({old.flops / new.flops:.2f} times fewer); logits differ by {apart:.1g} at most."
     )

@@ -18,6 +18,7 @@ from .layers import DENSE_TO_PRUNED, Pruned, S2APConv2d, S2APLinear, baked_weigh
 from .layout import forget_layout, keep_layout
 from .mask_state import MaskGroup
 from .pruned_weight import PrunedWeight, pruned_weights, put_in, take_out
+from .shrink import shrink_channels
 from .tied import TiedWeight, layers_that_are_added, side_by_side
 
 WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
@@ -195,18 +196,29 @@ def _candidates(model: nn.Module, granularity: str, exclude: Sequence[str]) -> l
     return [candidate for candidate in found if not excluded(candidate[0])]
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: nn.Module, *, shrink: bool = False, example: Tensor | None = None) -> nn.Module:
     """Turns pruned layers back into plain modules with the zeros baked in, in place; logits stay equal to the bit.
 
     Nothing of this package is left: neither in the classes nor in the state_dict. A weight that a pruned layer shared with a dense
     one (a tied embedding) is a parameter of its own afterwards.
 
+    Args:
+        model: a model with pruned layers.
+        shrink: channels that are gone are taken out, so that the layers become smaller (:func:`s2ap_ext.nn.shrink.shrink_channels`). Logits
+            stay equal up to rounding.
+        example: for ``shrink``, images [N, C, H, W] for the model.
+
     Returns:
         ``model``.
 
     Raises:
-        RuntimeError: called between ``ascend()`` and ``descend()``.
+        RuntimeError: called between ``ascend()`` and ``descend()``; a model that cannot be made smaller, which is dense then, with the
+            zeros baked in.
+        ValueError: ``shrink`` without an ``example``, which changes nothing; or of a model whose operations cannot be recorded, which is
+            dense then.
     """
+    if shrink and example is None:
+        raise ValueError("example: expected images for the model, with which shrink finds the channels that are gone, got None")
     refresh(model)
     baked: dict[tuple[int, int], nn.Parameter] = {}
     for layer in pruned_layers(model).values():
@@ -217,6 +229,8 @@ def densify(model: nn.Module) -> nn.Module:
         elif pruned := pruned_weights(module):
             take_out(module, {name: _baked(child, baked) for name, child in pruned})
     forget_layout(model)
+    if example is not None and shrink:
+        shrink_channels(model, example)
     return model
 
 

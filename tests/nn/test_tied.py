@@ -11,7 +11,7 @@ from torch import nn
 
 from s2ap_ext import S2AP, densify, sparsify
 from s2ap_ext.nn import pruned_layers, sparsity_table, train_scores, train_weights
-from s2ap_ext.nn.shrink import shrink_channels, size_of
+from s2ap_ext.nn.shrink import size_of
 from s2ap_ext.nn.tied import layers_that_are_added
 
 
@@ -94,9 +94,9 @@ def test_half_of_a_residual_stream_goes(name):
     model, x = tied(name)
     with torch.no_grad():
         model(images(32, MODELS[name][1], seed=9))
-    densify(model.eval())
-    logits, before = model(x), size_of(model, x)
-    shrink_channels(model, x)
+    dense = densify(copy.deepcopy(model.eval()))
+    logits, before = dense(x), size_of(dense, x)
+    assert densify(model, shrink=True, example=x) is model
     after = size_of(model, x)
     assert (model(x) - logits).abs().max() <= 1e-5 * logits.abs().max()
     assert after.flops < 0.45 * before.flops
@@ -114,3 +114,10 @@ def test_what_tied_needs(how, message):
     with pytest.raises(ValueError, match=message):
         sparsify(model, 0.5, tied=True, **how)
     assert not pruned_layers(model)
+
+
+def test_shrink_needs_an_example():
+    model, _ = tied()
+    with pytest.raises(ValueError, match="example: expected images for the model"):
+        densify(model, shrink=True)
+    assert pruned_layers(model)
