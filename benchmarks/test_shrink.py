@@ -38,7 +38,7 @@ def masked(name, options, x, granularity):
     for norm in norms:
         norm.momentum = 1
     with torch.no_grad():
-        model(x[:8])
+        model(x)
     return model.eval().requires_grad_(False)
 
 
@@ -52,9 +52,9 @@ def test_inference(side_by_side, quick, network):
     last = [copy.deepcopy(net).to(memory_format=torch.channels_last) for net in (before, after)]
     xc = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        logits = before(x)
-        apart = (after(x) - logits).abs().max().item()
-        assert apart <= 1e-5 * max(1, logits.abs().max().item())
+        apart = (after(x) - before(x)).abs().max().item()
+        exact = [copy.deepcopy(net).double()(x[:8].double()) for net in (before, after)]  # without the rounding that depth amplifies
+        assert (exact[0] - exact[1]).abs().max() <= 1e-10 * exact[0].abs().max()
         side_by_side(
             {
                 "smaller": lambda: after(x),
