@@ -137,6 +137,9 @@ class _Reading:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Activation | None:
+        if len(_shape(node)) != len(_shape(weight)):  # a single image without a batch
+            self.fix(node.all_input_nodes)
+            return None
         padded = padding != "valid" if isinstance(padding, str) else any([padding] if isinstance(padding, int) else padding)
         return self.layer(node, input, weight, bias, padded, groups, 1)
 
@@ -154,11 +157,12 @@ class _Reading:
         if known is None or known.axis != axis:
             self.fix([input])
             known = self.fixed(channels, axis)
+        known = known._replace(constant=torch.where(known.constant.isfinite(), known.constant, torch.nan))
         units = self.found.new(len(w))
         taps = w.cpu().view(groups, len(w) // groups, w.shape[1], -1)
         sums, read = taps.sum(3), (taps != 0).any(3)
         constant = known.constant.view(groups, -1, 1)
-        unclear = ~constant.isfinite() | (padded & (constant != 0))
+        unclear = constant.isnan() | (padded & (constant != 0))
         varies = (read.double() @ unclear.double()).flatten() > 0
         result = torch.where(varies, torch.nan, (sums @ constant.masked_fill(unclear, 0)).flatten() + offset)
         owner = self.model.get_submodule(name.rpartition(".")[0])
@@ -223,6 +227,10 @@ class _Reading:
 
     def same(self, node: fx.Node, input: Any, *args: Any, **kwargs: Any) -> Activation | None:
         return self.at.get(input)
+
+    def dropout(self, node: fx.Node, input: Any, p: float, train: bool) -> Activation | None:
+        known = self.at.get(input)
+        return known and (_varying(known) if train else known)
 
     def average(
         self,
@@ -359,8 +367,9 @@ _VIEWS = _overloads(
     "view.default", "reshape.default", "flatten.using_ints", "squeeze.default", "squeeze.dim", "squeeze.dims", "unsqueeze.default"
 )
 _PERMUTATIONS = _overloads("permute.default", "transpose.int")
-_SAME = _overloads("contiguous.default", "clone.default", "detach.default", "alias.default", "dropout.default", "feature_dropout.default")
-_SAME_MEMORY = {*_VIEWS, *_PERMUTATIONS, *_SAME}
+_SAME = _overloads("contiguous.default", "clone.default", "detach.default", "alias.default")
+_DROPOUT = _overloads("dropout.default", "feature_dropout.default")
+_SAME_MEMORY = {*_VIEWS, *_PERMUTATIONS, *_SAME, *_DROPOUT}
 
 _R = _Reading
 _RULES: dict[Any, Callable[..., Activation | None]] = {
@@ -376,6 +385,7 @@ _RULES: dict[Any, Callable[..., Activation | None]] = {
         _R.pointwise,
     ),
     **dict.fromkeys(_SAME, _R.same),
+    **dict.fromkeys(_DROPOUT, _R.dropout),
     **dict.fromkeys(_overloads("max_pool2d.default", "adaptive_avg_pool2d.default", "upsample_nearest2d.vec"), _R.same),
     aten.avg_pool2d.default: _R.average,
     aten.mean.dim: _R.mean,
