@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -40,10 +40,19 @@ class Activation(NamedTuple):
     constant: Tensor
 
 
-def analyse(model: nn.Module, example: Tensor, *, numbers_are_written: bool = False) -> Coupling:
-    """The units of ``model``, which is in evaluation mode, found for the images ``example``.
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with: a tensor by itself, a tuple of arguments, or a mapping of named ones."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return tuple(example) if isinstance(example, tuple | list) else (example,), {}
+
+
+def analyse(model: nn.Module, example: Any, *, numbers_are_written: bool = False) -> Coupling:
+    """The units of ``model``, which is in evaluation mode, found for the input ``example`` (:func:`arguments`).
 
     Args:
+        model: without pruned layers.
+        example: an input of the model.
         numbers_are_written: a shape that names the number of channels, such as ``x.view(-1, 512)``, has it written in the model's code,
             so these channels stay. The graph does not tell this from ``x.view(-1, x.shape[1])``.
 
@@ -51,7 +60,7 @@ def analyse(model: nn.Module, example: Tensor, *, numbers_are_written: bool = Fa
         ValueError: :func:`torch.export.export` cannot record the model.
     """
     try:
-        program = torch.export.export(model, (example,), strict=False)
+        program = torch.export.export(model, *arguments(example), strict=False)
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"model: torch.export cannot record its operations: {error}") from error
     reading = _Reading(model, program, numbers_are_written)

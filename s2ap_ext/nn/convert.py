@@ -6,10 +6,10 @@ import fnmatch
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..allocations import Allocation, Layer, allocate
 from ..allocations.mapping import name_matches
@@ -33,7 +33,7 @@ def sparsify(
     granularity: str = "weight",
     exclude: Sequence[str] = (),
     tied: bool = False,
-    example: Tensor | None = None,
+    example: Any = None,
 ) -> nn.Module:
     """Turns the convolutions and linear layers of ``model`` into pruned layers, in place.
 
@@ -59,7 +59,8 @@ def sparsify(
             dense, and a warning names them.
         tied: for ``"channel"``: layers whose results are added together share one mask, so that :func:`densify` can remove their channels.
             Their weights lie side by side in one :class:`PrunedWeight`, and channels rank by the sum of their ``|scores|`` in all of them.
-        example: for ``tied``, images [N, C, H, W] for the model, with which its operations are recorded.
+        example: for ``tied``, an input of the model, with which its operations are recorded: images [N, C, H, W], a tuple of arguments, or
+            a mapping of named ones.
         exclude: names of layers or modules to leave dense, as in ``named_modules()``; ``*`` and ``?`` match. ``":first"`` and
             ``":last"`` are the first and the last of the layers that can be pruned, in module order.
 
@@ -128,12 +129,12 @@ class _Target(NamedTuple):
     parts: tuple[_Target, ...] = ()
 
 
-def _tied(targets: list[_Target], model: nn.Module, sparsity: float, granularity: str, example: Tensor | None) -> list[_Target]:
+def _tied(targets: list[_Target], model: nn.Module, sparsity: float, granularity: str, example: Any) -> list[_Target]:
     """``targets``, those whose channels are added together as one, in the place of the first."""
     if granularity != "channel":
         raise ValueError(f"tied: it is for granularity 'channel', got {granularity!r}")
     if example is None:
-        raise ValueError("example: expected images for the model, with which tied finds the layers that are added together, got None")
+        raise ValueError("example: expected an input of the model, with which tied finds the layers that are added together, got None")
     owners = Counter(id(target.layer.weight) for target in targets)
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     own = {name_of[id(target.layer.weight)]: target for target in targets if owners[id(target.layer.weight)] == 1}
@@ -196,7 +197,7 @@ def _candidates(model: nn.Module, granularity: str, exclude: Sequence[str]) -> l
     return [candidate for candidate in found if not excluded(candidate[0])]
 
 
-def densify(model: nn.Module, *, shrink: bool = False, example: Tensor | None = None) -> nn.Module:
+def densify(model: nn.Module, *, shrink: bool = False, example: Any = None) -> nn.Module:
     """Turns pruned layers back into plain modules with the zeros baked in, in place; logits stay equal to the bit.
 
     Nothing of this package is left: neither in the classes nor in the state_dict. A weight that a pruned layer shared with a dense
@@ -206,7 +207,7 @@ def densify(model: nn.Module, *, shrink: bool = False, example: Tensor | None = 
         model: a model with pruned layers.
         shrink: channels that are gone are taken out, so that the layers become smaller (:func:`s2ap_ext.nn.shrink.shrink_channels`). Logits
             stay equal up to rounding.
-        example: for ``shrink``, images [N, C, H, W] for the model.
+        example: for ``shrink``, an input of the model, as for :func:`sparsify`.
 
     Returns:
         ``model``.
@@ -218,7 +219,7 @@ def densify(model: nn.Module, *, shrink: bool = False, example: Tensor | None = 
             dense then.
     """
     if shrink and example is None:
-        raise ValueError("example: expected images for the model, with which shrink finds the channels that are gone, got None")
+        raise ValueError("example: expected an input of the model, with which shrink finds the channels that are gone, got None")
     refresh(model)
     baked: dict[tuple[int, int], nn.Parameter] = {}
     for layer in pruned_layers(model).values():

@@ -14,7 +14,7 @@ constants: all these channels have the same shape, zeros around a plane of one n
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..modes import evaluation_mode
-from .channels import analyse
+from .channels import analyse, arguments
 from .coupling import Coupling, Reader
 from .layers import pruned_layers
 
@@ -39,14 +39,15 @@ class Size(NamedTuple):
     flops: int
 
 
-def size_of(model: nn.Module, example: Tensor) -> Size:
-    """The size of ``model`` in evaluation mode, for the images ``example``."""
+def size_of(model: nn.Module, example: Any) -> Size:
+    """The size of ``model`` in evaluation mode, for an input of it as :func:`shrink_channels` takes it."""
+    args, kwargs = arguments(example)
     with evaluation_mode(model, freeze=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(example)
+        model(*args, **kwargs)
     return Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
 
 
-def shrink_channels(model: nn.Module, example: Tensor) -> nn.Module:
+def shrink_channels(model: nn.Module, example: Any) -> nn.Module:
     """Removes the channels of ``model`` that no result depends on, in place; in evaluation mode it computes what it did, up to rounding.
 
     Removed are outputs of convolutions and linear layers that hold one number for every image, because their weights are zero, and those
@@ -58,7 +59,8 @@ def shrink_channels(model: nn.Module, example: Tensor) -> nn.Module:
     Args:
         model: without pruned layers: what :func:`s2ap_ext.densify` gives. Its modules keep their names; parameters that change become new
             ones, so an optimizer has to be made after this.
-        example: images [N, C, H, W] for the model, on its device. It is run on them twice, to see that it computes the same.
+        example: an input of the model, on its device: images [N, C, H, W], a tuple of arguments, or a mapping of named ones. The model is
+            run on it before and after, to see that it computes the same.
 
     Returns:
         ``model``.
@@ -90,15 +92,17 @@ def _contents(module: nn.Module) -> dict[str, object]:
     return {**module.__dict__, "_parameters": dict(module._parameters), "_buffers": dict(module._buffers)}
 
 
-def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(model(example)) if isinstance(leaf, Tensor)]
+def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+    args, kwargs = arguments(example)
+    return [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _compare(got: list[Tensor], expected: list[Tensor]) -> None:
     for one, other in zip(got, expected, strict=True):
-        scale = float(other.nan_to_num(0.0, 0.0, 0.0).abs().max()) if other.numel() else 0.0
-        # Rounding that deep networks amplify: two memory formats of one ResNet-50 may differ by hundreds of units in the last place.
-        tolerance = 1e4 * torch.finfo(other.dtype).eps * scale if other.is_floating_point() else 0.0
+        tolerance = 0.0
+        if other.is_floating_point() and other.numel():
+            # Rounding that deep networks amplify: two memory formats of one ResNet-50 may differ by hundreds of units in the last place.
+            tolerance = 1e4 * torch.finfo(other.dtype).eps * float(other.nan_to_num(0.0, 0.0, 0.0).abs().max())
         torch.testing.assert_close(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
 
 

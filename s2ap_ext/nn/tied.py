@@ -8,6 +8,7 @@ weight. A channel ranks by the sum of its ``|scores|`` in all of the layers, and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +56,12 @@ def side_by_side(weights: Sequence[nn.Parameter]) -> nn.Parameter:
         return nn.Parameter(torch.cat([weight.flatten(1) for weight in weights], dim=1), requires_grad=weights[0].requires_grad)
 
 
-def layers_that_are_added(model: nn.Module, example: Tensor) -> list[list[str]]:
+def layers_that_are_added(model: nn.Module, example: Any) -> list[list[str]]:
     """The names of weights whose channels can only be removed together, channel by channel in the same order. Each list has two or more.
 
     Args:
         model: without pruned layers.
-        example: images [N, C, H, W] for the model.
+        example: an input of the model, as for :func:`s2ap_ext.nn.shrink.shrink_channels`.
 
     Raises:
         ValueError: :func:`torch.export.export` cannot record the model.

@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_models import MODELS, Branches, FusedBlock, Strange, ViT, all_dense, all_sparse, assert_close, gradient, images, pruned
+from engine_models import MODELS, Branches, FusedBlock, Strange, ViT, all_dense, all_sparse, assert_close, gradient, images, pruned, seeded
 from torch import nn
 
 import s2ap_ext
@@ -110,6 +110,19 @@ def test_an_output_of_images_and_a_relu_at_the_end():
     network = compile_sparse(model, images(1, (3, 9, 9)), choose=all_sparse)
     for n in (2, 18):
         check(network, model, images(n, (3, 9, 9)))
+
+
+def test_layers_that_share_a_mask():
+    make, size, _ = MODELS["torchvision_basic"]
+    x = images(11, size)
+    model = sparsify(seeded(make), 0.5, granularity="channel", tied=True, example=x[:2]).eval()
+    network = compile_sparse(model, x[:1], choose=all_sparse)
+    check(network, model, x)
+    with torch.no_grad():
+        nn.init.normal_(pruned_layers(model)["conv1.pruned_weight.together"].scores)
+    assert not network.is_current()
+    network.refresh()
+    check(network, model, x)
 
 
 def test_a_model_that_is_a_layer():

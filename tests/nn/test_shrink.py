@@ -194,6 +194,33 @@ def test_a_layer_keeps_a_channel():
     assert set(channels(model).values()) >= {1}
 
 
+class Words(nn.Module):
+    """Takes two arguments, and gives several results by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.a, self.b = nn.Embedding(10, 4), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, words, weights):
+        hidden = F.gelu(self.a(self.embedding(words)))
+        return {"logits": self.b(hidden).mean(1), "longest": words.sum(1) > 3, "weights": weights}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_other_inputs_and_results(named):
+    torch.manual_seed(0)
+    model, words, weights = Words().eval(), torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2)
+    with torch.no_grad():
+        model.a.weight[:3] = 0
+    expected = model(words, weights)["logits"]
+    example = {"words": words, "weights": weights} if named else (words, weights)
+    before = size_of(model, example)
+    shrink_channels(model, example)
+    torch.testing.assert_close(model(words, weights)["logits"], expected)
+    assert channels(model) == {"a": 5, "b": 3}
+    assert before.parameters - size_of(model, example).parameters == 3 * (4 + 1 + 3)
+
+
 class Single(nn.Module):
     """Images without a batch in the middle, and an operation that the analysis does not know."""
 

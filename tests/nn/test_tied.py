@@ -125,7 +125,7 @@ def test_half_of_a_residual_stream_goes(name):
     ("how", "message"),
     [
         ({"granularity": "weight", "example": torch.zeros(2, 3, 16, 16)}, "tied: it is for granularity 'channel', got 'weight'"),
-        ({"granularity": "channel"}, "example: expected images for the model"),
+        ({"granularity": "channel"}, "example: expected an input of the model"),
     ],
 )
 def test_what_tied_needs(how, message):
@@ -137,6 +137,6 @@ def test_what_tied_needs(how, message):
 
 def test_shrink_needs_an_example():
     model, _ = small()
-    with pytest.raises(ValueError, match="example: expected images for the model"):
+    with pytest.raises(ValueError, match="example: expected an input of the model"):
         densify(model, shrink=True)
     assert pruned_layers(model)
