@@ -1,8 +1,10 @@
-"""Sparsity that pays, for whole networks: ResNet-18 for CIFAR, inference, attack and training steps on the kept weights.
+"""Sparsity that pays, for whole networks: inference, attack and training steps of ResNet-18 for CIFAR on the kept weights, and inference
+of other networks.
 
 pytest benchmarks/test_sparse_networks.py
 """
 
+import collections
 import importlib.util
 import io
 import itertools
@@ -29,8 +31,18 @@ SEARCHES = (0.9, 0.95)
 PGD = {"eps": 8 / 255, "step_size": 2 / 255}
 
 
-def network(quick):
-    return build_model("resnet18", num_classes=10, width=8 if quick else 64, seed=0)
+# name -> (model, its options for --quick)
+NETWORKS = {
+    "ResNet-18": ("resnet18", {"width": 8}),
+    "VGG16": ("vgg16", {}),
+    "WRN-28-4": ("wrn28_4", {}),
+    "ViT": ("vit", {"depth": 2}),
+}
+
+
+def network(quick, name="ResNet-18"):
+    model, smaller = NETWORKS[name]
+    return build_model(model, num_classes=10, seed=0, **(smaller if quick else {}))
 
 
 def images(count):
@@ -38,24 +50,48 @@ def images(count):
     return torch.rand(count, 3, 32, 32, generator=generator), torch.randint(10, (count,), generator=generator)
 
 
-def pruned(quick, sparsity):
-    return densify(sparsify(network(quick), sparsity)).eval().requires_grad_(False)
+def pruned(quick, sparsity, name="ResNet-18"):
+    return densify(sparsify(network(quick, name), sparsity)).eval().requires_grad_(False)
+
+
+def without_gradients(f):
+    def run():
+        with torch.no_grad():
+            f()
+
+    return run
+
+
+def dense_forms(quick, name, x, path):
+    """The network as it can run without this package, by form. One in bfloat16 is among them, whose logits are others."""
+    xc = x.contiguous(memory_format=torch.channels_last)
+    dense = pruned(quick, 0.95, name)
+    last = pruned(quick, 0.95, name).to(memory_format=torch.channels_last)
+    half = pruned(quick, 0.95, name).bfloat16().to(memory_format=torch.channels_last)
+    functions = {
+        "eager, contiguous": lambda: dense(x),
+        "eager, channels_last": lambda: last(xc),
+        "eager, channels_last, bfloat16": lambda: half(xc.bfloat16()),
+    }
+    if not quick:
+        compiled = torch.compile(last)
+        functions["torch.compile, channels_last"] = lambda: compiled(xc)
+    if session := _onnxruntime(dense, x, path):
+        functions["onnxruntime"] = lambda: session.run(None, {"x": x.numpy()})
+    return functions
+
+
+def fastest_dense(medians):
+    """In float32."""
+    dense = ("eager", "torch.compile", "onnxruntime")
+    return min(t for name, t in medians.items() if name.startswith(dense) and "bfloat16" not in name)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
 def test_inference(side_by_side, quick, batch, tmp_path):
     batch = min(batch, 9) if quick else batch
     x, _ = images(batch)
-    xc = x.contiguous(memory_format=torch.channels_last)
     densities = (0.5, 0.1) if quick else (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
-
-    def without_gradients(f):
-        def run():
-            with torch.no_grad():
-                f()
-
-        return run
-
     functions, on_kept = {}, {}
     for density in densities:
         model = pruned(quick, 1 - density)
@@ -68,24 +104,34 @@ def test_inference(side_by_side, quick, batch, tmp_path):
             sparse = engine.compile_sparse(model, x[:1], choose=lambda layer: "sparse")
             on_kept[density] = f"all sparse, {density:.1%} kept"
             functions[on_kept[density]] = lambda sparse=sparse: sparse(x)
-    dense = pruned(quick, 0.95)
-    last = pruned(quick, 0.95).to(memory_format=torch.channels_last)
-    functions["eager, contiguous"] = lambda: dense(x)
-    functions["eager, channels_last"] = lambda: last(xc)
-    half = pruned(quick, 0.95).bfloat16().to(memory_format=torch.channels_last)
-    functions["eager, channels_last, bfloat16"] = lambda: half(xc.bfloat16())
-    if not quick:
-        compiled = torch.compile(last)
-        functions["torch.compile, channels_last"] = lambda: compiled(xc)
-    if session := _onnxruntime(dense, x, tmp_path / "dense.onnx"):
-        functions["onnxruntime"] = lambda: session.run(None, {"x": x.numpy()})
+    functions |= dense_forms(quick, "ResNet-18", x, tmp_path / "dense.onnx")
     functions = {name: without_gradients(f) for name, f in functions.items()}
     medians = side_by_side(functions, rounds=7, warm=True, what=f"inference, ResNet-18, batch {batch}")
-    # bfloat16 is shown beside: its logits are others.
-    dense = min(t for name, t in medians.items() if name.startswith(("eager", "torch.compile", "onnxruntime")) and "bfloat16" not in name)
+    dense = fastest_dense(medians)
     speedups = {density: dense / medians[name] for density, name in on_kept.items()}
     BREAK_EVEN.extend({"batch": batch, "density": density, "speedup": speedup} for density, speedup in speedups.items())
     ROWS[-1]["note"] = f"On the kept weights alone as fast as the fastest dense form in float32: at a density of {_where_one(speedups)}."
+
+
+@pytest.mark.parametrize("name", ["VGG16", "WRN-28-4", "ViT"])
+def test_inference_of_other_networks(side_by_side, quick, name, tmp_path):
+    batch = 9 if quick else 64
+    x, _ = images(batch)
+    functions, notes = {}, {}
+    for sparsity in SEARCHES:
+        fast = engine.compile_sparse(pruned(quick, sparsity, name), x[:1])
+        functions[f"ours, {1 - sparsity:.0%} kept"] = lambda fast=fast: fast(x)
+        counts = collections.Counter(fast.layers.values())
+        notes[f"ours, {1 - sparsity:.0%} kept"] = (
+            f"{counts['sparse']} layers sparse, {counts['dense']} dense, {len(fast.dense_parts)} parts"
+        )
+    functions |= dense_forms(quick, name, x, tmp_path / "dense.onnx")
+    functions = {form: without_gradients(f) for form, f in functions.items()}
+    medians = side_by_side(functions, rounds=7, warm=True, what=f"inference, {name}, batch {batch}")
+    dense = fastest_dense(medians)
+    ROWS[-1]["note"] = "Against the fastest dense form in float32: " + "; ".join(
+        f"{form}, {dense / medians[form]:.2f} times as fast ({note})" for form, note in notes.items()
+    )
 
 
 def _where_one(speedups):

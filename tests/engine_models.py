@@ -185,6 +185,70 @@ def norm_act():
     )
 
 
+class Block(nn.Module):
+    """A transformer's block, with torch's attention, and tokens scaled channel by channel."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(c), nn.MultiheadAttention(c, 4, batch_first=True)
+        self.norm2, self.mlp = nn.LayerNorm(c), nn.Sequential(nn.Linear(c, 3 * c), nn.GELU(), nn.Linear(3 * c, c))
+        self.scale = nn.Parameter(torch.rand(c))
+
+    def forward(self, x):
+        normed = self.norm1(x)
+        x = x + self.attention(normed, normed, normed, need_weights=False)[0]
+        return x + self.scale * self.mlp(self.norm2(x))
+
+
+class FusedBlock(nn.Module):
+    """timm's block: one layer for queries, keys and values."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.qkv, self.proj = nn.LayerNorm(c, elementwise_affine=False), nn.Linear(c, 3 * c, bias=False), nn.Linear(c, c)
+
+    def forward(self, x):
+        n, t, c = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, t, 3, 4, c // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, c))
+        return F.silu(x)
+
+
+class ViT(nn.Module):
+    """Patches as tokens; the result is that of a token of its own, or of the mean."""
+
+    def __init__(self, block=Block, token=True, c=16):
+        super().__init__()
+        self.patches = nn.Conv2d(3, c, 2, 2)
+        self.token = nn.Parameter(torch.randn(1, 1, c)) if token else None
+        self.position = nn.Parameter(torch.randn(1, 20 + token, c))
+        self.blocks = nn.Sequential(block(c), block(c))
+        self.norm, self.head = nn.LayerNorm(c), nn.Linear(c, 10)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        if self.token is not None:
+            x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.norm(self.blocks(x + self.position))
+        return self.head(x.mean(dim=1) if self.token is None else x[:, 0])
+
+
+class ConvNext(nn.Module):
+    """A 7x7 depthwise convolution, then layers on channels that come last."""
+
+    def __init__(self, c=8):
+        super().__init__()
+        self.stem, self.depth, self.norm = nn.Conv2d(3, c, 2, 2), nn.Conv2d(c, c, 7, padding=3, groups=c), nn.LayerNorm(c)
+        self.up, self.act, self.down = nn.Linear(c, 4 * c), nn.GELU(approximate="tanh"), nn.Linear(4 * c, c)
+        self.scale, self.head = nn.Parameter(torch.rand(c)), nn.Linear(c, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.down(self.act(self.up(self.norm(self.depth(x).permute(0, 2, 3, 1)))))
+        x = x + (self.scale * y).permute(0, 3, 1, 2)
+        return self.head(x.mean((2, 3)))
+
+
 def seeded(make):
     torch.manual_seed(0)
     model = make()
@@ -207,6 +271,9 @@ MODELS = {
     "odd": (Odd, (3, 11, 17), 0.5),
     "norm_act": (norm_act, (3, 12, 12), 0.5),
     "in_place": (InPlace, (3, 6, 7), 0.5),
+    "vit": (ViT, (3, 8, 10), 0.8),
+    "vit_mean": (lambda: ViT(token=False), (3, 8, 10), 0.8),
+    "convnext": (ConvNext, (3, 16, 12), 0.8),
     "almost_empty": (lambda: build_model("digits_cnn", num_classes=10, width=4), (1, 8, 8), 0.999),
 }
 
@@ -225,12 +292,12 @@ def images(n, size, seed=0):
 
 
 class Strange(nn.Module):
-    """Operations without a step: GELU, a gate, a channel shuffle by sizes, groups normalised, padding by reflection, something in place."""
+    """Operations without a step: Softplus, a gate, a shuffle of channels, groups normalised, padding by reflection, something in place."""
 
     def __init__(self):
         super().__init__()
         self.a = nn.Conv2d(3, 8, 3, padding=1)
-        self.act = nn.GELU()
+        self.act = nn.Softplus()
         self.norm = nn.GroupNorm(2, 8)
         self.gate = nn.Conv2d(8, 8, 1)
         self.b = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")

@@ -26,7 +26,7 @@ class Arena:
         try:
             buffer = self._free[shape].pop()
         except (KeyError, IndexError):
-            buffer = torch.zeros(shape)
+            buffer = _new(shape)
         self._users[id(buffer)] = 1
         return buffer
 
@@ -47,6 +47,14 @@ class Arena:
                 self._adopted.remove(id(buffer))
                 return
             self._free.setdefault(tuple(buffer.shape), []).append(buffer)
+
+
+def _new(shape: tuple[int, ...]) -> Tensor:
+    """Zeros; images of one row, which are tokens, with the channels innermost, as torch's linear layers and attention want them."""
+    if len(shape) == 4 and shape[2] == 1:
+        n, channels, height, width = shape
+        return torch.zeros(n, height, width, channels).permute(0, 3, 1, 2)
+    return torch.zeros(shape)
 
 
 class Arenas(threading.local):

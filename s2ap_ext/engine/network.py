@@ -15,8 +15,9 @@ from .. import nn as pruned_nn
 from ..nn.mask_state import Snapshot
 from . import storage
 from .arena import Arenas
+from .builder import DensePart, Lowered
 from .choice import Layer, cheapest, in_blocks, lanes
-from .lowering import DensePart, Lowered, lower
+from .lowering import lower
 from .program import Program, describe, fuse, joined, lay_out
 from .run import Run
 from .steps import Step

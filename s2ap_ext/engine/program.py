@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from .arena import Arena
-from .lowering import Lowered
+from .builder import Lowered
 from .run import Run, Slot, Target
-from .steps import Add, Affine, Conv, DenseConv, FromBlocks, Part, Relu, SparseConv, Step, ToBlocks, Weighted, WithRelu
+from .steps import Add, Affine, Conv, DenseConv, FromBlocks, Linear, Recorded, Relu, SparseConv, Step, ToBlocks, WithRelu
 from .weights import PartSource, Source
 
 
@@ -189,7 +189,7 @@ def lay_out(steps: Sequence[Step], shapes: Sequence[tuple[int, ...]], output: in
         image_in, image_out = (len(shapes[value]) == 3 for value in (step.sources[0], step.out))
         if isinstance(step, SparseConv):
             blocked = blocks
-        elif isinstance(step, (DenseConv, Part)) or not image_in:
+        elif isinstance(step, (DenseConv, Recorded)) or not image_in:
             blocked = False
         else:  # as what it reads
             blocked = any((value, True) in at for value in step.sources)

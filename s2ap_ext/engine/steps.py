@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .arena import inside, per_channel, read_blocks, write_blocks
 from .run import Run, Target
+from .views import PLAIN, seen, shape_in, unseen
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,15 @@ class SparseConv(Conv):
 
 @dataclass(frozen=True)
 class DenseConv(Conv):
-    """By torch, in the memory format of its weight: channels last, and so from one to the next."""
+    """By torch, in the memory format of its weight: channels last, and so from one to the next. A weight [outputs, inputs] is that of a
+    linear layer on each position."""
 
     def run(self, run: Run) -> None:
-        w = run.weights[self.weights]
-        out = run.put(self.out, F.conv2d(run.values[self.sources[0]], w.weight, w.bias, *self.geometry))
+        w, x = run.weights[self.weights], run.values[self.sources[0]]
+        if w.weight.dim() == 2:
+            out = run.put(self.out, F.linear(x.permute(0, 2, 3, 1), w.weight, w.bias).permute(0, 3, 1, 2))
+        else:
+            out = run.put(self.out, F.conv2d(x, w.weight, w.bias, *self.geometry))
         if len(self.sources) > 1:
             out.add_(run.values[self.sources[1]])
         if self.relu:
@@ -122,9 +127,13 @@ class DenseConv(Conv):
         target, *residual = targets
         if residual:
             run.pass_on(residual[0], grad)
+        weight = run.weights[self.weights].weight
+        if weight.dim() == 2:
+            run.contribute(target, run.arena.adopt((grad.permute(0, 2, 3, 1) @ weight).permute(0, 3, 1, 2)))
+            return
         x = run.take(target.slot)  # only its shape matters
         out, _, _ = torch.ops.aten.convolution_backward(
-            grad, x, run.weights[self.weights].weight, None, *self.geometry[:3], False, [0, 0], self.groups, [True, False, False]
+            grad, x, weight, None, *self.geometry[:3], False, [0, 0], self.groups, [True, False, False]
         )
         run.arena.drop(x)
         run.contribute(target, run.arena.adopt(out))
@@ -226,8 +235,13 @@ class Pool(Step):
     def run(self, run: Run) -> None:
         x, out = inside(run.values[self.sources[0]], run.halo), inside(run.new(self.out), run.halo)
         if self.kind == "max":
-            out.fill_(-math.inf)
-            for there, here in self._taps(x, out):
+            taps = list(self._taps(x, out))
+            if any(self.padding) or len(taps) == 1:
+                out.fill_(-math.inf)
+            else:  # the first two reach all outputs, so nothing has to be there before
+                (_, first), (_, second), *taps = taps
+                torch.maximum(x[first], x[second], out=out)
+            for there, here in taps:
                 torch.maximum(out[there], x[here], out=out[there])
         elif self._one_window(x):
             torch.mean(x, dim=(2, 3), keepdim=True, out=out)
@@ -321,27 +335,23 @@ class FromBlocks(Step):
 
 
 @dataclass(frozen=True)
-class Part(Step):
-    """A piece of the model as it is: dense, its gradient by autograd."""
-
-    weights: int = 0
-    in_place: bool = False  # it writes into what it reads
+class Recorded(Step):
+    """What torch computes on images, its gradient by autograd."""
 
     @property
     def saves(self) -> tuple[int, ...]:
         return self.sources
 
+    @abstractmethod
+    def compute(self, run: Run, *values: Tensor) -> Tensor: ...
+
     def run(self, run: Run) -> None:
-        module, inputs = run.weights[self.weights], [run.values[s].detach() for s in self.sources]
-        graphs = run.graphs
-        wanted = graphs is not None
+        wanted = run.graphs is not None
         with torch.set_grad_enabled(wanted):
-            inputs = [x.requires_grad_(wanted) for x in inputs]
-            y = module(*(x.clone() for x in inputs)) if self.in_place else module(*inputs)
-        if y.shape != (run.n, *run.slots[self.out].shape):
-            raise RuntimeError(f"a dense part gave {tuple(y.shape)}, expected {(run.n, *run.slots[self.out].shape)}")
-        if graphs is not None:
-            graphs[self.out] = inputs, y
+            inputs = [run.values[s].detach().requires_grad_(wanted) for s in self.sources]
+            y = self.compute(run, *inputs)
+        if wanted:
+            run.graphs[self.out] = inputs, y
         run.new(self.out).copy_(y.detach())
 
     def backward(self, run: Run, grad: Tensor, targets: Sequence[Target]) -> None:
@@ -353,4 +363,19 @@ class Part(Step):
             run.contribute(target, out.zero_() if g is None else out.copy_(g))
 
 
-STEPS = {step.__name__: step for step in (SparseConv, DenseConv, Linear, Affine, Relu, Add, Pool, Flatten, ToBlocks, FromBlocks, Part)}
+@dataclass(frozen=True)
+class Part(Recorded):
+    """A piece of the model as it is, which sees its sources and its result by these views."""
+
+    weights: int = 0
+    in_place: bool = False  # it writes into what it reads
+    views: tuple[str, ...] = ()
+    view: str = PLAIN
+
+    def compute(self, run: Run, *values: Tensor) -> Tensor:
+        inputs = [seen(x, view) for x, view in zip(values, self.views, strict=True)]
+        y = run.weights[self.weights](*(x.clone() for x in inputs)) if self.in_place else run.weights[self.weights](*inputs)
+        expected = (run.n, *shape_in(self.view, run.slots[self.out].shape))
+        if y.shape != expected:
+            raise RuntimeError(f"a dense part gave {tuple(y.shape)}, expected {expected}")
+        return unseen(y, self.view, run.slots[self.out].shape)

@@ -14,11 +14,11 @@ from .. import _files
 from ..nn.kept_weights import KeptWeights
 from .steps import Step
 from .validation import check_program, layers_of, of_type, shape_of, source_of, step_of
-from .weights import Dense, Scale, Source
+from .weights import Constant, Dense, Scale, Source
 
 KIND = "sparse network"
-VERSION = 4
-WEIGHTS: dict[str, type[KeptWeights | Dense | Scale]] = {cls.__name__: cls for cls in (KeptWeights, Dense, Scale)}
+VERSION = 5
+WEIGHTS = {cls.__name__: cls for cls in (KeptWeights, Dense, Scale, Constant)}
 
 
 class Stored(NamedTuple):
@@ -32,7 +32,7 @@ class Stored(NamedTuple):
     chunk: int
     layers: dict[str, str]
     small_batch_layers: dict[str, str]
-    weights: Sequence[KeptWeights | Dense | Scale]
+    weights: Sequence[KeptWeights | Dense | Scale | Constant]
 
 
 def save(network: Stored, path: str | Path) -> None:
@@ -97,7 +97,7 @@ def _described(steps: Sequence[Step]) -> list[dict[str, Any]]:
     return [{"step": type(step).__name__, **dataclasses.asdict(step)} for step in steps]
 
 
-def _weights(kind: Any, index: int, tensors: Mapping[str, Tensor]) -> KeptWeights | Dense | Scale:
+def _weights(kind: Any, index: int, tensors: Mapping[str, Tensor]) -> KeptWeights | Dense | Scale | Constant:
     if of_type(kind, str, f"weights[{index}]") not in WEIGHTS:
         raise ValueError(f"weights[{index}]: expected one of {', '.join(WEIGHTS)}, got {kind!r:.100}")
     cls = WEIGHTS[kind]

@@ -17,7 +17,10 @@ from ..nn import Pruned
 from ..nn.attention import Attention
 from ..nn.pruned_weight import class_before
 
-BATCH = 3  # images of the run that finds the shapes
+BATCHES = (2, 3)  # images of the runs that find the shapes
+
+
+Found = tuple[tuple[int, ...], torch.dtype]
 
 
 class Graph(NamedTuple):
@@ -26,13 +29,13 @@ class Graph(NamedTuple):
     Attributes:
         root: the module that names in the graph refer to; it shares the model's modules and tensors.
         nodes: in the order that they run in.
-        found: for each node shape and dtype of the tensor it gives, for ``BATCH`` images; None if it gives anything else.
+        found: for each node shape and dtype of the tensor that it gives for an image, the batch left out; None if it gives anything else.
         constants: tensors that the model's code made while it was traced, by their names in ``root``.
     """
 
     root: nn.Module
     nodes: list[fx.Node]
-    found: dict[fx.Node, tuple[tuple[int, ...], torch.dtype] | None]
+    found: dict[fx.Node, Found | None]
     constants: dict[str, Tensor]
 
 
@@ -49,10 +52,22 @@ def trace(model: nn.Module, example: Tensor) -> Graph:
         graph = tracer.trace(root, {p.name: p.default for p in others if p.default is not p.empty})
     except Exception as error:  # whatever the model's own code raises when it is shown proxies
         raise ValueError(f"model: torch.fx cannot trace {tracer.failed or 'its forward'}{_line(error)}: {error}") from error
-    values = _Values(fx.GraphModule(root, graph))
-    values.run(example[:1].expand(BATCH, *example.shape[1:]).contiguous())
+    few, more = (_values(root, graph, example[:1].expand(n, *example.shape[1:]).contiguous()) for n in BATCHES)
     constants = {name: value for name, value in vars(root).items() if name not in before}
-    return Graph(root, list(graph.nodes), values.found, constants)
+    return Graph(root, list(graph.nodes), {node: _batched(few[node], more[node]) for node in few}, constants)
+
+
+def _values(root: nn.Module, graph: fx.Graph, example: Tensor) -> dict[fx.Node, Found | None]:
+    values = _Values(fx.GraphModule(root, graph))
+    values.run(example)
+    return values.found
+
+
+def _batched(few: Found | None, more: Found | None) -> Found | None:
+    """What a node gives for an image, if its first axis, and no other, is the batch."""
+    if few is None or more is None or (few[0][:1], more[0][:1]) != tuple((n,) for n in BATCHES) or few[0][1:] != more[0][1:]:
+        return None
+    return few[0][1:], few[1]
 
 
 def root_of(model: nn.Module, constants: Mapping[str, Tensor] | None = None) -> nn.Module:
@@ -89,7 +104,7 @@ class _Values(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.found: dict[fx.Node, tuple[tuple[int, ...], torch.dtype] | None] = {}
+        self.found: dict[fx.Node, Found | None] = {}
 
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)

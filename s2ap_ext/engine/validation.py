@@ -16,18 +16,20 @@ from torch import Tensor
 
 from ..nn.kept_weights import KeptWeights
 from ..sparse_reference import pass_of_tap
-from .steps import STEPS, Add, Affine, Conv, DenseConv, Flatten, Linear, Pool, Relu, SparseConv, Step, Weighted
-from .weights import Dense, Scale, Source
+from .steps import Add, Affine, Conv, DenseConv, Flatten, Linear, Pool, Relu, SparseConv, Step
+from .token_steps import ACTIVATIONS, TOKEN_STEPS, Activation, Attention, LayerNorm, Prepend, Select, Shift
+from .weights import Constant, Dense, Scale, Source
 
 MOST = 2**31 - 1  # elements of an image's activation, and any size or setting; csrc/cpu/sparse_binding.h has the same numbers
 MOST_TAPS = 2**16 - 1
 MOST_TAPS_OF_PASSES = 2**26
 KINDS: dict[str, type[Step]] = {
-    step.__name__: step for step in STEPS.values() if issubclass(step, (Conv, Linear, Affine, Relu, Add, Pool, Flatten))
+    step.__name__: step for step in (SparseConv, DenseConv, Linear, Affine, Relu, Add, Pool, Flatten, *TOKEN_STEPS)
 }
+Weights = KeptWeights | Dense | Scale | Constant
 
 Shape = tuple[int, ...]
-T = TypeVar("T")
+_POSITION = {"kernel": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
 # ---- What JSON holds
@@ -74,7 +76,13 @@ def _is(value: Any, kind: str) -> bool:
     integer = type(value) is int and 0 <= value <= MOST
     if kind.startswith("tuple[int"):
         return type(value) is tuple and (kind.endswith("...]") or len(value) == 2) and all(_is(item, "int") for item in value)
-    simple = {"int": integer, "bool": type(value) is bool, "str": type(value) is str, "str | None": value is None or type(value) is str}
+    simple = {
+        "int": integer,
+        "float": type(value) is float and 0 < value < math.inf,
+        "bool": type(value) is bool,
+        "str": type(value) is str,
+        "str | None": value is None or type(value) is str,
+    }
     return simple.get(kind, type(value) is tuple)  # what remains is only looked at when a model is at hand
 
 
@@ -96,9 +104,7 @@ def layers_of(described: Any, what: str) -> dict[str, str]:
 # ---- Whether it belongs together
 
 
-def check_program(
-    steps: Sequence[Step], shapes: Sequence[Shape], output: int, weights: Sequence[KeptWeights | Dense | Scale], what: str
-) -> None:
+def check_program(steps: Sequence[Step], shapes: Sequence[Shape], output: int, weights: Sequence[Weights], what: str) -> None:
     """Every step reads what an earlier one wrote, and what it writes has the shape that the next ones expect and is read, or the output."""
     if not shapes:
         raise ValueError("shapes: expected that of the input at least")
@@ -119,31 +125,49 @@ def check_program(
         raise ValueError(f"{what}: expected the output {output} to be written, and all else to be read, got {sorted(unread)}")
 
 
-def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[KeptWeights | Dense | Scale]) -> Shape:
+def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[Weights]) -> Shape:
     """The shape of what a step writes, its weights being looked at."""
     most = 2 if isinstance(step, (Conv, Add)) else 1
     if len(sources) > most or (isinstance(step, Add) and len(sources) < most):
         raise ValueError(f"expected {most} sources, got {len(sources)}")
     first, image = sources[0], len(sources[0]) == 3
-    if (not image and isinstance(step, (Conv, Pool, Flatten))) or (image and isinstance(step, Linear)):
+    images = (Conv, Pool, Flatten, Attention, Prepend, Select, Shift)
+    if (not image and isinstance(step, images)) or (image and isinstance(step, Linear)):
         raise ValueError(f"expected {'vectors' if image else 'images'}, got shape {first}")
     own = _weights_of(step, weights)
     if isinstance(step, Conv):
         check_convolution(step, first)
         if first[0] % step.groups or out[0] % step.groups:
             raise ValueError(f"groups: expected a divisor of {first[0]} and of {out[0]}, got {step.groups}")
-        assert isinstance(own, (KeptWeights, Dense))
-        _check_weights(own, (out[0], first[0] // step.groups, *step.kernel), step)
+        of_positions = (
+            isinstance(own, Dense) and own.weight is not None and own.weight.dim() == 2 and step == dataclasses.replace(step, **_POSITION)
+        )
+        _check_weights(own, (out[0], first[0]) if of_positions else (out[0], first[0] // step.groups, *step.kernel), step)
         result = (out[0], *_positions(step, first))
     elif isinstance(step, Linear):
         assert isinstance(own, (KeptWeights, Dense))
         _check_weights(own, (out[0], first[0]) if isinstance(own, Dense) else (out[0], first[0], 1, 1), SparseConv((0,), 1))
         result = (out[0],)
-    elif isinstance(step, Affine):
-        assert isinstance(own, Scale)
+    elif isinstance(step, (Affine, LayerNorm)):
         _check_floats(own.scale, (first[0],), "scale")
         _check_floats(own.shift, (first[0],), "shift")
         result = first
+    elif isinstance(step, Activation):
+        if step.kind not in ACTIVATIONS:
+            raise ValueError(f"kind: expected one of {', '.join(ACTIVATIONS)}, got {step.kind!r:.100}")
+        result = first
+    elif isinstance(step, Attention):
+        if step.heads < 1 or first[0] % (3 * step.heads):
+            raise ValueError(f"heads: expected a divisor of a third of {first[0]}, got {step.heads}")
+        result = (first[0] // 3, *first[1:])
+    elif isinstance(step, (Prepend, Shift)):
+        positions = math.prod(first[1:]) if isinstance(step, Shift) else math.prod(out[1:]) - math.prod(first[1:])
+        _check_floats(own.values, (first[0], 1, positions), "values")
+        result = first if isinstance(step, Shift) else (first[0], 1, math.prod(out[1:]))
+    elif isinstance(step, Select):
+        if step.position >= math.prod(first[1:]):
+            raise ValueError(f"position: expected one of {math.prod(first[1:])}, got {step.position}")
+        result = (first[0], 1, 1)
     elif isinstance(step, Pool):
         check_convolution(step, first)
         if step.kind not in ("max", "avg") or any(
@@ -158,10 +182,12 @@ def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[
     return result
 
 
-def _weights_of(step: Step, weights: Sequence[KeptWeights | Dense | Scale]) -> KeptWeights | Dense | Scale | None:
+def _weights_of(step: Step, weights: Sequence[Weights]) -> Weights | None:
     sparse = isinstance(step, SparseConv) or (isinstance(step, Linear) and step.sparse)
-    kind = KeptWeights if sparse else Dense if isinstance(step, (DenseConv, Linear)) else Scale if isinstance(step, Affine) else None
-    if kind is None or not isinstance(step, Weighted):
+    dense = isinstance(step, (DenseConv, Linear))
+    scale, constant = isinstance(step, (Affine, LayerNorm)), isinstance(step, (Prepend, Shift))
+    kind = KeptWeights if sparse else Dense if dense else Scale if scale else Constant if constant else None
+    if kind is None:
         return None
     if step.weights >= len(weights) or not isinstance(weights[step.weights], kind):
         raise ValueError(f"weights: expected {kind.__name__} weights, got number {step.weights} of {len(weights)}")

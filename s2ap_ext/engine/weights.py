@@ -34,15 +34,24 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """What is the same for every image, [C, H, W]."""
+
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a step's weights come from: a layer, and what is done to its output channels, in order.
 
     Attributes:
-        kind: ``"sparse"``, ``"dense"`` or ``"scale"`` (no layer).
+        kind: ``"sparse"``, ``"dense"``, ``"scale"`` (no layer) or ``"constant"`` (tokens, their tensor's name in ``layer``).
         channels: of the output.
         layer: name of the module with the weight, or None.
-        changes: ``("norm", name of a BatchNorm)``, or ``("add" | "sub" | "mul" | "div", a number or the name of a tensor)``.
+        changes: ``("norm", name of a BatchNorm)``, ``("affine", name of a LayerNorm)``, or ``("add" | "sub" | "mul" | "div", a number or
+            the name of a tensor)``.
         convolution: kernel size, stride, padding, dilation and groups.
+        tensor: what the module calls the weight.
     """
 
     kind: str
@@ -50,18 +59,21 @@ class Source:
     layer: str | None = None
     changes: tuple[tuple[str, str | float], ...] = ()
     convolution: Convolution = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    tensor: str = "weight"
 
     def followed_by(self, later: Source) -> Source:
         return replace(self, changes=self.changes + later.changes)
 
-    def take(self, model: nn.Module) -> KeptWeights | Dense | Scale:
+    def take(self, model: nn.Module) -> KeptWeights | Dense | Scale | Constant:
         """The weights as they are in ``model`` now; nothing of them shares memory with it."""
+        if self.kind == "constant" and self.layer is not None:
+            tokens = tensor_of(model, self.layer).reshape(-1, self.channels)
+            return Constant(self._finite(tokens.t()[:, None].clone(memory_format=torch.contiguous_format)))
         scale, shift = _scale_and_shift(model, self.changes, self.channels)
         if self.layer is None:
             return Scale(self._finite(scale.float()), self._finite(shift.float()))
         module = model.get_submodule(self.layer)
-        weight, bias = weight_of(module), module.bias
-        assert bias is None or isinstance(bias, Tensor)
+        weight, bias = weight_of(module, self.tensor), getattr(module, self.tensor.replace("weight", "bias"))
         if self.changes:
             bias = (shift if bias is None else scale * bias + shift).float()
         if bias is not None:
@@ -92,10 +104,9 @@ class PartSource:
         return copy.deepcopy(fx.GraphModule(model, self.graph)).eval().requires_grad_(False)
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight that a convolution or linear layer computes with, contiguous. To be read at once: the next selection may write there."""
-    weight = module._masked_weight() if isinstance(module, (S2APConv2d, S2APLinear)) else module.weight
-    assert isinstance(weight, Tensor)
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """The weight of this name that a layer computes with, contiguous. To be read at once: the next selection may write there."""
+    weight = module._masked_weight() if isinstance(module, (S2APConv2d, S2APLinear)) else getattr(module, name)
     return weight.detach().contiguous()
 
 
@@ -112,6 +123,13 @@ def _scale_and_shift(model: nn.Module, changes: tuple[tuple[str, str | float], .
             if norm.weight is not None:
                 factor = factor * norm.weight.double()
             scale, shift = scale * factor, (shift - norm.running_mean.double()) * factor
+            if norm.bias is not None:
+                shift = shift + norm.bias.double()
+            continue
+        if change == "affine":
+            norm = model.get_submodule(operand)
+            if norm.weight is not None:
+                scale, shift = scale * norm.weight.double(), shift * norm.weight.double()
             if norm.bias is not None:
                 shift = shift + norm.bias.double()
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,9 +18,11 @@ from . import semi_structured
 from .layers import DENSE_TO_PRUNED, Pruned, S2APConv2d, S2APLinear, baked_weight, pruned_layers, refresh, to_dense_class
 from .layout import forget_layout, keep_layout
 from .mask_state import MaskGroup
-from .pruned_weight import PrunedWeight, pruned_weights, put_in, take_out
+from .pruned_weight import PrunedChild, PrunedWeight, pruned_weights, put_in, take_out
+from .shrink import shrink_channels
 from .shrink_units import shrink_units
 from .structure import Block, Units
+from .tied import TiedWeight, layers_that_are_added, side_by_side
 from .units import PrunedUnits, unit_blocks, unit_layers
 
 T = TypeVar("T")
@@ -35,6 +38,7 @@ def sparsify(
     allocation: str | Allocation | Mapping[str, float] = "uniform",
     granularity: str = "weight",
     exclude: Sequence[str] = (),
+    tied: bool = False,
     structure: Units | Sequence[Units] = (),
     example: Any = None,
 ) -> nn.Module:
@@ -62,6 +66,8 @@ def sparsify(
             (:class:`s2ap_ext.nn.PrunedUnits`), are found in torch's modules and in those of other libraries (docs/transformers.md), and
             all else stays dense. ``"N:M"`` such as ``"2:4"``: N weights of every M neighbouring inputs stay; ``sparsity`` has to be
             ``1 - N / M`` and ``allocation`` uniform. Layers whose inputs are not a multiple of M stay dense, and a warning names them.
+        tied: for ``"channel"``: layers whose results are added together share one mask, so that :func:`densify` can remove their channels.
+            Their weights lie side by side in one :class:`PrunedWeight`, and channels rank by the sum of their ``|scores|`` in all of them.
         exclude: names of layers or modules to leave dense, as in ``named_modules()``; ``*`` and ``?`` match. ``":first"`` and
             ``":last"`` are the first and the last of the layers that can be pruned, in module order.
         structure: where heads or neurons are, for modules in which they are not found.
@@ -77,7 +83,8 @@ def sparsify(
         ValueError: ``sparsity`` outside [0, 1]; an unknown ``allocation`` or ``granularity``, or one that does not fit ``sparsity`` or
             a layer; a weight that is no parameter (one with a torch parametrization, say); an ``exclude`` that matches no module; a model
             without a layer to prune, or with a layer that is pruned already; a ``structure`` that the model has not, or that is for other
-            granularities than heads and neurons. The model is unchanged then.
+            granularities than heads and neurons; ``tied`` with another granularity, without an ``example``, or of a model whose operations
+            cannot be recorded. The model is unchanged then.
 
     Warns:
         UserWarning: layers stay dense because ``"N:M"`` does not divide their inputs, or blocks because they look like attention or an
@@ -86,6 +93,8 @@ def sparsify(
     check_sparsity(sparsity)
     if already := list(pruned_layers(model)):
         raise ValueError(f"model: layer {already[0] or '(the model itself)'} is pruned already; densify(model) first")
+    if tied and granularity != "channel":
+        raise ValueError(f"tied: it is for granularity 'channel', got {granularity!r}")
     exclude = [exclude] if isinstance(exclude, str) else exclude
     if granularity in OF_SEVERAL_LAYERS:
         targets, left_out = _unit_targets(model, granularity, exclude, structure, example)
@@ -94,6 +103,8 @@ def sparsify(
         raise ValueError(f"structure: it is for granularity {' or '.join(map(repr, OF_SEVERAL_LAYERS))}, got {granularity!r}")
     else:
         targets, left_out = _targets(model, sparsity, granularity, exclude)
+        if tied and granularity == "channel":
+            targets = _tied(targets, model, sparsity, example)
         why = f"granularity {granularity!r} does not divide the inputs of these layers, which stay dense"
     layers: dict[int, Layer] = {}  # each weight once, as the first layer that has it
     for target in targets:
@@ -116,6 +127,13 @@ def sparsify(
         if target.block is not None:
             pruned = PrunedUnits(target.block, kept=same["kept"], group=group)
             put_in(target.module, target.weight, pruned)
+        elif target.parts:
+            pruned = PrunedWeight(weight, sparsity=sparsity, pattern=pattern, group=group, **same)
+            first_column = 0
+            for part in target.parts:
+                own = part.layer.weight
+                put_in(part.module, part.weight, TiedWeight(pruned, first_column, own.shape))
+                first_column += own[0].numel()
         elif type(target.module) in DENSE_TO_PRUNED and target.module not in read_by_name:
             target.module.__class__ = DENSE_TO_PRUNED[type(target.module)]
             assert isinstance(target.module, Pruned)
@@ -131,12 +149,16 @@ def sparsify(
 
 
 class _Target(NamedTuple):
-    """A layer that :func:`sparsify` prunes: ``module``'s tensor of the name ``weight``, for units the last of those in ``block``."""
+    """A layer that :func:`sparsify` prunes: ``module``'s tensor of the name ``weight``.
+
+    For units it is the last of those in ``block``; for layers that share a mask the first of ``parts``.
+    """
 
     layer: Layer
     module: nn.Module
     weight: str
     block: Block | None = None
+    parts: tuple[_Target, ...] = ()
 
 
 def _unit_targets(
@@ -153,6 +175,24 @@ def _unit_targets(
         why = f"; not {'; '.join(left_out)}" if left_out else ""
         raise ValueError(f"model: expected {granularity}s to prune, found none{why}. structure= can tell where they are")
     return [_Target(layer, block.columns, "weight", block) for block, layer in zip(kept, unit_layers(kept), strict=True)], left_out
+
+
+def _tied(targets: list[_Target], model: nn.Module, sparsity: float, example: Any) -> list[_Target]:
+    """``targets``, those whose channels are added together as one, in the place of the first."""
+    if example is None:
+        raise ValueError("example: expected an input of the model, with which tied finds the layers that are added together, got None")
+    owners = Counter(id(target.layer.weight) for target in targets)
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    own = {name_of[id(target.layer.weight)]: target for target in targets if owners[id(target.layer.weight)] == 1}
+    for names in layers_that_are_added(model, example):
+        parts = tuple(target for name, target in own.items() if name in names)
+        if len(parts) < 2:
+            continue
+        weight = side_by_side([part.layer.weight for part in parts])
+        layer = Layer(" + ".join(part.layer.name for part in parts), weight, pattern_for("channel", weight.shape, sparsity))
+        first, *others = parts
+        targets = [first._replace(layer=layer, parts=parts) if target is first else target for target in targets if target not in others]
+    return targets
 
 
 def _targets(model: nn.Module, sparsity: float, granularity: str, exclude: Sequence[str]) -> tuple[list[_Target], list[str]]:
@@ -219,9 +259,9 @@ def densify(model: nn.Module, *, shrink: bool = False, example: Any = None, form
 
     Args:
         model: a model with pruned layers.
-        shrink: what is pruned goes away, so that the layers become smaller: heads and neurons (:func:`s2ap_ext.nn.shrink_units`). Logits
-            stay equal up to rounding.
-        example: for ``shrink``, an input of the model, as for :func:`sparsify`: every block is run before and after.
+        shrink: what is pruned goes away, so that the layers become smaller: heads and neurons (:func:`s2ap_ext.nn.shrink_units`), or
+            channels that are gone (:func:`s2ap_ext.nn.shrink.shrink_channels`). Logits stay equal up to rounding.
+        example: for ``shrink``, an input of the model, as for :func:`sparsify`. Without pruned heads and neurons there has to be one.
         format: ``"dense"``; or ``"semi-structured"``: on CUDA, in float16 or bfloat16, linear layers that keep at most 2 of every 4
             neighbouring inputs (granularity ``"2:4"``) get weights in torch's semi-structured form, which sparse tensor cores compute with.
             Their logits equal the masked ones up to rounding at that precision, and they no longer train. All other layers are dense.
@@ -230,33 +270,46 @@ def densify(model: nn.Module, *, shrink: bool = False, example: Any = None, form
         ``model``.
 
     Raises:
-        RuntimeError: called between ``ascend()`` and ``descend()``.
-        ValueError: a block that cannot be shrunk; the model is dense then, with the zeros baked in. An unknown ``format``, or no layer
-            that has the semi-structured form, with the reason; the model is unchanged then.
+        RuntimeError: called between ``ascend()`` and ``descend()``; a model that cannot be made smaller, which is dense then, with the
+            zeros baked in.
+        ValueError: a block that cannot be shrunk, or a model whose operations cannot be recorded: it is dense then. ``shrink`` of channels
+            without an ``example``, an unknown ``format``, or no layer that has the semi-structured form, with the reason: the model is
+            unchanged then.
 
     Warns:
         UserWarning: some of the pruned linear layers do not have the semi-structured form, with the reasons.
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    units = [layer for layer in model.modules() if isinstance(layer, PrunedUnits)]
+    if shrink and not units and example is None:
+        raise ValueError("example: expected an input of the model, with which shrink finds the channels that are gone, got None")
     refresh(model)
     packed = semi_structured.pack(model) if format == "semi-structured" else {}
     baked: dict[tuple[int, int], nn.Parameter] = {}
-    units = [layer for layer in model.modules() if isinstance(layer, PrunedUnits)]
     for layer in pruned_layers(model).values():
         baked_weight(layer, baked)  # all of them before the first layer changes
     for module in list(model.modules()):
         if isinstance(module, (S2APConv2d, S2APLinear)):
             to_dense_class(module, baked)
         elif pruned := pruned_weights(module):
-            take_out(module, {name: baked_weight(child, baked) for name, child in pruned})
+            take_out(module, {name: _baked(child, baked) for name, child in pruned})
     for layer in units:
         layer.clear_rows()
     forget_layout(model)
-    if shrink:
+    if shrink and units:
         shrink_units(model, [(layer.block, layer.mask) for layer in units], example=example)
+    elif shrink:
+        shrink_channels(model, example)
     semi_structured.put_in(packed)
     return model
+
+
+def _baked(child: PrunedChild | TiedWeight, baked: dict[tuple[int, int], nn.Parameter]) -> nn.Parameter:
+    if not isinstance(child, TiedWeight):
+        return baked_weight(child, baked)
+    together = baked_weight(child.together, baked)
+    return nn.Parameter(child.own(together.detach()).clone(), requires_grad=together.requires_grad)
 
 
 def train_scores(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -18,6 +18,9 @@ from ..reference import SINGLE_WEIGHTS, Pattern
 from .layers import Pruned
 from .layout import TORCH_CLASSES
 from .mask_state import MaskGroup
+
+if TYPE_CHECKING:
+    from .tied import TiedWeight
 
 PREFIX = "pruned_"  # of the child's name, before that of the weight
 
@@ -84,7 +87,7 @@ def _empty(dense: type, names: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def put_in(module: nn.Module, name: str, pruned: PrunedChild) -> None:
+def put_in(module: nn.Module, name: str, pruned: PrunedChild | TiedWeight) -> None:
     """From now on ``module`` computes with ``pruned`` in place of its parameter ``name``."""
     cls = type(module)
     dense: type = cls.dense if issubclass(cls, _WithPrunedWeights) else cls
@@ -96,7 +99,7 @@ def put_in(module: nn.Module, name: str, pruned: PrunedChild) -> None:
     module.add_module(PREFIX + name, pruned)
 
 
-def pruned_weights(module: nn.Module) -> Iterable[tuple[str, PrunedChild]]:
+def pruned_weights(module: nn.Module) -> Iterable[tuple[str, PrunedChild | TiedWeight]]:
     """Name and child for each weight of ``module`` that :func:`put_in` has replaced."""
     names = type(module).names if isinstance(module, _WithPrunedWeights) else ()
     return [(name, child) for name in names if isinstance(child := module.get_submodule(PREFIX + name), PrunedWeight)]

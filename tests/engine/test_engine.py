@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_models import MODELS, Branches, Strange, all_dense, all_sparse, assert_close, gradient, images, pruned
+from engine_models import MODELS, Branches, FusedBlock, Strange, ViT, all_dense, all_sparse, assert_close, gradient, images, pruned, seeded
 from torch import nn
 
 import s2ap_ext
@@ -112,6 +112,19 @@ def test_an_output_of_images_and_a_relu_at_the_end():
         check(network, model, images(n, (3, 9, 9)))
 
 
+def test_layers_that_share_a_mask():
+    make, size, _ = MODELS["torchvision_basic"]
+    x = images(11, size)
+    model = sparsify(seeded(make), 0.5, granularity="channel", tied=True, example=x[:2]).eval()
+    network = compile_sparse(model, x[:1], choose=all_sparse)
+    check(network, model, x)
+    with torch.no_grad():
+        nn.init.normal_(pruned_layers(model)["conv1.pruned_weight.together"].scores)
+    assert not network.is_current()
+    network.refresh()
+    check(network, model, x)
+
+
 def test_a_model_that_is_a_layer():
     torch.manual_seed(0)
     model = sparsify(nn.Conv2d(3, 6, 3, padding=1), 0.5)
@@ -169,15 +182,68 @@ def test_dense_parts_are_named_and_run():
     model = sparsify(Strange(), 0.5).eval()
     network = compile_sparse(model, images(2, (3, 15, 15)), choose=all_sparse)
     reasons = dict(network.dense_parts)
-    assert reasons["act"] == "no step for GELU"
+    assert reasons["act"] == "no step for Softplus"
     assert reasons["b"] == "padding_mode 'reflect'"
     assert "mul" in reasons
     assert network.layers == {"a": "sparse", "gate": "sparse", "c": "dense"}
     assert all(f"dense part {name}: {reason}" in repr(network) for name, reason in reasons.items())
     for n in (1, 3, 8, 13, 40):
         check(network, model, images(n, (3, 15, 15)))
-    with pytest.raises(ValueError, match=r"network: cannot be saved.*act \(no step for GELU\)"):
+    with pytest.raises(ValueError, match=r"network: cannot be saved.*act \(no step for Softplus\)"):
         network.save("never.safetensors")
+
+
+def test_layers_around_attention_of_another_form_run_on_their_kept_weights():
+    torch.manual_seed(0)
+    model = sparsify(ViT(FusedBlock), 0.5).eval()
+    network = compile_sparse(model, images(2, (3, 8, 10)), choose=all_sparse)
+    assert [(part.name, part.reason) for part in network.dense_parts][:2] == [
+        ("scaled_dot_product_attention", "no step for scaled_dot_product_attention"),
+        ("reshape_1", "puts axes in an order that there is no step for"),
+    ]
+    assert set(network.layers) == {"patches", "head", *(f"blocks.{i}.{layer}" for i in (0, 1) for layer in ("qkv", "proj"))}
+    assert set(network.layers.values()) == {"sparse"}
+    for n in (1, 3, 13):  # 3: as many images as there are of queries, keys and values
+        check(network, model, images(n, (3, 8, 10)))
+
+
+class Masked(nn.Module):
+    """Attention that has no step, and tokens as the result."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.attention, self.settings = nn.MultiheadAttention(8, 2, batch_first=True, **settings), settings
+        self.register_buffer("mask", torch.ones(12, 12).triu(1).bool())
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)
+        return self.attention(x, x, x, attn_mask=None if self.settings else self.mask)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"), [({}, "attention under a mask"), ({"add_bias_kv": True}, "only attention with the batch first")]
+)
+def test_attention_without_a_step_is_a_dense_part(settings, reason):
+    torch.manual_seed(0)
+    model, x = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), Masked(**settings)), 0.5).eval(), images(5, (3, 5, 6))
+    network = compile_sparse(model, x[:2], choose=all_sparse)
+    assert [part.name for part in network.dense_parts] == ["1.attention"]
+    assert network.dense_parts[0].reason.startswith(reason)
+    check(network, model, x)
+
+
+def test_results_with_channels_last():
+    torch.manual_seed(0)
+    model = sparsify(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), ChannelsLast(), nn.Linear(8, 6)), 0.5).eval()
+    network = compile_sparse(model, images(2, (3, 9, 9)), choose=all_sparse)
+    assert network.layers == {"0": "sparse", "3": "sparse"}
+    for n in (3, 13):
+        check(network, model, images(n, (3, 9, 9)))
+
+
+class ChannelsLast(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, -1)
 
 
 def test_refresh_reaches_dense_parts():

@@ -65,3 +65,25 @@ def test_networks_are_not_pickled():
     with pytest.raises(TypeError, match=r"use save\(path\)"):
         pickle.dumps(network)
     assert network.state_dict() == {}
+
+
+def test_files_of_transformers_whose_contents_do_not_belong_together(tmp_path):
+    path = tmp_path / "x.safetensors"
+    model, size = pruned("vit")
+    compile_sparse(model, images(1, size), choose=all_sparse).save(path)
+    tensors, about = _files.load(path)
+
+    def damaged(message, changed=None, **step):
+        name, settings = next(iter(step.items())) if step else ("", {})
+        steps = [{**described, **(settings if described["step"] == name else {})} for described in about["steps"]]
+        _files.save(path, tensors | (changed or {}), {**about, "steps": steps})
+        with pytest.raises(ValueError, match=f"damaged.*{message}"):
+            SparseNetwork.load(path)
+
+    damaged("heads: expected a divisor of a third of 48, got 5", Attention={"heads": 5})
+    damaged("kind: expected one of gelu, gelu_tanh, silu, got 'tan'", Activation={"kind": "tan"})
+    damaged("position: expected one of 21, got 21", Select={"position": 21})
+    damaged("eps: expected float, got -1.0", LayerNorm={"eps": -1.0})
+    damaged("weights: expected Constant weights", Shift={"weights": 0})
+    (token, *_) = [name for name in tensors if name.endswith(".values") and tensors[name].shape == (16, 1, 1)]
+    damaged(r"values: expected finite float32 numbers of shape \(16, 1, 1\)", {token: torch.ones(16, 1, 2)})

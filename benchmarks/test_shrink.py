@@ -1,0 +1,73 @@
+"""Channels, heads and neurons that are gone, taken out: networks with half of them masked, and the smaller networks that compute the same.
+
+pytest benchmarks/test_shrink.py
+"""
+
+import copy
+
+import pytest
+import torch
+from measure import ROWS
+from torch import nn
+
+from s2ap_ext import densify, sparsify
+from s2ap_ext.models import build_model
+from s2ap_ext.nn.shrink import size_of
+
+# name -> (model, its options for --quick, side of its images, what is removed as one)
+NETWORKS = {
+    "ResNet-18": ("resnet18", {"width": 8}, 32, "channel"),
+    "VGG16": ("vgg16", {}, 32, "channel"),
+    "WRN-28-4": ("wrn28_4", {}, 32, "channel"),
+    "ResNet-50": ("resnet50", {"width": 8}, 64, "channel"),
+    "ViT, heads": ("vit", {"depth": 2}, 32, "head"),
+    "ViT, neurons": ("vit", {"depth": 2}, 32, "neuron"),
+}
+
+
+def masked(name, options, x, granularity):
+    """Half of it masked, with statistics and BatchNorm parameters as after training: many masked channels hold a number other than 0."""
+    model = build_model(name, num_classes=10, seed=0, **options)
+    generator = torch.Generator().manual_seed(0)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
+        nn.init.normal_(norm.bias, 0, 0.2, generator=generator)
+    tied = {"tied": True, "exclude": [":last"]} if granularity == "channel" else {}
+    sparsify(model, 0.5, granularity=granularity, example=x[:2], **tied)
+    for norm in norms:
+        norm.momentum = 1
+    with torch.no_grad():
+        model(x)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_inference(side_by_side, quick, network):
+    name, smaller, side, granularity = NETWORKS[network]
+    x = torch.rand(2 if quick else 64, 3, side, side, generator=torch.Generator().manual_seed(0))
+    model = masked(name, smaller if quick else {}, x, granularity)
+    before = densify(copy.deepcopy(model))
+    after = densify(model, shrink=True, example=x[:2])
+    last = [copy.deepcopy(net).to(memory_format=torch.channels_last) for net in (before, after)]
+    xc = x.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        apart = (after(x) - before(x)).abs().max().item()
+        exact = [copy.deepcopy(net).double()(x[:8].double()) for net in (before, after)]  # without the rounding that depth amplifies
+        assert (exact[0] - exact[1]).abs().max() <= 1e-10 * exact[0].abs().max()
+        side_by_side(
+            {
+                "smaller": lambda: after(x),
+                "masked": lambda: before(x),
+                "smaller, channels_last": lambda: last[1](xc),
+                "masked, channels_last": lambda: last[0](xc),
+            },
+            rounds=5,
+            warm=True,
+            what=f"inference, {network}, half removed, batch {len(x)} of {side}x{side}",
+        )
+    old, new = (size_of(net, x[:1]) for net in (before, after))
+    ROWS[-1]["note"] = (
+        f"Parameters {old.parameters:,} -> {new.parameters:,}; FLOPs of an image {old.flops:.4g} -> {new.flops:.4g} "
+        f"({old.flops / new.flops:.2f} times fewer); logits differ by {apart:.1g} at most."
+    )
