@@ -37,7 +37,7 @@ def lower(graph: Graph, choose: Callable[[Layer], str], batch: int) -> Lowered:
 class _Lowering(TokenSteps):
     """Makes the steps of each operation."""
 
-    def step_for(self, node: fx.Node) -> int:
+    def step_for(self, node: fx.Node) -> int | Seen:
         module = None
         if node.op == "call_module":
             module = self.model.get_submodule(str(node.target))
@@ -66,19 +66,14 @@ class _Lowering(TokenSteps):
         if ends[0] != ends[1] or ends[2] != ends[3]:
             raise Unsupported("pads one side more than the other")
         self.check_weight(weight)
-        out = self.found[node][0]
+        out = self.found_shape(node)
         if max(module.stride) > 2:  # blocks have no kernels for it
             kind = self.lowered.layers[str(node.target)] = "dense"
         else:
-            kind = self.chosen(node.target, weight, shape, out, stride=module.stride, groups=module.groups)
-        geometry = {
-            "kernel": module.kernel_size,
-            "stride": module.stride,
-            "padding": (ends[2], ends[0]),
-            "dilation": module.dilation,
-            "groups": module.groups,
-        }
-        source = Source(kind, len(weight), node.target, convolution=tuple(geometry.values()))
+            kind = self.chosen(str(node.target), weight, shape, out, stride=module.stride, groups=module.groups)
+        convolution = (module.kernel_size, module.stride, (ends[2], ends[0]), module.dilation, module.groups)
+        geometry = dict(zip(("kernel", "stride", "padding", "dilation", "groups"), convolution, strict=True))
+        source = Source(kind, len(weight), str(node.target), convolution=convolution)
         step: type[Conv] = SparseConv if kind == "sparse" else DenseConv
         return self.emit(out, step, self.read(input), weights=self.weights(source), **geometry)
 
@@ -86,16 +81,18 @@ class _Lowering(TokenSteps):
         seen = self.seen(input)
         shape = self.lowered.shapes[seen.value]
         if seen.view in (LAST, TOKENS):
-            return seen._replace(value=self.on_positions(node.target, module, seen.value))
+            return seen._replace(value=self.on_positions(str(node.target), module, seen.value))
         if len(shape) != 1:
             raise Unsupported(f"expected vectors (N, C), got {len(shape) + 1} dimensions")
         weight = weight_of(module)
         self.check_weight(weight)
         out = (len(weight),)
-        kind = self.chosen(node.target, weight, shape, out)
-        return self.emit(out, Linear, seen.value, weights=self.weights(Source(kind, len(weight), node.target)), sparse=kind == "sparse")
+        kind = self.chosen(str(node.target), weight, shape, out)
+        return self.emit(
+            out, Linear, seen.value, weights=self.weights(Source(kind, len(weight), str(node.target))), sparse=kind == "sparse"
+        )
 
-    def norm(self, node: fx.Node, module: nn.BatchNorm2d, input: fx.Node) -> int:
+    def norm(self, node: fx.Node, module: nn.BatchNorm2d, input: fx.Node) -> Seen:
         if module.running_mean is None:
             raise ValueError(
                 f"model: layer {node.target} normalises by the batch in evaluation mode too; images would depend on each other"
@@ -113,7 +110,7 @@ class _Lowering(TokenSteps):
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
-    ) -> int:
+    ) -> Seen:
         """``F.batch_norm`` with the tensors of one BatchNorm, as subclasses of it call it."""
         layer = str(mean.target).rpartition(".")[0] if isinstance(mean, fx.Node) and mean.op == "get_attr" else None
         module = self.model.get_submodule(layer) if layer is not None else None
@@ -148,7 +145,7 @@ class _Lowering(TokenSteps):
         if isinstance(b, fx.Node):
             if b.op != "get_attr":
                 raise Unsupported("combined with what is not one number for each channel")
-            return self.with_tensor(node, a, change, b.target)
+            return self.with_tensor(node, a, change, str(b.target))
         if isinstance(b, bool) or not isinstance(b, (int, float)):
             raise Unsupported(f"combined with {type(b).__name__}")
         return self.scaled(node, a, change, float(b))
@@ -167,7 +164,7 @@ class _Lowering(TokenSteps):
     def relu(self, node: fx.Node, input: fx.Node, inplace: bool = False) -> Seen:
         return self.elementwise(input, Relu)
 
-    def same(self, node: fx.Node, input: fx.Node, *args, **kwargs) -> Seen:
+    def same(self, node: fx.Node, input: fx.Node, *args: Any, **kwargs: Any) -> Seen:
         return self.seen(input)
 
     # ---- Pooling and shapes
@@ -186,7 +183,7 @@ class _Lowering(TokenSteps):
         shape = self.image(input)
         stride = kernel_size if stride is None or stride == [] else stride
         kernel, stride, padding, dilation = (_pair(v) for v in (kernel_size, stride, padding, dilation))
-        out = self.found[node][0]
+        out = self.found_shape(node)
         floor = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(shape[1:], padding, dilation, kernel, stride, strict=True)]
         if kind == "avg" and list(out[1:]) != floor:
             raise Unsupported("averages windows that are cut off")
@@ -221,7 +218,7 @@ class _Lowering(TokenSteps):
         return self.pool(node, "avg", input, kernel_size, stride, padding, 1, ceil_mode)
 
     def adaptive_pool(self, node: fx.Node, kind: str, input: fx.Node) -> int:
-        sizes = self.image(input)[1:], self.found[node][0][1:]
+        sizes = self.image(input)[1:], self.found_shape(node)[1:]
         if any(n % m for n, m in zip(*sizes, strict=True)):
             raise Unsupported("windows of unequal size")
         return self.pool(node, kind, input, [n // m for n, m in zip(*sizes, strict=True)])
@@ -229,7 +226,7 @@ class _Lowering(TokenSteps):
     def mean(self, node: fx.Node, input: fx.Node, dim: Any, keepdim: bool = False) -> int:
         seen = self.seen(input)
         shape = self.lowered.shapes[seen.value]
-        axes = [axis % (len(self.found[input][0]) + 1) for axis in ([dim] if isinstance(dim, int) else dim)]
+        axes = [axis % (len(self.found_shape(input)) + 1) for axis in ([dim] if isinstance(dim, int) else dim)]
         if len(shape) != 3 or sorted(axes) != {PLAIN: [2, 3], LAST: [1, 2], FLAT: [2], TOKENS: [1]}[seen.view]:
             raise Unsupported("a mean over other axes than those of positions")
         if keepdim and seen.view != PLAIN:
@@ -237,9 +234,9 @@ class _Lowering(TokenSteps):
         pooled = self.emit((shape[0], 1, 1), Pool, seen.value, kind="avg", kernel=shape[1:], stride=shape[1:])
         return pooled if keepdim else self.emit(shape[:1], Flatten, pooled)
 
-    def flatten(self, node: fx.Node, input: fx.Node, *args, **kwargs) -> int | Seen:
+    def flatten(self, node: fx.Node, input: fx.Node, *args: Any, **kwargs: Any) -> int | Seen:
         """``flatten``, ``view`` and ``reshape``, where they give (N, all the rest), or put the positions of images into one axis or two."""
-        seen, out = self.seen(input), self.found[node][0]
+        seen, out = self.seen(input), self.found_shape(node)
         shape = self.lowered.shapes[seen.value]
         if out == shape_in(seen.view, shape):
             return seen
@@ -264,7 +261,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 # The signatures here are those of what is traced; the arguments that follow lowering and node (and module) are the traced call's.
 _L = _Lowering
-_MODULES: dict[type[nn.Module], Callable[..., int]] = {
+_MODULES: dict[type[nn.Module], Callable[..., int | Seen]] = {
     S2APConv2d: _L.conv,
     S2APLinear: _L.linear,
     nn.Conv2d: _L.conv,
@@ -288,17 +285,17 @@ _MODULES: dict[type[nn.Module], Callable[..., int]] = {
 }
 
 
-def _combined(change: str) -> Callable[..., int]:
+def _combined(change: str) -> Callable[..., int | Seen]:
     return lambda low, node, input, other: low.arithmetic(node, change, input, other)
 
 
-def _dropped(low: _Lowering, node: fx.Node, input: fx.Node, p: float = 0.5, training: bool = True, inplace: bool = False) -> int:
+def _dropped(low: _Lowering, node: fx.Node, input: fx.Node, p: float = 0.5, training: bool = True, inplace: bool = False) -> Seen:
     if training:
         raise Unsupported("drops out in evaluation mode too")
     return low.same(node, input)
 
 
-_FUNCTIONS: dict[Any, Callable[..., int]] = {
+_FUNCTIONS: dict[Any, Callable[..., int | Seen]] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_), _L.relu),
     **dict.fromkeys((operator.add, operator.iadd, torch.add), _combined("add")),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub), _combined("sub")),
@@ -318,7 +315,7 @@ _FUNCTIONS: dict[Any, Callable[..., int]] = {
     **dict.fromkeys((torch.flatten, torch.reshape), _L.flatten),
     **dict.fromkeys((F.dropout, F.dropout2d), _dropped),
 }
-_METHODS: dict[Any, Callable[..., int]] = {
+_METHODS: dict[Any, Callable[..., int | Seen]] = {
     **dict.fromkeys(("relu", "relu_"), lambda low, node, input: low.relu(node, input)),
     **{name + end: _combined(name) for name in ("add", "sub", "mul", "div") for end in ("", "_")},
     "mean": _L.mean,

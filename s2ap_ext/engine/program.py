@@ -12,7 +12,22 @@ from torch import Tensor
 from .arena import Arena
 from .builder import Lowered
 from .run import Run, Slot, Target
-from .steps import Add, Affine, Conv, DenseConv, FromBlocks, Linear, Recorded, Relu, SparseConv, Step, ToBlocks, WithRelu
+from .steps import (
+    Add,
+    Affine,
+    Conv,
+    DenseConv,
+    FromBlocks,
+    Part,
+    Recorded,
+    Relu,
+    SparseConv,
+    Step,
+    ToBlocks,
+    Weighted,
+    WithRelu,
+    WithWeights,
+)
 from .weights import PartSource, Source
 
 
@@ -132,8 +147,11 @@ def fuse(lowered: Lowered) -> tuple[list[Step], list[Source | PartSource]]:
             put(replace(first, sources=(*first.sources, other), out=step.out), instead=first, here=True)
         else:
             put(step)
-    used = sorted({step.weights for step in done.values() if isinstance(step, (Weighted, Part))})
-    steps = [replace(step, weights=used.index(step.weights)) if isinstance(step, (Weighted, Part)) else step for step in done.values()]
+    used = sorted({step.weights for step in done.values() if isinstance(step, (Weighted, WithWeights, Part))})
+    steps = [
+        replace(step, weights=used.index(step.weights)) if isinstance(step, (Weighted, WithWeights, Part)) else step
+        for step in done.values()
+    ]
     return steps, [sources[i] for i in used]
 
 
@@ -147,7 +165,7 @@ def joined(
         if source not in sources:
             sources.append(source)
         at.append(sources.index(source))
-    return [replace(step, weights=at[step.weights]) if isinstance(step, (Weighted, Part)) else step for step in steps], sources
+    return [replace(step, weights=at[step.weights]) if isinstance(step, (Weighted, WithWeights, Part)) else step for step in steps], sources
 
 
 def _summand(add: Add, before: Callable[[int], WithRelu | None], order: list[int]) -> Conv | None:

@@ -60,7 +60,14 @@ class WithRelu(Step):
 
 
 @dataclass(frozen=True)
+class WithWeights(Step):
+    weights: int = 0
+
+
+@dataclass(frozen=True)
 class Weighted(WithRelu):
+    """A step with weights that takes a ReLU."""
+
     weights: int = 0
 
 
@@ -346,12 +353,13 @@ class Recorded(Step):
     def compute(self, run: Run, *values: Tensor) -> Tensor: ...
 
     def run(self, run: Run) -> None:
-        wanted = run.graphs is not None
+        graphs = run.graphs
+        wanted = graphs is not None
         with torch.set_grad_enabled(wanted):
             inputs = [run.values[s].detach().requires_grad_(wanted) for s in self.sources]
             y = self.compute(run, *inputs)
-        if wanted:
-            run.graphs[self.out] = inputs, y
+        if graphs is not None:
+            graphs[self.out] = inputs, y
         run.new(self.out).copy_(y.detach())
 
     def backward(self, run: Run, grad: Tensor, targets: Sequence[Target]) -> None:

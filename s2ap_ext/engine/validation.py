@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..nn.kept_weights import KeptWeights
 from ..sparse_reference import pass_of_tap
-from .steps import Add, Affine, Conv, DenseConv, Flatten, Linear, Pool, Relu, SparseConv, Step
+from .steps import Add, Affine, Conv, DenseConv, Flatten, Linear, Pool, Relu, SparseConv, Step, Weighted, WithWeights
 from .token_steps import ACTIVATIONS, TOKEN_STEPS, Activation, Attention, LayerNorm, Prepend, Select, Shift
 from .weights import Constant, Dense, Scale, Source
 
@@ -29,7 +29,8 @@ KINDS: dict[str, type[Step]] = {
 Weights = KeptWeights | Dense | Scale | Constant
 
 Shape = tuple[int, ...]
-_POSITION = {"kernel": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+T = TypeVar("T")
+_POSITION: dict[str, Any] = {"kernel": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
 # ---- What JSON holds
@@ -182,13 +183,15 @@ def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[
     return result
 
 
-def _weights_of(step: Step, weights: Sequence[Weights]) -> Weights | None:
+def _weights_of(step: Step, weights: Sequence[Weights]) -> Any:
+    """The weights that a step reads, which are of the kind that it needs; None for a step without."""
     sparse = isinstance(step, SparseConv) or (isinstance(step, Linear) and step.sparse)
     dense = isinstance(step, (DenseConv, Linear))
     scale, constant = isinstance(step, (Affine, LayerNorm)), isinstance(step, (Prepend, Shift))
     kind = KeptWeights if sparse else Dense if dense else Scale if scale else Constant if constant else None
     if kind is None:
         return None
+    assert isinstance(step, (Weighted, WithWeights))
     if step.weights >= len(weights) or not isinstance(weights[step.weights], kind):
         raise ValueError(f"weights: expected {kind.__name__} weights, got number {step.weights} of {len(weights)}")
     return weights[step.weights]

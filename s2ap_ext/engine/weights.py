@@ -127,11 +127,13 @@ def _scale_and_shift(model: nn.Module, changes: tuple[tuple[str, str | float], .
                 shift = shift + norm.bias.double()
             continue
         if change == "affine":
-            norm = model.get_submodule(operand)
-            if norm.weight is not None:
-                scale, shift = scale * norm.weight.double(), shift * norm.weight.double()
-            if norm.bias is not None:
-                shift = shift + norm.bias.double()
+            assert isinstance(operand, str)
+            layer = model.get_submodule(operand)
+            assert isinstance(layer, nn.LayerNorm)
+            if layer.weight is not None:
+                scale, shift = scale * layer.weight.double(), shift * layer.weight.double()
+            if layer.bias is not None:
+                shift = shift + layer.bias.double()
             continue
         value = tensor_of(model, operand).double().reshape(-1) if isinstance(operand, str) else operand
         if change in ("mul", "div"):

@@ -50,7 +50,7 @@ class TiedWeight(nn.Module):
         return self.together.mask_state
 
 
-def side_by_side(weights: Sequence[nn.Parameter]) -> nn.Parameter:
+def side_by_side(weights: Sequence[Tensor]) -> nn.Parameter:
     """The weights of layers, [channels, ...] each, as one weight."""
     with torch.no_grad():
         return nn.Parameter(torch.cat([weight.flatten(1) for weight in weights], dim=1), requires_grad=weights[0].requires_grad)
