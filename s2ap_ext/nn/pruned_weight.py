@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -102,7 +102,7 @@ def put_in(module: nn.Module, name: str, pruned: PrunedChild | TiedWeight) -> No
 def pruned_weights(module: nn.Module) -> Iterable[tuple[str, PrunedChild | TiedWeight]]:
     """Name and child for each weight of ``module`` that :func:`put_in` has replaced."""
     names = type(module).names if isinstance(module, _WithPrunedWeights) else ()
-    return [(name, child) for name in names if isinstance(child := module.get_submodule(PREFIX + name), PrunedWeight)]
+    return [(name, cast("PrunedChild | TiedWeight", module.get_submodule(PREFIX + name))) for name in names]
 
 
 def take_out(module: nn.Module, weights: dict[str, nn.Parameter]) -> None:
@@ -111,9 +111,9 @@ def take_out(module: nn.Module, weights: dict[str, nn.Parameter]) -> None:
     assert issubclass(cls, _WithPrunedWeights)
     module.__class__ = cls.dense
     for name, weight in weights.items():
-        pruned = module._modules.pop(PREFIX + name)
-        assert isinstance(pruned, PrunedWeight)
-        pruned.mask_state.group.discard(pruned)
+        pruned = cast("PrunedChild | TiedWeight", module._modules.pop(PREFIX + name))
+        selected = pruned if isinstance(pruned, PrunedChild) else pruned.together
+        selected.mask_state.group.discard(selected)
         later = {follower: module._parameters.pop(follower) for follower in pruned._followers if follower in module._parameters}
         module.register_parameter(name, weight)
         module._parameters.update(later)
