@@ -104,6 +104,31 @@ def test_fewer_classes_than_targets(monkeypatch):
     assert found.accuracy["autoattack"] < found.accuracy["clean"]
 
 
+class Recording(nn.Module):
+    """A network that remembers the sizes of its batches; ``_orig_mod`` is how models of torch.compile are known."""
+
+    def __init__(self, network, compiled):
+        super().__init__()
+        self.network, self.sizes = network, set()
+        if compiled:
+            self._orig_mod = network
+
+    def forward(self, x):
+        self.sizes.add(len(x))
+        return self.network(x)
+
+
+def test_a_compiled_model_sees_few_sizes_of_batches():
+    """Square leaves out what is fooled after each query."""
+    plain, compiled = Recording(small_network(), False), Recording(small_network(), True)
+    x, y = images_of(small_network(), 11, wrong=0)
+    square = make("attack", "square", eps=3 * EPS["linf"], queries=40)
+    found = [square(model, x, y, generator=torch.Generator().manual_seed(0)) for model in (plain, compiled)]
+    assert torch.equal(*found)
+    assert plain.sizes - {1, 2, 4, 8, 16}
+    assert compiled.sizes <= {1, 2, 4, 8, 16}
+
+
 @pytest.mark.parametrize(
     ("classes", "name", "options", "message"),
     [
