@@ -91,11 +91,12 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
     return rows
 
 
-def _attacked(session: Session, model: nn.Module, name: str) -> dict[str, float]:
-    """The accuracies under the recipe's further attacks by name, and in the ``worst`` case over them."""
+def _attacked(session: Session, model: nn.Module, name: str) -> dict[str, Any]:
+    """The accuracies under the recipe's further attacks by name and in the ``worst`` case over them, and the ``engine`` they ran on."""
     keep = session.folder.path / EVALUATIONS
     found = attacked(session.recipe, session.data, model, name, keep=keep, show=session.show, stop=session.stop)
-    return {**{attack: fraction for attack, fraction in found.accuracy.items() if attack != "clean"}, "worst": found.worst}
+    fractions = {attack: fraction for attack, fraction in found.accuracy.items() if attack != "clean"}
+    return {**fractions, "worst": found.worst, "engine": found.engine}
 
 
 def _own_model(session: Session, path: Path, name: str) -> nn.Module:

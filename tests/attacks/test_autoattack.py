@@ -35,8 +35,8 @@ def test_autoattack_is_the_packages_own_image_by_image(norm, version, monkeypatc
     model = small_network()
     x, y = images_of(model)
     attack = make("attack", "autoattack", norm=norm, eps=EPS[norm], version=version)
-    found = evaluate(model, x, y, [attack], norm=norm, eps=EPS[norm], seed=3, batch_size=5)
-    expected = direct(model, x, y, norm=norm, version=version, batch_size=5)
+    found = evaluate(model, x, y, [attack], norm=norm, eps=EPS[norm], seed=3, batch_size=7)
+    expected = direct(model, x, y, norm=norm, version=version, batch_size=7)
     with torch.no_grad():
         held = model(expected).argmax(1) == y
     assert torch.equal(found.held["autoattack"], held)
@@ -52,7 +52,7 @@ def test_each_attack_makes_the_packages_images(part, monkeypatch):
     cut_down(monkeypatch)
     model = small_network()
     x, y = images_of(model)
-    options = {"queries": 40} if part == "square" else {}
+    options = {"queries": 20} if part == "square" else {}
     before, state = snapshot(model), torch.get_rng_state()
     ours = make("attack", part, eps=EPS["linf"], **options)(model, x, y, generator=torch.Generator().manual_seed(3))
     assert torch.equal(state, torch.get_rng_state())
