@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .pipeline import checkpoint, progress
-from .pipeline.attacked import radius
+from .pipeline.evaluation import radius
 from .pipeline.extras import optional
 from .pipeline.run_folder import read_metrics, read_results
 

@@ -19,7 +19,7 @@ from .. import parts
 from ..data import Dataset, seeded_generator
 from ..methods import Method
 from . import checkpoint
-from .attacked import check_attacks
+from .evaluation import check_attacks
 from .plan import STAGES, stage_before
 from .recipe import from_table, load_recipe, override, to_table
 from .sections import Chosen, Recipe

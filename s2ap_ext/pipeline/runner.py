@@ -19,7 +19,7 @@ from ..data import Batches, Dataset
 from ..nn import pruned_layers, sparsity_table
 from ..speed import latency
 from . import checkpoint, progress
-from .attacked import attacked, check_attacks, radius
+from .evaluation import attacked, check_attacks, radius
 from .model_file import load_model, new_model, pick_device, save_model
 from .plan import STAGES, plan, stage_before
 from .progress import Stopped

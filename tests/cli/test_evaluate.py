@@ -1,7 +1,6 @@
 """``s2ap evaluate --attack`` and the key evaluate.attacks: what is shown, written, kept and refused."""
 
 import functools
-import importlib
 import json
 
 import pytest
@@ -13,10 +12,9 @@ from s2ap_ext import densify
 from s2ap_ext.cli import main
 from s2ap_ext.evaluation import check_gradients
 from s2ap_ext.evaluation import run as evaluation_run
-from s2ap_ext.pipeline import RunFolder, Session, Stopped, load_model, load_recipe, open_data, run
+from s2ap_ext.pipeline import RunFolder, Session, Stopped, evaluation, load_model, load_recipe, open_data, run
 
 EPS = "0.06"
-attacked = importlib.import_module("s2ap_ext.pipeline.attacked")  # the package has a function of that name
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +74,7 @@ def test_without_attacks_it_is_as_ever(finished, capsys):
 
 def test_the_check_for_gradient_masking(finished, monkeypatch, capsys):
     pytest.importorskip("pyautoattack")
-    monkeypatch.setattr(attacked, "check_gradients", functools.partial(check_gradients, queries=10))
+    monkeypatch.setattr(evaluation, "check_gradients", functools.partial(check_gradients, queries=10))
     words = ["--check-gradients", "--eps", EPS, "--set", "evaluate.images_per_epoch=4"]
     assert main(["evaluate", str(finished / "dense.safetensors"), *words]) == 0
     out = capsys.readouterr().out
