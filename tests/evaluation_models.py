@@ -30,10 +30,10 @@ def cut_down(monkeypatch):
     def set_version(self, version="standard"):
         original(self, version)
         for attack in (self.apgd, self.apgd_targeted):
-            attack.n_iter = attack.n_iter_orig = 6
+            attack.n_iter = attack.n_iter_orig = 4
         self.apgd.n_restarts = min(self.apgd.n_restarts, 2)
         self.fab.n_restarts = min(self.fab.n_restarts, 2)
         self.apgd.eot_iter = min(self.apgd.eot_iter, 2)
-        self.fab.n_iter, self.square.n_queries = 4, 40
+        self.fab.n_iter, self.square.n_queries = 2, 20
 
     monkeypatch.setattr(AutoAttack, "_set_version", set_version)

@@ -110,13 +110,26 @@ class _Logits(nn.Module):
     def __init__(self, model: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
+        self.compiled = isinstance(getattr(model, "_orig_mod", None), nn.Module)  # by torch.compile
         self.training = False  # not by eval(), which programs of torch.export refuse
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             x = x.view_as(x)
             x.register_hook(Tensor.contiguous)
-        return self.model(x.to(self.dtype)).float().clone()
+        images = x.to(self.dtype)
+        if self.compiled:
+            images = _padded(images)
+        return self.model(images)[: len(x)].float().clone()
+
+
+def _padded(images: Tensor) -> Tensor:
+    """``images``, and the first one again and again up to the next power of two.
+
+    Attacks leave out images that are fooled, Square after every query; a model of ``torch.compile`` may be compiled anew for each size.
+    """
+    more = (1 << (len(images) - 1).bit_length()) - len(images)
+    return torch.cat([images, images[:1].expand(more, *images.shape[1:])])
 
 
 def _package() -> ModuleType:

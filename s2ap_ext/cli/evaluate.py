@@ -51,28 +51,25 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None and not arguments.attack:
             raise ValueError(f"--{name}: expected --attack NAME too")
     model, _, name = load_model(arguments.checkpoint, data=data, device=device)
-    show = progress.for_this_terminal()
-    if arguments.attack:
-        with pipeline.reproducible(recipe):
-            keep = arguments.out or arguments.checkpoint.parent / runner.EVALUATIONS
-            found = pipeline.attacked(recipe, data, model, name, engine=arguments.engine, keep=keep, show=show)
-        report.print_evaluation(found, data.classes)
-        if arguments.json is not None:
-            about = {"checkpoint": str(arguments.checkpoint), "model": name, "data": data.name, **found.summary()}
-            pipeline.checkpoint.write_text(arguments.json, json.dumps(about, indent=1) + "\n")
-    if arguments.check_gradients:
-        with pipeline.reproducible(recipe):
-            report.print_gradient_check(pipeline.gradients_checked(recipe, data, model, name, show=show))
-    if arguments.attack or arguments.check_gradients:
-        return 0
     network = None
     if arguments.engine == "sparse":
         from ..engine import compile_sparse
 
         network = compile_sparse(model, torch.rand(1, *data.shape))
+    show = progress.for_this_terminal()
     with pipeline.reproducible(recipe):
-        row = evaluate(recipe, data, model, name, run=network, show=show) | {"seconds": 0.0}
-        report.print_table({"recipe": recipe.name, "attack": pipeline.describe_attack(recipe), "rows": [row]})
+        if arguments.attack:
+            keep = arguments.out or arguments.checkpoint.parent / runner.EVALUATIONS
+            found = pipeline.attacked(recipe, data, model, name, engine=arguments.engine, keep=keep, show=show)
+            report.print_evaluation(found, data.classes)
+            if arguments.json is not None:
+                about = {"checkpoint": str(arguments.checkpoint), "model": name, "data": data.name, **found.summary()}
+                pipeline.checkpoint.write_text(arguments.json, json.dumps(about, indent=1) + "\n")
+        if arguments.check_gradients:
+            report.print_gradient_check(pipeline.gradients_checked(recipe, data, network or model, name, show=show))
+        if not arguments.attack and not arguments.check_gradients:
+            row = evaluate(recipe, data, model, name, run=network, show=show) | {"seconds": 0.0}
+            report.print_table({"recipe": recipe.name, "attack": pipeline.describe_attack(recipe), "rows": [row]})
         if network is not None:
             for part in network.dense_parts:
                 print(f"dense: {part.name}: {part.reason}")

@@ -47,7 +47,7 @@ def attack(folder: Path, name: str, settings: Settings, recipe: Recipe, data: Da
     """
     if _file(folder, name).is_file():
         return
-    from ..pipeline.attacked import attacked
+    from ..pipeline.evaluation import attacked
 
     model_name = STAGES[pipeline.plan(recipe)[-1]]
     model, _, _ = pipeline.load_model(folder / f"{model_name}.safetensors", data=data, device=pipeline.pick_device(recipe.device))

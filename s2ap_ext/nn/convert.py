@@ -118,7 +118,6 @@ def sparsify(
     shared: dict[int, Pruned] = {}  # the first pruned layer of each weight
     for target in targets:
         weight, pattern = target.layer.weight, target.layer.pattern
-        assert isinstance(weight, nn.Parameter)
         first = shared.get(id(weight))
         same: dict[str, Any] = {"kept": torch.tensor(kept[id(weight)], device=weight.device)}
         if first is not None:
@@ -128,6 +127,7 @@ def sparsify(
             pruned = PrunedUnits(target.block, kept=same["kept"], group=group)
             put_in(target.module, target.weight, pruned)
         elif target.parts:
+            assert isinstance(weight, nn.Parameter)
             pruned = PrunedWeight(weight, sparsity=sparsity, pattern=pattern, group=group, **same)
             first_column = 0
             for part in target.parts:
@@ -140,6 +140,7 @@ def sparsify(
             pruned = target.module
             pruned._start_pruning(sparsity, pattern, group=group, **same)
         else:
+            assert isinstance(weight, nn.Parameter)
             pruned = PrunedWeight(weight, sparsity=sparsity, pattern=pattern, group=group, **same)
             put_in(target.module, target.weight, pruned)
         pruned.mask_state.label = target.layer.name

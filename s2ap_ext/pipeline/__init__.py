@@ -1,6 +1,6 @@
 """The whole job as readable functions: recipes, stages, and the folder of a run."""
 
-from .attacked import attacked, gradients_checked
+from .evaluation import attacked, gradients_checked
 from .model_file import check_prunable, load_model, new_model, pick_device, recipe_to_evaluate, start_from
 from .plan import STAGES, plan
 from .progress import Stopped

@@ -23,7 +23,7 @@ from ..methods import Method
 from ..models.base import at_most
 from ..nn.accelerated import check_precision
 from . import checkpoint
-from .attacked import check_attacks
+from .evaluation import check_attacks
 from .plan import STAGES, plan, stage_before
 from .recipe import from_table, load_recipe, override, to_table
 from .sections import Chosen, Recipe

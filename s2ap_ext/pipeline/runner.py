@@ -22,7 +22,7 @@ from ..data.checksums import REMEMBERED
 from ..nn import pruned_layers, sparsity_table
 from ..speed import latency
 from . import checkpoint, progress
-from .attacked import attacked, check_attacks, radius
+from .evaluation import attacked, check_attacks, radius
 from .model_file import load_model, new_model, pick_device, save_model
 from .plan import STAGES, plan, stage_before
 from .progress import Stopped
@@ -100,11 +100,12 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
     return rows
 
 
-def _attacked(session: Session, model: nn.Module, name: str) -> dict[str, float]:
-    """The accuracies under the recipe's further attacks by name, and in the ``worst`` case over them."""
+def _attacked(session: Session, model: nn.Module, name: str) -> dict[str, Any]:
+    """The accuracies under the recipe's further attacks by name and in the ``worst`` case over them, and the ``engine`` they ran on."""
     keep = session.folder.path / EVALUATIONS
     found = attacked(session.recipe, session.data, model, name, keep=keep, show=session.show, stop=session.stop)
-    return {**{attack: fraction for attack, fraction in found.accuracy.items() if attack != "clean"}, "worst": found.worst}
+    fractions = {attack: fraction for attack, fraction in found.accuracy.items() if attack != "clean"}
+    return {**fractions, "worst": found.worst, "engine": found.engine}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..pipeline import progress
-from ..pipeline.attacked import radius
+from ..pipeline.evaluation import radius
 from ..pipeline.extras import optional
 
 if TYPE_CHECKING:

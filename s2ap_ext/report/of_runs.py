@@ -186,17 +186,16 @@ def attacks(runs: Sequence[Run]) -> Section:
     """The accuracy under each attack, where the rows tell of several."""
     section = Section("attacks", "Attack by attack")
     for run in runs:
-        rows = [row for row in run.rows if len(row.get("attacks") or {}) > 1]
+        names = [*run.results.get("attacks", {}), "worst"]
+        rows = [row for row in run.rows if row.keys() >= set(names)]
         if rows:
-            names = list(rows[0]["attacks"])
             cells = [[row["model"], *(_under(row, name) for name in names)] for row in rows]
             section.tables.append(Table(titled(runs, run, "accuracy under each attack, %, with 95 % intervals"), ["model", *names], cells))
     return section
 
 
 def _under(row: Mapping[str, Any], name: str) -> str:
-    value = row["attacks"].get(name)
-    return "" if value is None else f"{percents(value)} ({span(wilson(value, row['images']))})"
+    return f"{percents(row[name])} ({span(wilson(row[name], row['images']))})"
 
 
 def cost(runs: Sequence[Run], artist: Artist) -> Section:

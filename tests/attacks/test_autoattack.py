@@ -35,8 +35,8 @@ def test_autoattack_is_the_packages_own_image_by_image(norm, version, monkeypatc
     model = small_network()
     x, y = images_of(model)
     attack = make("attack", "autoattack", norm=norm, eps=EPS[norm], version=version)
-    found = evaluate(model, x, y, [attack], norm=norm, eps=EPS[norm], seed=3, batch_size=5)
-    expected = direct(model, x, y, norm=norm, version=version, batch_size=5)
+    found = evaluate(model, x, y, [attack], norm=norm, eps=EPS[norm], seed=3, batch_size=7)
+    expected = direct(model, x, y, norm=norm, version=version, batch_size=7)
     with torch.no_grad():
         held = model(expected).argmax(1) == y
     assert torch.equal(found.held["autoattack"], held)
@@ -52,7 +52,7 @@ def test_each_attack_makes_the_packages_images(part, monkeypatch):
     cut_down(monkeypatch)
     model = small_network()
     x, y = images_of(model)
-    options = {"queries": 40} if part == "square" else {}
+    options = {"queries": 20} if part == "square" else {}
     before, state = snapshot(model), torch.get_rng_state()
     ours = make("attack", part, eps=EPS["linf"], **options)(model, x, y, generator=torch.Generator().manual_seed(3))
     assert torch.equal(state, torch.get_rng_state())
@@ -102,6 +102,31 @@ def test_fewer_classes_than_targets(monkeypatch):
     x, y = images_of(model)
     found = evaluate(model, x, y, ["autoattack"], eps=EPS["linf"])
     assert found.accuracy["autoattack"] < found.accuracy["clean"]
+
+
+class Recording(nn.Module):
+    """A network that remembers the sizes of its batches; ``_orig_mod`` is how models of torch.compile are known."""
+
+    def __init__(self, network, compiled):
+        super().__init__()
+        self.network, self.sizes = network, set()
+        if compiled:
+            self._orig_mod = network
+
+    def forward(self, x):
+        self.sizes.add(len(x))
+        return self.network(x)
+
+
+def test_a_compiled_model_sees_few_sizes_of_batches():
+    """Square leaves out what is fooled after each query."""
+    plain, compiled = Recording(small_network(), False), Recording(small_network(), True)
+    x, y = images_of(small_network(), 11, wrong=0)
+    square = make("attack", "square", eps=3 * EPS["linf"], queries=40)
+    found = [square(model, x, y, generator=torch.Generator().manual_seed(0)) for model in (plain, compiled)]
+    assert torch.equal(*found)
+    assert plain.sizes - {1, 2, 4, 8, 16}
+    assert compiled.sizes <= {1, 2, 4, 8, 16}
 
 
 @pytest.mark.parametrize(

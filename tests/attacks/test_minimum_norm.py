@@ -40,7 +40,7 @@ def test_the_distance_to_a_plane(name, norm):
     x = 0.5 + 0.05 * torch.randn(20, 1, 3, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         y, true = model(x).argmax(1), model.distance(x, norm)
-        for eps in true[:3].tolist():
+        for eps in true[:2].tolist():
             x_adv = make("attack", name, norm=norm, eps=1.1 * eps, **FEW[name])(model, x, y)
             fooled = model(x_adv).argmax(1) != y
             assert torch.equal(fooled, (x_adv != x).flatten(1).any(1))

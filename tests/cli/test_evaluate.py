@@ -1,5 +1,6 @@
 """``s2ap evaluate --attack`` and the key evaluate.attacks: what is shown, written, kept and refused."""
 
+import functools
 import json
 
 import pytest
@@ -9,8 +10,9 @@ from evaluation_models import cut_down
 
 from s2ap_ext import densify
 from s2ap_ext.cli import main
+from s2ap_ext.evaluation import check_gradients
 from s2ap_ext.evaluation import run as evaluation_run
-from s2ap_ext.pipeline import RunFolder, Session, Stopped, load_model, load_recipe, open_data, run
+from s2ap_ext.pipeline import RunFolder, Session, Stopped, evaluation, load_model, load_recipe, open_data, run
 
 EPS = "0.06"
 
@@ -70,9 +72,10 @@ def test_without_attacks_it_is_as_ever(finished, capsys):
     assert not (finished / "evaluations").exists()
 
 
-def test_the_check_for_gradient_masking(finished, capsys):
+def test_the_check_for_gradient_masking(finished, monkeypatch, capsys):
     pytest.importorskip("pyautoattack")
-    words = ["--check-gradients", "--eps", EPS, "--set", "evaluate.images_per_epoch=6"]
+    monkeypatch.setattr(evaluation, "check_gradients", functools.partial(check_gradients, queries=10))
+    words = ["--check-gradients", "--eps", EPS, "--set", "evaluate.images_per_epoch=4"]
     assert main(["evaluate", str(finished / "dense.safetensors"), *words]) == 0
     out = capsys.readouterr().out
     assert "images that are classified rightly" in out
@@ -122,6 +125,7 @@ def test_a_run_with_further_attacks(tmp_path, capsys):
     for row in results["rows"]:
         assert row["worst"] == row["pgd"] <= row["clean"]
         assert "robust" in row
+        assert row["engine"] in (("torch",) if row["model"] == "dense" else ("torch", "sparse"))
     assert "further attacks" in out
 
 
