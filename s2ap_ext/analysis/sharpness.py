@@ -61,7 +61,7 @@ def spectrum(model: nn.Module, loss: Loss, *, space: str = "scores", top: int = 
         seed: of the starting vector and the probes.
 
     Raises:
-        ValueError: an argument out of range; a model without pruned layers in score space.
+        ValueError: an argument out of range; a model without pruned layers in score space; a loss whose Hessian is not finite.
         MissingExtra: SciPy is not installed.
 
     Equivalent to (in weight space, of a dense model with a single weight)::
@@ -98,7 +98,10 @@ def _largest(at: Space, top: int, generator: torch.Generator) -> tuple[float, ..
         if not product(start).any():  # of a random vector: the Hessian is 0, which Lanczos cannot start on
             return (0.0,) * top
         operator = linalg.LinearOperator((size, size), matvec=product, dtype=start.dtype)
-        found = linalg.eigsh(operator, k=top, which="LA", v0=start, tol=1e-4, return_eigenvectors=False)
+        try:
+            found = linalg.eigsh(operator, k=top, which="LA", v0=start, tol=1e-4, return_eigenvectors=False)
+        except linalg.ArpackError as error:
+            raise ValueError(f"loss: Lanczos iterations found no eigenvalues of its Hessian in the {at.name} ({error})") from None
         values = torch.from_numpy(found).sort(descending=True).values
     return tuple(values[:top].tolist())
 

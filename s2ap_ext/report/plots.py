@@ -48,6 +48,7 @@ def drawn_in(palette: Palette) -> Iterator[None]:
     settings |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), palette.muted)
     settings |= dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), palette.surface)
     settings |= {"grid.color": palette.line, "axes.prop_cycle": optional("cycler").cycler(color=palette.series)}
+    settings |= {"text.parse_math": False}  # a dollar in the name of a folder or a layer is one
     settings |= {"font.size": 9.5, "svg.fonttype": "none", "svg.hashsalt": "s2ap_ext", "axes.titlesize": "medium"}
     with matplotlib.rc_context(settings):
         yield

@@ -166,3 +166,5 @@ def test_errors():
         analysis.spectrum(net, loss, probes=0)
     with pytest.raises(ValueError, match="model: expected weights of more than one dimension"):
         analysis.spectrum(nn.BatchNorm1d(3), loss, space="weights")
+    with pytest.raises(ValueError, match="loss: Lanczos iterations found no eigenvalues of its Hessian in the weights"):
+        analysis.spectrum(net, lambda model: float("nan") * loss(model), space="weights", probes=1)

@@ -75,7 +75,7 @@ def opened(page, profile, width, dark):
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1440, False)])
 def test_the_page_in_chromium(page, tmp_path, width, dark):
     path, figures = page
-    for attempt in range(3):  # where other processes are busy, the browser waits for them
+    for attempt in range(5):  # where other processes are busy, the browser waits for them
         found, said = opened(path, tmp_path / f"profile{attempt}", width, dark)
         if found["milliseconds"] < 1000:
             break

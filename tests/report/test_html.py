@@ -239,11 +239,12 @@ def test_pictures_say_what_they_show(page):
 
 
 def test_names_are_text_and_no_markup(tmp_path):
-    odd = make_run(tmp_path / "<b>odd & end", RESULTS | {"attack": "<script>alert(1)</script>", "density": {}}, [])
+    odd = make_run(tmp_path / "<b>odd & end", RESULTS | {"attack": "<script>alert(1)</script>", "density": {"$x^$": 0.1}}, [])
     text = to_html(*read_all([odd]))
     assert "<script" not in text
     assert "<b>odd" not in text
     assert "&lt;b&gt;odd &amp; end" in text
+    assert ">$x^$</text>" in text
 
 
 def test_what_is_missing_is_told(page, folders):
