@@ -188,4 +188,8 @@ def _why_not(model: nn.Module, block: Block) -> str:
             return f"expected the {name} of its {type(module).__name__} to be a parameter, but it is computed"
     ours = {id(rows.tensor) for rows in block.rows} | {id(block.columns.weight)}
     uses = [id(p) for module in model.modules() for p in module._parameters.values() if id(p) in ours]
-    return "another layer has one of its weights too" if len(uses) > len(set(uses)) else ""
+    if len(uses) > len(set(uses)):
+        return "another layer has one of its weights too"
+    layers = block.layers()
+    places = [child for module in model.modules() for child in module._modules.values() if child in layers]
+    return "one of its layers is in two places" if len(places) > len(set(places)) or len(layers) < 2 else ""
