@@ -1,6 +1,6 @@
 """Magnitude (LWM): the mask keeps each layer's largest weights, which train under it.
 
-Scored: every weight, by its own magnitude, and every head or neuron by the sum of its weights' magnitudes. The weights train on the
+Scored: every weight, by its own magnitude, and every head or neuron by the mean of its weights' magnitudes. The weights train on the
 robust loss under their magnitude mask, and after each step the scores follow the weights. A pruned weight has no gradient, so it moves by
 weight decay alone and seldom comes back. With S2AP the scores are perturbed as in any method, and the weights take their gradient under the
 perturbed mask. Without any epochs this is least-weight-magnitude pruning of the pretrained model (Han et al., arXiv 1506.02626).

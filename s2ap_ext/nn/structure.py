@@ -257,15 +257,20 @@ def _head_count(module: nn.Module, width: int) -> int:
 def _mlps(model: nn.Module, others: set[nn.Module]) -> Iterator[list[Block]]:
     """Linear layers, none of ``others``, of which one follows another in the same module or in neighbours within it."""
     for name, module in reversed(list(model.named_modules())):  # inner modules before those around them
+        of_torch = True
         if type(module) in (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer):
-            pairs, origin = [([module.linear1], module.linear2)], "known"
+            pairs = [([module.linear1], module.linear2)]
         elif type(module) is nn.Sequential:
-            pairs, origin = list(_in_sequence(module)), "known"
+            pairs = list(_in_sequence(module))
         else:
-            pairs, origin = list(_neighbours(module)), "found"
+            of_torch, pairs = False, list(_neighbours(module))
         for rows, columns in pairs:
-            if others.isdisjoint([*rows, columns]):
-                yield _forms(name, "neuron", module, rows, columns, columns.in_features, origin)
+            if not others.isdisjoint([*rows, columns]):
+                continue
+            plain = all(type(layer).forward is nn.Linear.forward for layer in (*rows, columns))
+            origin = "known" if of_torch and plain else "found"
+            if forms := _forms(name, "neuron", module, rows, columns, columns.in_features, origin):
+                yield forms
 
 
 def _in_sequence(module: nn.Sequential) -> Iterator[tuple[list[nn.Linear], nn.Linear]]:
@@ -276,7 +281,7 @@ def _in_sequence(module: nn.Sequential) -> Iterator[tuple[list[nn.Linear], nn.Li
             if first is not None and first.out_features == layer.in_features:
                 yield [first], layer
             first = layer
-        elif not isinstance(layer, ELEMENTWISE):
+        elif type(layer) not in ELEMENTWISE:
             first = None
 
 

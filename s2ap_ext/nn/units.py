@@ -34,7 +34,7 @@ class PrunedUnits(PrunedChild):
     Attributes:
         block: what each unit ties.
         columns (Parameter): the last layer's weight, before it is masked.
-        scores (Parameter): one for each unit, [units]; at first they rank as the sums of ``|w|`` over a unit's weights do.
+        scores (Parameter): one for each unit, [units]; at first they rank as the means of ``|w|`` over a unit's weights do.
         weight (buffer): the gates before they are masked: ones, [units].
         kept (buffer): number of units that stay, int64.
         mask (bool): the mask in force, [units].
@@ -77,8 +77,9 @@ class PrunedUnits(PrunedChild):
 
     @property
     def magnitudes(self) -> Tensor:
-        """Of each unit the sum of ``|w|`` over its weights."""
-        return self.block.weights(self.columns).abs().sum(dim=1)
+        """Of each unit the mean of ``|w|`` over its weights."""
+        weights = self.block.weights(self.columns)
+        return weights.abs().mean(dim=1, dtype=torch.promote_types(weights.dtype, torch.float32)).to(weights.dtype)
 
     def reset_scores(self) -> None:
         with torch.no_grad():
@@ -188,4 +189,8 @@ def _why_not(model: nn.Module, block: Block) -> str:
             return f"expected the {name} of its {type(module).__name__} to be a parameter, but it is computed"
     ours = {id(rows.tensor) for rows in block.rows} | {id(block.columns.weight)}
     uses = [id(p) for module in model.modules() for p in module._parameters.values() if id(p) in ours]
-    return "another layer has one of its weights too" if len(uses) > len(set(uses)) else ""
+    if len(uses) > len(set(uses)):
+        return "another layer has one of its weights too"
+    layers = block.layers()
+    places = [child for module in model.modules() for child in module._modules.values() if child in layers]
+    return "one of its layers is in two places" if len(places) > len(set(places)) or len(layers) < 2 else ""

@@ -184,6 +184,32 @@ def test_weights_that_are_shared_or_computed():
         sparsify(net, 0.5, granularity="neuron")
 
 
+def test_layers_that_are_in_two_places():
+    first, shared = nn.Linear(8, 8), nn.Linear(8, 8)
+    for net in (
+        nn.Sequential(nn.Sequential(first, nn.ReLU(), shared), nn.Sequential(nn.LayerNorm(8), first)),
+        nn.Sequential(first, nn.ReLU(), first),
+    ):
+        with pytest.raises(ValueError, match="one of its layers is in two places"):
+            sparsify(net, 0.5, granularity="neuron")
+
+
+def test_layers_with_a_forward_of_their_own_are_tried_out():
+    class Softmaxed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).softmax(dim=-1)
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(Softmaxed(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="the model \\(0, 2: run with other numbers, its neurons turn out not to be independent"):
+        sparsify(net, 0.5, granularity="neuron")
+    net[0] = Scaled(4, 8)
+    assert found(sparsify(net, 0.5, granularity="neuron")) == {"": ("neuron", 8, ["0", "2"])}
+
+
 def test_attention_without_linear_layers_is_named():
     class ConvolutionalAttention(nn.Module):
         def __init__(self):

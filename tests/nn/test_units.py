@@ -129,6 +129,17 @@ def test_one_selection_for_all_blocks_and_one_for_each_change(kind):
     assert (seen.layers, seen.calls) == ({"select": 2}, {"select": 1})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision(kind):
+    net = train_scores(sparsify(tiny_vit().to(torch.bfloat16), 0.5, granularity=kind))
+    assert {layer.scores.dtype for layer in units_of(net)} == {torch.bfloat16}
+    net(digits().bfloat16()).float().square().sum().backward()
+    assert all(layer.scores.grad.isfinite().all() for layer in units_of(net))
+    with torch.no_grad():
+        expected = net(digits().bfloat16())
+        assert torch.equal(densify(net)(digits().bfloat16()), expected)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_and_files_are_on_their_own(kind, copied):
