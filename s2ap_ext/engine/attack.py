@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from .network import SparseNetwork, compile_model
 
 # For each model what it looked like, with the size of the images, and the network compiled for it; None where there is none to use.
 # Kept beside the models and not on them, so that nothing is copied, pickled or found in a state_dict.
-_compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple | None, SparseNetwork | None]] = weakref.WeakKeyDictionary()
+_compiled: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...] | None, SparseNetwork | None]] = weakref.WeakKeyDictionary()
 
 
 def for_attack(model: nn.Module, x: Tensor) -> SparseNetwork | None:
@@ -40,7 +41,7 @@ def for_attack(model: nn.Module, x: Tensor) -> SparseNetwork | None:
     return network
 
 
-def _looks(model: nn.Module) -> list[tuple]:
+def _looks(model: nn.Module) -> list[tuple[Any, ...]]:
     """All that steers the model's code and is no tensor: its modules, and their settings."""
     return [(id(module), type(module), [item for item in vars(module).items() if _is_setting(*item)]) for module in model.modules()]
 

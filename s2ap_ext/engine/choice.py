@@ -39,7 +39,7 @@ def lanes() -> int:
     if backend().cpu == "C++":
         from .._C import lanes
 
-        return lanes()
+        return int(lanes())
     return 8
 
 

@@ -37,10 +37,10 @@ def lower(graph: Graph, choose: Callable[[Layer], str], batch: int) -> Lowered:
 class _Lowering(TokenSteps):
     """Makes the steps of each operation."""
 
-    def step_for(self, node: fx.Node) -> int:
+    def step_for(self, node: fx.Node) -> int | Seen:
         module = None
         if node.op == "call_module":
-            module = self.model.get_submodule(node.target)
+            module = self.model.get_submodule(str(node.target))
             if module._forward_hooks or module._forward_pre_hooks:
                 raise Unsupported("has forward hooks")
             handler = next((handler for cls, handler in _MODULES.items() if computes_as(module, cls)), None)
@@ -66,19 +66,19 @@ class _Lowering(TokenSteps):
         if ends[0] != ends[1] or ends[2] != ends[3]:
             raise Unsupported("pads one side more than the other")
         self.check_weight(weight)
-        out = self.found[node][0]
+        out = self.found_shape(node)
         if max(module.stride) > 2:  # blocks have no kernels for it
-            kind = self.lowered.layers[node.target] = "dense"
+            kind = self.lowered.layers[str(node.target)] = "dense"
         else:
-            kind = self.chosen(node.target, weight, shape, out, stride=module.stride, groups=module.groups)
-        geometry = {
+            kind = self.chosen(str(node.target), weight, shape, out, stride=module.stride, groups=module.groups)
+        geometry: dict[str, Any] = {
             "kernel": module.kernel_size,
             "stride": module.stride,
             "padding": (ends[2], ends[0]),
             "dilation": module.dilation,
             "groups": module.groups,
         }
-        source = Source(kind, len(weight), node.target, convolution=tuple(geometry.values()))
+        source = Source(kind, len(weight), str(node.target), convolution=tuple(geometry.values()))
         step: type[Conv] = SparseConv if kind == "sparse" else DenseConv
         return self.emit(out, step, self.read(input), weights=self.weights(source), **geometry)
 
@@ -86,29 +86,42 @@ class _Lowering(TokenSteps):
         seen = self.seen(input)
         shape = self.lowered.shapes[seen.value]
         if seen.view in (LAST, TOKENS):
-            return seen._replace(value=self.on_positions(node.target, module, seen.value))
+            return seen._replace(value=self.on_positions(str(node.target), module, seen.value))
         if len(shape) != 1:
             raise Unsupported(f"expected vectors (N, C), got {len(shape) + 1} dimensions")
         weight = weight_of(module)
         self.check_weight(weight)
         out = (len(weight),)
-        kind = self.chosen(node.target, weight, shape, out)
-        return self.emit(out, Linear, seen.value, weights=self.weights(Source(kind, len(weight), node.target)), sparse=kind == "sparse")
+        kind = self.chosen(str(node.target), weight, shape, out)
+        return self.emit(
+            out, Linear, seen.value, weights=self.weights(Source(kind, len(weight), str(node.target))), sparse=kind == "sparse"
+        )
 
-    def norm(self, node: fx.Node, module: nn.BatchNorm2d, input: fx.Node) -> int:
+    def norm(self, node: fx.Node, module: nn.BatchNorm2d, input: fx.Node) -> Seen:
         if module.running_mean is None:
             raise ValueError(
                 f"model: layer {node.target} normalises by the batch in evaluation mode too; images would depend on each other"
             )
-        return self.scaled(node, input, "norm", node.target)
+        return self.scaled(node, input, "norm", str(node.target))
 
-    def norm_function(self, node, input, mean, var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5) -> int:
+    def norm_function(
+        self,
+        node: fx.Node,
+        input: fx.Node,
+        mean: Any,
+        var: Any,
+        weight: Any = None,
+        bias: Any = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Seen:
         """``F.batch_norm`` with the tensors of one BatchNorm, as subclasses of it call it."""
-        layer = mean.target.rpartition(".")[0] if isinstance(mean, fx.Node) and mean.op == "get_attr" else None
+        layer = str(mean.target).rpartition(".")[0] if isinstance(mean, fx.Node) and mean.op == "get_attr" else None
         module = self.model.get_submodule(layer) if layer is not None else None
         names = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
         own = all((n.target if isinstance(n, fx.Node) else n) == (layer and f"{layer}.{name}") for name, n in names.items())
-        if training or not own or not isinstance(module, nn.modules.batchnorm._BatchNorm) or eps != module.eps:
+        if training or not own or layer is None or not isinstance(module, nn.modules.batchnorm._BatchNorm) or eps != module.eps:
             raise Unsupported("normalises with tensors that are not those of one BatchNorm")
         return self.scaled(node, input, "norm", layer)
 
@@ -137,7 +150,7 @@ class _Lowering(TokenSteps):
         if isinstance(b, fx.Node):
             if b.op != "get_attr":
                 raise Unsupported("combined with what is not one number for each channel")
-            return self.with_tensor(node, a, change, b.target)
+            return self.with_tensor(node, a, change, str(b.target))
         if isinstance(b, bool) or not isinstance(b, (int, float)):
             raise Unsupported(f"combined with {type(b).__name__}")
         return self.scaled(node, a, change, float(b))
@@ -156,33 +169,61 @@ class _Lowering(TokenSteps):
     def relu(self, node: fx.Node, input: fx.Node, inplace: bool = False) -> Seen:
         return self.elementwise(input, Relu)
 
-    def same(self, node: fx.Node, input: fx.Node, *args, **kwargs) -> Seen:
+    def same(self, node: fx.Node, input: fx.Node, *args: Any, **kwargs: Any) -> Seen:
         return self.seen(input)
 
     # ---- Pooling and shapes
 
-    def pool(self, node: fx.Node, kind: str, input: fx.Node, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False) -> int:
+    def pool(
+        self,
+        node: fx.Node,
+        kind: str,
+        input: fx.Node,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+    ) -> int:
         shape = self.image(input)
         stride = kernel_size if stride is None or stride == [] else stride
         kernel, stride, padding, dilation = (_pair(v) for v in (kernel_size, stride, padding, dilation))
-        out = self.found[node][0]
+        out = self.found_shape(node)
         floor = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(shape[1:], padding, dilation, kernel, stride, strict=True)]
         if kind == "avg" and list(out[1:]) != floor:
             raise Unsupported("averages windows that are cut off")
         return self.emit(out, Pool, self.read(input), kind=kind, kernel=kernel, stride=stride, padding=padding, dilation=dilation)
 
-    def max_pool(self, node, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False) -> int:
+    def max_pool(
+        self,
+        node: fx.Node,
+        input: fx.Node,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> int:
         return self.pool(node, "max", input, kernel_size, stride, padding, dilation, ceil_mode)
 
     def avg_pool(
-        self, node, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+        self,
+        node: fx.Node,
+        input: fx.Node,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
     ) -> int:
         if divisor_override is not None or (not count_include_pad and any(_pair(padding))):
             raise Unsupported("divides by something other than the window's size")
         return self.pool(node, "avg", input, kernel_size, stride, padding, 1, ceil_mode)
 
     def adaptive_pool(self, node: fx.Node, kind: str, input: fx.Node) -> int:
-        sizes = self.image(input)[1:], self.found[node][0][1:]
+        sizes = self.image(input)[1:], self.found_shape(node)[1:]
         if any(n % m for n, m in zip(*sizes, strict=True)):
             raise Unsupported("windows of unequal size")
         return self.pool(node, kind, input, [n // m for n, m in zip(*sizes, strict=True)])
@@ -190,7 +231,7 @@ class _Lowering(TokenSteps):
     def mean(self, node: fx.Node, input: fx.Node, dim: Any, keepdim: bool = False) -> int:
         seen = self.seen(input)
         shape = self.lowered.shapes[seen.value]
-        axes = [axis % (len(self.found[input][0]) + 1) for axis in ([dim] if isinstance(dim, int) else dim)]
+        axes = [axis % (len(self.found_shape(input)) + 1) for axis in ([dim] if isinstance(dim, int) else dim)]
         if len(shape) != 3 or sorted(axes) != {PLAIN: [2, 3], LAST: [1, 2], FLAT: [2], TOKENS: [1]}[seen.view]:
             raise Unsupported("a mean over other axes than those of positions")
         if keepdim and seen.view != PLAIN:
@@ -198,9 +239,9 @@ class _Lowering(TokenSteps):
         pooled = self.emit((shape[0], 1, 1), Pool, seen.value, kind="avg", kernel=shape[1:], stride=shape[1:])
         return pooled if keepdim else self.emit(shape[:1], Flatten, pooled)
 
-    def flatten(self, node: fx.Node, input: fx.Node, *args, **kwargs) -> int | Seen:
+    def flatten(self, node: fx.Node, input: fx.Node, *args: Any, **kwargs: Any) -> int | Seen:
         """``flatten``, ``view`` and ``reshape``, where they give (N, all the rest), or put the positions of images into one axis or two."""
-        seen, out = self.seen(input), self.found[node][0]
+        seen, out = self.seen(input), self.found_shape(node)
         shape = self.lowered.shapes[seen.value]
         if out == shape_in(seen.view, shape):
             return seen
@@ -225,7 +266,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 # The signatures here are those of what is traced; the arguments that follow lowering and node (and module) are the traced call's.
 _L = _Lowering
-_MODULES: dict[type, Callable] = {
+_MODULES: dict[type[nn.Module], Callable[..., int | Seen]] = {
     S2APConv2d: _L.conv,
     S2APLinear: _L.linear,
     nn.Conv2d: _L.conv,
@@ -249,17 +290,17 @@ _MODULES: dict[type, Callable] = {
 }
 
 
-def _combined(change: str) -> Callable:
+def _combined(change: str) -> Callable[..., int | Seen]:
     return lambda low, node, input, other: low.arithmetic(node, change, input, other)
 
 
-def _dropped(low: _Lowering, node: fx.Node, input: fx.Node, p: float = 0.5, training: bool = True, inplace: bool = False) -> int:
+def _dropped(low: _Lowering, node: fx.Node, input: fx.Node, p: float = 0.5, training: bool = True, inplace: bool = False) -> Seen:
     if training:
         raise Unsupported("drops out in evaluation mode too")
     return low.same(node, input)
 
 
-_FUNCTIONS: dict[Any, Callable] = {
+_FUNCTIONS: dict[Any, Callable[..., int | Seen]] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, F.relu_), _L.relu),
     **dict.fromkeys((operator.add, operator.iadd, torch.add), _combined("add")),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub), _combined("sub")),
@@ -279,7 +320,7 @@ _FUNCTIONS: dict[Any, Callable] = {
     **dict.fromkeys((torch.flatten, torch.reshape), _L.flatten),
     **dict.fromkeys((F.dropout, F.dropout2d), _dropped),
 }
-_METHODS: dict[str, Callable] = {
+_METHODS: dict[Any, Callable[..., int | Seen]] = {
     **dict.fromkeys(("relu", "relu_"), lambda low, node, input: low.relu(node, input)),
     **{name + end: _combined(name) for name in ("add", "sub", "mul", "div") for end in ("", "_")},
     "mean": _L.mean,

@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,12 @@ def compile_model(
 def _lowered(graph: Graph, choose: Callable[[Layer], str] | None, batch: int) -> Lowered:
     if choose is None:
         layers: list[Layer] = []
-        lower(graph, lambda layer: layers.append(layer) or "dense", batch)
+
+        def noted(layer: Layer) -> str:
+            layers.append(layer)
+            return "dense"
+
+        lower(graph, noted, batch)
         kinds = cheapest(layers)
         return lower(graph, lambda layer: kinds[layer.name], batch)
     return lower(graph, choose, batch)
@@ -141,11 +147,11 @@ class SparseNetwork(nn.Module):
         self._blocks, self._images = lay_out(steps, shapes, output, blocks=True), lay_out(small_batch_steps, shapes, output, blocks=False)
         self._lanes = lanes()
         self.chunk, self.layers, self.small_batch_layers, self.dense_parts = chunk, layers, small_batch_layers, list(dense_parts)
-        self._weights: tuple = ()
+        self._weights: tuple[Any, ...] = ()
         self._arenas = Arenas()
         self._owner: Callable[[], nn.Module | None] = lambda: None
         self._constants: dict[str, Tensor] = {}
-        self._seen: list | None = None
+        self._seen: list[Snapshot | tuple[Any, ...] | None] = []
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,7 +165,8 @@ class SparseNetwork(nn.Module):
             size = ", ".join(str(n) for n in shape)
             raise ValueError(f"x: expected float32 images [N, {size}] on the CPU, got {_described(x)}")
         if torch.is_grad_enabled() and x.requires_grad:
-            return _WithGradient.apply(x, self)
+            logits: Tensor = _WithGradient.apply(x, self)
+            return logits
         return self._run(x, None)
 
     def refresh(self) -> None:
@@ -190,7 +197,8 @@ class SparseNetwork(nn.Module):
         if self.dense_parts:
             names = "; ".join(f"{part.name} ({part.reason})" for part in self.dense_parts)
             raise ValueError(f"network: cannot be saved, for only the model's own code can compute its dense parts: {names}")
-        programs = (self._steps, self._small_batch_steps, self._shapes, self._output, self._sources)
+        sources = [source for source in self._sources if isinstance(source, Source)]  # all of them
+        programs = (self._steps, self._small_batch_steps, self._shapes, self._output, sources)
         storage.save(storage.Stored(*programs, self.chunk, self.layers, self.small_batch_layers, self._weights), path)
 
     @classmethod
@@ -201,8 +209,8 @@ class SparseNetwork(nn.Module):
             ValueError: no such file, or not a file of this kind.
         """
         stored = storage.load(path)
-        layers = {"layers": stored.layers, "small_batch_layers": stored.small_batch_layers}
-        network = cls(stored.steps, stored.small_batch_steps, stored.shapes, stored.output, stored.sources, chunk=stored.chunk, **layers)
+        programs = (stored.steps, stored.small_batch_steps, stored.shapes, stored.output, stored.sources)
+        network = cls(*programs, chunk=stored.chunk, layers=stored.layers, small_batch_layers=stored.small_batch_layers)
         network._weights = tuple(stored.weights)
         return network
 
@@ -213,7 +221,7 @@ class SparseNetwork(nn.Module):
         lines += [f"dense part {part.name}: {part.reason}" for part in self.dense_parts]
         return "\n".join([*lines, *describe(self._blocks, self._sources)])
 
-    def __reduce_ex__(self, protocol: int) -> None:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError("a SparseNetwork is not pickled or copied; use save(path) and SparseNetwork.load(path)")
 
     def _model(self) -> nn.Module:
@@ -253,13 +261,13 @@ class SparseNetwork(nn.Module):
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, network: SparseNetwork) -> Tensor:
+    def forward(ctx: Any, x: Tensor, network: SparseNetwork) -> Tensor:
         ctx.runs, ctx.shape = [], x.shape
         return network._run(x, ctx.runs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if ctx.runs is None:
             raise RuntimeError("the network's activations are gone after the first backward; call the network again")
         dx = torch.empty(ctx.shape)
@@ -276,14 +284,14 @@ def _described(t: Tensor) -> str:
     return f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)} on {t.device}"
 
 
-def _versions(model: nn.Module) -> list:
+def _versions(model: nn.Module) -> list[Snapshot | tuple[Any, ...] | None]:
     """What tells whether a model has changed: its tensors' versions, and what the masks of its pruned layers were made from."""
     tensors = [t for module in model.modules() for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
     states = [layer.mask_state for layer in pruned_nn.pruned_layers(model).values()]
     return [*(None if t.is_inference() else Snapshot(t) for t in tensors), *((state.selection, state.perturbation) for state in states)]
 
 
-def _same(before: Snapshot | tuple | None, now: Snapshot | tuple | None) -> bool:
+def _same(before: Snapshot | tuple[Any, ...] | None, now: Snapshot | tuple[Any, ...] | None) -> bool:
     if isinstance(before, Snapshot) and isinstance(now, Snapshot):
         return before.version == now.version and before.alias.data_ptr() == now.alias.data_ptr()
     return isinstance(before, tuple) and isinstance(now, tuple) and all(a is b for a, b in zip(before, now, strict=True))

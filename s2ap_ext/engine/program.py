@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from .arena import Arena
 from .builder import Lowered
 from .run import Run, Slot, Target
-from .steps import Add, Affine, Conv, DenseConv, FromBlocks, Linear, Recorded, Relu, SparseConv, Step, ToBlocks, WithRelu
+from .steps import Add, Affine, Conv, DenseConv, FromBlocks, Recorded, Relu, SparseConv, Step, ToBlocks, Weighted, WithRelu, weights_of
 from .weights import PartSource, Source
 
 
@@ -67,7 +68,7 @@ class Program:
                 run.drop(step.out)
         return run.grads.pop(0)
 
-    def start(self, weights: Sequence, arena: Arena, n: int, lanes: int) -> Run:
+    def start(self, weights: Sequence[Any], arena: Arena, n: int, lanes: int) -> Run:
         return Run(self.slots, weights, arena, n, lanes, self.halo)
 
 
@@ -100,10 +101,10 @@ def fuse(lowered: Lowered) -> tuple[list[Step], list[Source | PartSource]]:
     uses[lowered.output] += 1
     done: dict[int, Step] = {}  # by the value they write, in order
 
-    def before(value: int, kinds: tuple[type, ...]) -> Step | None:
-        """The step that wrote a value that only the present step reads, if it is one of these and has no ReLU yet."""
+    def before(value: int) -> WithRelu | None:
+        """The step that wrote a value that only the present step reads, if it takes a ReLU and has none yet."""
         step = done.get(value)
-        return step if isinstance(step, kinds) and uses[value] == 1 and not step.relu else None
+        return step if isinstance(step, WithRelu) and uses[value] == 1 and not step.relu else None
 
     def put(step: Step, instead: Step | None = None, *, here: bool = False) -> None:
         """Adds a step: in the place of another, or at the end (``here``) where it needs what was made since."""
@@ -116,23 +117,29 @@ def fuse(lowered: Lowered) -> tuple[list[Step], list[Source | PartSource]]:
             del done[instead.out]
         done[step.out] = step
 
+    first: WithRelu | None
     for step in steps:
-        if isinstance(step, Affine) and (first := before(step.sources[0], (Conv, Linear, Affine))) and len(first.sources) == 1:
-            sources.append(sources[first.weights].followed_by(sources[step.weights]))
+        if isinstance(step, Affine) and isinstance(first := before(step.sources[0]), Weighted) and len(first.sources) == 1:
+            source, norm = sources[first.weights], sources[step.weights]
+            assert isinstance(source, Source)
+            assert isinstance(norm, Source)
+            sources.append(source.followed_by(norm))
             put(replace(first, out=step.out, weights=len(sources) - 1), instead=first)
-        elif isinstance(step, Relu) and (first := before(step.sources[0], (WithRelu,))):
+        elif isinstance(step, Relu) and (first := before(step.sources[0])):
             put(replace(first, out=step.out, relu=True), instead=first)
         elif isinstance(step, Add) and (first := _summand(step, before, list(done))):
             other = step.sources[1] if step.sources[0] == first.out else step.sources[0]
             put(replace(first, sources=(*first.sources, other), out=step.out), instead=first, here=True)
         else:
             put(step)
-    used = sorted({step.weights for step in done.values() if hasattr(step, "weights")})
-    steps = [replace(step, weights=used.index(step.weights)) if hasattr(step, "weights") else step for step in done.values()]
+    used = sorted({weights for step in done.values() if (weights := weights_of(step)) is not None})
+    steps = [_with_weights(step, used.index) for step in done.values()]
     return steps, [sources[i] for i in used]
 
 
-def joined(sources: Sequence[Source | PartSource], steps: Sequence[Step], own: Sequence[Source | PartSource]) -> tuple[list[Step], list]:
+def joined(
+    sources: Sequence[Source | PartSource], steps: Sequence[Step], own: Sequence[Source | PartSource]
+) -> tuple[list[Step], list[Source | PartSource]]:
     """``steps`` with weights from ``sources`` and after them, instead of from their ``own``; and all these sources."""
     sources = list(sources)
     at = []
@@ -140,12 +147,19 @@ def joined(sources: Sequence[Source | PartSource], steps: Sequence[Step], own: S
         if source not in sources:
             sources.append(source)
         at.append(sources.index(source))
-    return [replace(step, weights=at[step.weights]) if hasattr(step, "weights") else step for step in steps], sources
+    return [_with_weights(step, at.__getitem__) for step in steps], sources
 
 
-def _summand(add: Add, before, order: list[int]) -> Conv | None:
+def _with_weights(step: Step, number: Callable[[int], int]) -> Step:
+    """The step with other numbers for its weights, if it has any."""
+    weights = weights_of(step)
+    changes: dict[str, Any] = {} if weights is None else {"weights": number(weights)}
+    return replace(step, **changes)
+
+
+def _summand(add: Add, before: Callable[[int], WithRelu | None], order: list[int]) -> Conv | None:
     """Of the convolutions that a sum could be taken into, a sparse one before a dense one, and the later one."""
-    convs = [conv for value in add.sources if (conv := before(value, (Conv,))) and len(conv.sources) == 1]
+    convs = [conv for value in add.sources if isinstance(conv := before(value), Conv) and len(conv.sources) == 1]
     return max(convs, key=lambda conv: (isinstance(conv, SparseConv), order.index(conv.out)), default=None)
 
 
@@ -191,7 +205,7 @@ def lay_out(steps: Sequence[Step], shapes: Sequence[tuple[int, ...]], output: in
     return Program.of(placed, slots, place(output, False))
 
 
-def describe(program: Program, sources: Sequence) -> Iterator[str]:
+def describe(program: Program, sources: Sequence[Source | PartSource]) -> Iterator[str]:
     """A line for each step, to be read by people."""
     for step in program.steps:
         names = ", ".join(str(s) for s in step.sources)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Target(NamedTuple):
 class Run:
     """One pass of ``n`` images through a program, and back."""
 
-    def __init__(self, slots: Sequence[Slot], weights: Sequence, arena: Arena, n: int, lanes: int, halo: int) -> None:
+    def __init__(self, slots: Sequence[Slot], weights: Sequence[Any], arena: Arena, n: int, lanes: int, halo: int) -> None:
         self.slots, self.weights, self.arena, self.n, self.lanes, self.halo = slots, weights, arena, n, lanes, halo
         self.values: dict[int, Tensor] = {}
         self.grads: dict[int, Tensor] = {}
@@ -90,4 +90,5 @@ class Run:
 
 
 def _gate(grad: Tensor, activation: Tensor, out: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward.grad_input(grad, activation, 0, grad_input=out)
+    gated: Tensor = torch.ops.aten.threshold_backward.grad_input(grad, activation, 0, grad_input=out)
+    return gated

@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,11 @@ class Step(ABC):
         """``targets`` are those of ``sources``; contributions are made from the last to the first."""
 
 
+def weights_of(step: Step) -> int | None:
+    """The number of a step's weights among those of its network, if it has any."""
+    return getattr(step, "weights", None)
+
+
 @dataclass(frozen=True)
 class WithRelu(Step):
     relu: bool = False
@@ -59,10 +65,14 @@ class WithRelu(Step):
 
 
 @dataclass(frozen=True)
-class Conv(WithRelu):
+class Weighted(WithRelu):
+    weights: int = 0
+
+
+@dataclass(frozen=True)
+class Conv(Weighted):
     """A convolution of the first source with ``weights``, plus the second source, if there are two."""
 
-    weights: int = 0
     kernel: tuple[int, int] = (1, 1)
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
@@ -70,7 +80,12 @@ class Conv(WithRelu):
     groups: int = 1
 
     @property
-    def geometry(self) -> tuple:
+    def of_positions(self) -> bool:
+        """Whether each position is computed from itself alone, by the same weights."""
+        return (self.kernel, *self.geometry) == ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups
 
 
@@ -135,10 +150,9 @@ class DenseConv(Conv):
 
 
 @dataclass(frozen=True)
-class Linear(WithRelu):
+class Linear(Weighted):
     """A linear layer on vectors; ``sparse`` ones compute with the kept weights."""
 
-    weights: int = 0
     sparse: bool = False
 
     ONE = ((1, 1), (1, 1), (0, 0), (1, 1), 1, 0)  # a convolution of one position, without halo
@@ -172,10 +186,8 @@ def _points(vectors: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Affine(WithRelu):
+class Affine(Weighted):
     """A scale and a shift for each channel: a BatchNorm that no layer before it takes in."""
-
-    weights: int = 0
 
     def run(self, run: Run) -> None:
         w, x, out = run.weights[self.weights], inside(run.values[self.sources[0]], run.halo), inside(run.new(self.out), run.halo)
@@ -344,15 +356,17 @@ class Recorded(Step):
     def compute(self, run: Run, *values: Tensor) -> Tensor: ...
 
     def run(self, run: Run) -> None:
-        wanted = run.graphs is not None
+        graphs = run.graphs
+        wanted = graphs is not None
         with torch.set_grad_enabled(wanted):
             inputs = [run.values[s].detach().requires_grad_(wanted) for s in self.sources]
             y = self.compute(run, *inputs)
-        if wanted:
-            run.graphs[self.out] = inputs, y
+        if graphs is not None:
+            graphs[self.out] = inputs, y
         run.new(self.out).copy_(y.detach())
 
     def backward(self, run: Run, grad: Tensor, targets: Sequence[Target]) -> None:
+        assert run.graphs is not None
         inputs, y = run.graphs.pop(self.out)
         grads = torch.autograd.grad(y, inputs, grad, allow_unused=True) if y.requires_grad else [None] * len(inputs)
         for target, g in zip(reversed(targets), reversed(grads), strict=True):

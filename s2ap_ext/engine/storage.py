@@ -18,7 +18,7 @@ from .weights import Constant, Dense, Scale, Source
 
 KIND = "sparse network"
 VERSION = 5
-WEIGHTS = {cls.__name__: cls for cls in (KeptWeights, Dense, Scale, Constant)}
+WEIGHTS: dict[str, type[KeptWeights | Dense | Scale | Constant]] = {cls.__name__: cls for cls in (KeptWeights, Dense, Scale, Constant)}
 
 
 class Stored(NamedTuple):
@@ -101,7 +101,8 @@ def _weights(kind: Any, index: int, tensors: Mapping[str, Tensor]) -> KeptWeight
     if of_type(kind, str, f"weights[{index}]") not in WEIGHTS:
         raise ValueError(f"weights[{index}]: expected one of {', '.join(WEIGHTS)}, got {kind!r:.100}")
     cls = WEIGHTS[kind]
-    weights = cls(**{field.name: tensors.get(f"{index}.{field.name}") for field in dataclasses.fields(cls)})
+    fields: dict[str, Any] = {field.name: tensors.get(f"{index}.{field.name}") for field in dataclasses.fields(cls)}
+    weights = cls(**fields)
     if isinstance(weights, Dense) and weights.weight is not None and weights.weight.dim() == 4:  # files hold no memory formats
         return dataclasses.replace(weights, weight=weights.weight.contiguous(memory_format=torch.channels_last))
     return weights

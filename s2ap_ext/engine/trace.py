@@ -90,7 +90,7 @@ class _Tracer(fx.Tracer):
         of_torch = class_before(module).forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
         return of_torch or isinstance(module, Pruned)
 
-    def call_module(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    def call_module(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             return super().call_module(module, forward, args, kwargs)
         except Exception:
@@ -111,7 +111,7 @@ class _Values(fx.Interpreter):
         return value
 
 
-def computes_as(module: nn.Module, cls: type) -> bool:
+def computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether ``module`` is a ``cls``, perhaps with pruned or parametrized weights or of a subclass, with the very forward of ``cls``."""
     own = class_before(module)
     inherits = issubclass(own, cls) and own.forward is cls.forward
@@ -121,9 +121,10 @@ def computes_as(module: nn.Module, cls: type) -> bool:
 def changed_by(model: nn.Module, node: fx.Node) -> fx.Node | None:
     """The node whose value the operation writes in place, if it does."""
     if node.op == "call_module":
-        changes = getattr(model.get_submodule(node.target), "inplace", False)
+        changes = getattr(model.get_submodule(str(node.target)), "inplace", False)
     elif node.op == "call_method":
-        changes = node.target.endswith("_") and not node.target.endswith("__")
+        name = str(node.target)
+        changes = name.endswith("_") and not name.endswith("__")
     else:
         changes = node.target in _IN_PLACE or node.kwargs.get("inplace", False)
     return node.args[0] if changes and node.args and isinstance(node.args[0], fx.Node) else None

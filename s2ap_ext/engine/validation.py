@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..nn.kept_weights import KeptWeights
 from ..sparse_reference import pass_of_tap
-from .steps import Add, Affine, Conv, DenseConv, Flatten, Linear, Pool, Relu, SparseConv, Step
+from .steps import Add, Affine, Conv, DenseConv, Flatten, Linear, Pool, Relu, SparseConv, Step, weights_of
 from .token_steps import ACTIVATIONS, TOKEN_STEPS, Activation, Attention, LayerNorm, Prepend, Select, Shift
 from .weights import Constant, Dense, Scale, Source
 
@@ -29,7 +29,7 @@ KINDS: dict[str, type[Step]] = {
 Weights = KeptWeights | Dense | Scale | Constant
 
 Shape = tuple[int, ...]
-_POSITION = {"kernel": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+T = TypeVar("T")
 
 
 # ---- What JSON holds
@@ -60,14 +60,14 @@ def source_of(described: Any, what: str) -> Source:
     return _of_class(Source, of_type(described, dict, what), what)
 
 
-def _of_class(cls: type, described: dict[str, Any], what: str) -> Any:
+def _of_class(cls: type[T], described: dict[str, Any], what: str) -> T:
     """An instance of a dataclass whose fields are of the types that it names."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
     if described.keys() != fields.keys():
         raise ValueError(f"{what}: expected {', '.join(fields)}, got {', '.join(described)}")
     values = tuples(described)
     for name, value in values.items():
-        if not _is(value, fields[name].type):
+        if not _is(value, str(fields[name].type)):
             raise ValueError(f"{what}: {name}: expected {fields[name].type}, got {value!r:.100}")
     return cls(**values)
 
@@ -87,17 +87,18 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def shape_of(described: Any, what: str) -> Shape:
-    shape = tuples(described)
+    shape: Shape = tuples(described)
     if not _is(shape, "tuple[int, ...]") or len(shape) not in (1, 3) or 0 in shape or math.prod(shape) > MOST:
         raise ValueError(f"{what}: expected 1 or 3 sizes of fewer than 2**31 elements, got {shape!r:.100}")
     return shape
 
 
 def layers_of(described: Any, what: str) -> dict[str, str]:
-    for name, kind in of_type(described, dict, what).items():
+    layers: dict[str, str] = of_type(described, dict, what)
+    for name, kind in layers.items():
         if kind not in ("sparse", "dense"):
             raise ValueError(f"{what}: {name}: expected sparse or dense, got {kind!r:.100}")
-    return described
+    return layers
 
 
 # ---- Whether it belongs together
@@ -138,15 +139,16 @@ def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[
         check_convolution(step, first)
         if first[0] % step.groups or out[0] % step.groups:
             raise ValueError(f"groups: expected a divisor of {first[0]} and of {out[0]}, got {step.groups}")
-        of_positions = (
-            isinstance(own, Dense) and own.weight is not None and own.weight.dim() == 2 and step == dataclasses.replace(step, **_POSITION)
-        )
+        assert isinstance(own, (KeptWeights, Dense))
+        of_positions = isinstance(own, Dense) and own.weight is not None and own.weight.dim() == 2 and step.of_positions
         _check_weights(own, (out[0], first[0]) if of_positions else (out[0], first[0] // step.groups, *step.kernel), step)
         result = (out[0], *_positions(step, first))
     elif isinstance(step, Linear):
+        assert isinstance(own, (KeptWeights, Dense))
         _check_weights(own, (out[0], first[0]) if isinstance(own, Dense) else (out[0], first[0], 1, 1), SparseConv((0,), 1))
         result = (out[0],)
     elif isinstance(step, (Affine, LayerNorm)):
+        assert isinstance(own, Scale)
         _check_floats(own.scale, (first[0],), "scale")
         _check_floats(own.shift, (first[0],), "shift")
         result = first
@@ -159,6 +161,7 @@ def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[
             raise ValueError(f"heads: expected a divisor of a third of {first[0]}, got {step.heads}")
         result = (first[0] // 3, *first[1:])
     elif isinstance(step, (Prepend, Shift)):
+        assert isinstance(own, Constant)
         positions = math.prod(first[1:]) if isinstance(step, Shift) else math.prod(out[1:]) - math.prod(first[1:])
         _check_floats(own.values, (first[0], 1, positions), "values")
         result = first if isinstance(step, Shift) else (first[0], 1, math.prod(out[1:]))
@@ -185,11 +188,12 @@ def _weights_of(step: Step, weights: Sequence[Weights]) -> Weights | None:
     dense = isinstance(step, (DenseConv, Linear))
     scale, constant = isinstance(step, (Affine, LayerNorm)), isinstance(step, (Prepend, Shift))
     kind = KeptWeights if sparse else Dense if dense else Scale if scale else Constant if constant else None
-    if kind is None:
+    number = weights_of(step)
+    if kind is None or number is None:
         return None
-    if step.weights >= len(weights) or not isinstance(weights[step.weights], kind):
-        raise ValueError(f"weights: expected {kind.__name__} weights, got number {step.weights} of {len(weights)}")
-    return weights[step.weights]
+    if number >= len(weights) or not isinstance(weights[number], kind):
+        raise ValueError(f"weights: expected {kind.__name__} weights, got number {number} of {len(weights)}")
+    return weights[number]
 
 
 def check_convolution(step: Conv | Pool, image: Shape) -> None:

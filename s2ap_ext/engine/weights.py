@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..modes import evaluation_mode
 from ..nn import S2APConv2d, S2APLinear
@@ -73,6 +74,7 @@ class Source:
             return Scale(self._finite(scale.float()), self._finite(shift.float()))
         module = model.get_submodule(self.layer)
         weight, bias = weight_of(module, self.tensor), getattr(module, self.tensor.replace("weight", "bias"))
+        assert bias is None or isinstance(bias, Tensor)
         if self.changes:
             bias = (shift if bias is None else scale * bias + shift).float()
         if bias is not None:
@@ -106,6 +108,7 @@ class PartSource:
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """The weight of this name that a layer computes with, contiguous. To be read at once: the next selection may write there."""
     weight = module._masked_weight() if isinstance(module, (S2APConv2d, S2APLinear)) else getattr(module, name)
+    assert isinstance(weight, Tensor)
     return weight.detach().contiguous()
 
 
@@ -114,7 +117,10 @@ def _scale_and_shift(model: nn.Module, changes: tuple[tuple[str, str | float], .
     scale, shift = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     for change, operand in changes:
         if change == "norm":
-            norm = model.get_submodule(operand)
+            norm = model.get_submodule(str(operand))
+            assert isinstance(norm, _BatchNorm)
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             factor = (norm.running_var.double() + norm.eps).rsqrt()
             if norm.weight is not None:
                 factor = factor * norm.weight.double()
@@ -123,16 +129,17 @@ def _scale_and_shift(model: nn.Module, changes: tuple[tuple[str, str | float], .
                 shift = shift + norm.bias.double()
             continue
         if change == "affine":
-            norm = model.get_submodule(operand)
-            if norm.weight is not None:
-                scale, shift = scale * norm.weight.double(), shift * norm.weight.double()
-            if norm.bias is not None:
-                shift = shift + norm.bias.double()
+            layer_norm = model.get_submodule(str(operand))
+            assert isinstance(layer_norm, nn.LayerNorm)
+            if layer_norm.elementwise_affine:
+                scale, shift = scale * layer_norm.weight.double(), shift * layer_norm.weight.double()
+            if layer_norm.bias is not None:
+                shift = shift + layer_norm.bias.double()
             continue
         value = tensor_of(model, operand).double().reshape(-1) if isinstance(operand, str) else operand
         if change in ("mul", "div"):
-            factor = value if change == "mul" else 1 / value
-            scale, shift = scale * factor, shift * factor
+            times = value if change == "mul" else 1 / value
+            scale, shift = scale * times, shift * times
         else:
             shift = shift + value if change == "add" else shift - value
     return scale, shift
@@ -141,7 +148,8 @@ def _scale_and_shift(model: nn.Module, changes: tuple[tuple[str, str | float], .
 def tensor_of(model: nn.Module, name: str) -> Tensor:
     """The parameter or buffer called ``name``."""
     owner, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(owner), attribute).detach()
+    tensor: Tensor = getattr(model.get_submodule(owner), attribute)
+    return tensor.detach()
 
 
 @contextlib.contextmanager
