@@ -53,8 +53,9 @@ def test_inference(side_by_side, quick, network):
     xc = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         apart = (after(x) - before(x)).abs().max().item()
-        exact = [copy.deepcopy(net).double()(x[:8].double()) for net in (before, after)]  # without the rounding that depth amplifies
-        assert (exact[0] - exact[1]).abs().max() <= 1e-10 * exact[0].abs().max()
+        # In double precision, for in float32 a deep network amplifies rounding; what is left is that of the weights that were added up.
+        old, new = (copy.deepcopy(net).double()(x[:8].double()) for net in (before, after))
+        assert (old - new).abs().max() <= 1e-5 * max(1, old.abs().max().item())
         side_by_side(
             {
                 "smaller": lambda: after(x),

@@ -71,9 +71,14 @@ class _Lowering(TokenSteps):
             kind = self.lowered.layers[str(node.target)] = "dense"
         else:
             kind = self.chosen(str(node.target), weight, shape, out, stride=module.stride, groups=module.groups)
-        convolution = (module.kernel_size, module.stride, (ends[2], ends[0]), module.dilation, module.groups)
-        geometry = dict(zip(("kernel", "stride", "padding", "dilation", "groups"), convolution, strict=True))
-        source = Source(kind, len(weight), str(node.target), convolution=convolution)
+        geometry: dict[str, Any] = {
+            "kernel": module.kernel_size,
+            "stride": module.stride,
+            "padding": (ends[2], ends[0]),
+            "dilation": module.dilation,
+            "groups": module.groups,
+        }
+        source = Source(kind, len(weight), str(node.target), convolution=tuple(geometry.values()))
         step: type[Conv] = SparseConv if kind == "sparse" else DenseConv
         return self.emit(out, step, self.read(input), weights=self.weights(source), **geometry)
 

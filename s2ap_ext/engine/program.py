@@ -12,22 +12,7 @@ from torch import Tensor
 from .arena import Arena
 from .builder import Lowered
 from .run import Run, Slot, Target
-from .steps import (
-    Add,
-    Affine,
-    Conv,
-    DenseConv,
-    FromBlocks,
-    Part,
-    Recorded,
-    Relu,
-    SparseConv,
-    Step,
-    ToBlocks,
-    Weighted,
-    WithRelu,
-    WithWeights,
-)
+from .steps import Add, Affine, Conv, DenseConv, FromBlocks, Recorded, Relu, SparseConv, Step, ToBlocks, Weighted, WithRelu, weights_of
 from .weights import PartSource, Source
 
 
@@ -147,11 +132,8 @@ def fuse(lowered: Lowered) -> tuple[list[Step], list[Source | PartSource]]:
             put(replace(first, sources=(*first.sources, other), out=step.out), instead=first, here=True)
         else:
             put(step)
-    used = sorted({step.weights for step in done.values() if isinstance(step, (Weighted, WithWeights, Part))})
-    steps = [
-        replace(step, weights=used.index(step.weights)) if isinstance(step, (Weighted, WithWeights, Part)) else step
-        for step in done.values()
-    ]
+    used = sorted({weights for step in done.values() if (weights := weights_of(step)) is not None})
+    steps = [_with_weights(step, used.index) for step in done.values()]
     return steps, [sources[i] for i in used]
 
 
@@ -165,7 +147,14 @@ def joined(
         if source not in sources:
             sources.append(source)
         at.append(sources.index(source))
-    return [replace(step, weights=at[step.weights]) if isinstance(step, (Weighted, WithWeights, Part)) else step for step in steps], sources
+    return [_with_weights(step, at.__getitem__) for step in steps], sources
+
+
+def _with_weights(step: Step, number: Callable[[int], int]) -> Step:
+    """The step with other numbers for its weights, if it has any."""
+    weights = weights_of(step)
+    changes: dict[str, Any] = {} if weights is None else {"weights": number(weights)}
+    return replace(step, **changes)
 
 
 def _summand(add: Add, before: Callable[[int], WithRelu | None], order: list[int]) -> Conv | None:

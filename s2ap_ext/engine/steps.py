@@ -50,6 +50,11 @@ class Step(ABC):
         """``targets`` are those of ``sources``; contributions are made from the last to the first."""
 
 
+def weights_of(step: Step) -> int | None:
+    """The number of a step's weights among those of its network, if it has any."""
+    return getattr(step, "weights", None)
+
+
 @dataclass(frozen=True)
 class WithRelu(Step):
     relu: bool = False
@@ -60,14 +65,7 @@ class WithRelu(Step):
 
 
 @dataclass(frozen=True)
-class WithWeights(Step):
-    weights: int = 0
-
-
-@dataclass(frozen=True)
 class Weighted(WithRelu):
-    """A step with weights that takes a ReLU."""
-
     weights: int = 0
 
 
@@ -80,6 +78,11 @@ class Conv(Weighted):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    @property
+    def of_positions(self) -> bool:
+        """Whether each position is computed from itself alone, by the same weights."""
+        return (self.kernel, *self.geometry) == ((1, 1), (1, 1), (0, 0), (1, 1), 1)
 
     @property
     def geometry(self) -> tuple[Any, ...]:

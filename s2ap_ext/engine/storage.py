@@ -18,7 +18,7 @@ from .weights import Constant, Dense, Scale, Source
 
 KIND = "sparse network"
 VERSION = 5
-WEIGHTS = {cls.__name__: cls for cls in (KeptWeights, Dense, Scale, Constant)}
+WEIGHTS: dict[str, type[KeptWeights | Dense | Scale | Constant]] = {cls.__name__: cls for cls in (KeptWeights, Dense, Scale, Constant)}
 
 
 class Stored(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .arena import inside, per_channel
 from .run import Run, Target
-from .steps import Recorded, Step, WithWeights
+from .steps import Recorded, Step
 from .views import TOKENS, seen, unseen
 
 aten = torch.ops.aten
@@ -50,9 +50,10 @@ class Activation(Step):
 
 
 @dataclass(frozen=True)
-class LayerNorm(WithWeights):
+class LayerNorm(Step):
     """Normalises over the channels of each position, then scales and shifts each channel."""
 
+    weights: int = 0
     eps: float = 1e-5
 
     @property
@@ -93,8 +94,10 @@ class Attention(Recorded):
 
 
 @dataclass(frozen=True)
-class Prepend(WithWeights):
+class Prepend(Step):
     """Puts tokens that are the same for every image in front of those of the source."""
+
+    weights: int = 0
 
     def run(self, run: Run) -> None:
         first = run.weights[self.weights].values
@@ -110,8 +113,10 @@ class Prepend(WithWeights):
 
 
 @dataclass(frozen=True)
-class Shift(WithWeights):
+class Shift(Step):
     """Adds what is the same for every image: the positions of tokens."""
+
+    weights: int = 0
 
     def run(self, run: Run) -> None:
         x, out = inside(run.values[self.sources[0]], run.halo), inside(run.new(self.out), run.halo)

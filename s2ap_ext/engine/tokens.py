@@ -52,10 +52,12 @@ class TokenSteps(Builder):
 
     def item(self, node: fx.Node, input: fx.Node, index: Any) -> int | Seen:
         """The results of attention, or one token of all."""
-        if input.op == "call_module" and index == 0:
+        if input.op == "call_module":
             module = self.model.get_submodule(str(input.target))
-            if isinstance(module, nn.MultiheadAttention) and computes_as(module, nn.MultiheadAttention):
+            if index == 0 and isinstance(module, nn.MultiheadAttention) and computes_as(module, nn.MultiheadAttention):
                 return self.attention(input, module)
+            if input not in self.at:
+                raise Unsupported(f"no step for {type(module).__name__}")
         token = index[1] if isinstance(index, tuple) and len(index) in (2, 3) else None
         if type(token) is not int or any(part != slice(None) for part in (index[0], *index[2:])):
             raise Unsupported("only one token of all images has a step")

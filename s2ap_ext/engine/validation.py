@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..nn.kept_weights import KeptWeights
 from ..sparse_reference import pass_of_tap
-from .steps import Add, Affine, Conv, DenseConv, Flatten, Linear, Pool, Relu, SparseConv, Step, Weighted, WithWeights
+from .steps import Add, Affine, Conv, DenseConv, Flatten, Linear, Pool, Relu, SparseConv, Step, weights_of
 from .token_steps import ACTIVATIONS, TOKEN_STEPS, Activation, Attention, LayerNorm, Prepend, Select, Shift
 from .weights import Constant, Dense, Scale, Source
 
@@ -30,7 +30,6 @@ Weights = KeptWeights | Dense | Scale | Constant
 
 Shape = tuple[int, ...]
 T = TypeVar("T")
-_POSITION: dict[str, Any] = {"kernel": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
 # ---- What JSON holds
@@ -140,9 +139,8 @@ def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[
         check_convolution(step, first)
         if first[0] % step.groups or out[0] % step.groups:
             raise ValueError(f"groups: expected a divisor of {first[0]} and of {out[0]}, got {step.groups}")
-        of_positions = (
-            isinstance(own, Dense) and own.weight is not None and own.weight.dim() == 2 and step == dataclasses.replace(step, **_POSITION)
-        )
+        assert isinstance(own, (KeptWeights, Dense))
+        of_positions = isinstance(own, Dense) and own.weight is not None and own.weight.dim() == 2 and step.of_positions
         _check_weights(own, (out[0], first[0]) if of_positions else (out[0], first[0] // step.groups, *step.kernel), step)
         result = (out[0], *_positions(step, first))
     elif isinstance(step, Linear):
@@ -150,6 +148,7 @@ def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[
         _check_weights(own, (out[0], first[0]) if isinstance(own, Dense) else (out[0], first[0], 1, 1), SparseConv((0,), 1))
         result = (out[0],)
     elif isinstance(step, (Affine, LayerNorm)):
+        assert isinstance(own, Scale)
         _check_floats(own.scale, (first[0],), "scale")
         _check_floats(own.shift, (first[0],), "shift")
         result = first
@@ -162,6 +161,7 @@ def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[
             raise ValueError(f"heads: expected a divisor of a third of {first[0]}, got {step.heads}")
         result = (first[0] // 3, *first[1:])
     elif isinstance(step, (Prepend, Shift)):
+        assert isinstance(own, Constant)
         positions = math.prod(first[1:]) if isinstance(step, Shift) else math.prod(out[1:]) - math.prod(first[1:])
         _check_floats(own.values, (first[0], 1, positions), "values")
         result = first if isinstance(step, Shift) else (first[0], 1, math.prod(out[1:]))
@@ -183,18 +183,17 @@ def _result(step: Step, sources: Sequence[Shape], out: Shape, weights: Sequence[
     return result
 
 
-def _weights_of(step: Step, weights: Sequence[Weights]) -> Any:
-    """The weights that a step reads, which are of the kind that it needs; None for a step without."""
+def _weights_of(step: Step, weights: Sequence[Weights]) -> Weights | None:
     sparse = isinstance(step, SparseConv) or (isinstance(step, Linear) and step.sparse)
     dense = isinstance(step, (DenseConv, Linear))
     scale, constant = isinstance(step, (Affine, LayerNorm)), isinstance(step, (Prepend, Shift))
     kind = KeptWeights if sparse else Dense if dense else Scale if scale else Constant if constant else None
-    if kind is None:
+    number = weights_of(step)
+    if kind is None or number is None:
         return None
-    assert isinstance(step, (Weighted, WithWeights))
-    if step.weights >= len(weights) or not isinstance(weights[step.weights], kind):
-        raise ValueError(f"weights: expected {kind.__name__} weights, got number {step.weights} of {len(weights)}")
-    return weights[step.weights]
+    if number >= len(weights) or not isinstance(weights[number], kind):
+        raise ValueError(f"weights: expected {kind.__name__} weights, got number {number} of {len(weights)}")
+    return weights[number]
 
 
 def check_convolution(step: Conv | Pool, image: Shape) -> None:

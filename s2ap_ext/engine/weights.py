@@ -74,6 +74,7 @@ class Source:
             return Scale(self._finite(scale.float()), self._finite(shift.float()))
         module = model.get_submodule(self.layer)
         weight, bias = weight_of(module, self.tensor), getattr(module, self.tensor.replace("weight", "bias"))
+        assert bias is None or isinstance(bias, Tensor)
         if self.changes:
             bias = (shift if bias is None else scale * bias + shift).float()
         if bias is not None:
@@ -107,6 +108,7 @@ class PartSource:
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """The weight of this name that a layer computes with, contiguous. To be read at once: the next selection may write there."""
     weight = module._masked_weight() if isinstance(module, (S2APConv2d, S2APLinear)) else getattr(module, name)
+    assert isinstance(weight, Tensor)
     return weight.detach().contiguous()
 
 
@@ -127,13 +129,12 @@ def _scale_and_shift(model: nn.Module, changes: tuple[tuple[str, str | float], .
                 shift = shift + norm.bias.double()
             continue
         if change == "affine":
-            assert isinstance(operand, str)
-            layer = model.get_submodule(operand)
-            assert isinstance(layer, nn.LayerNorm)
-            if layer.weight is not None:
-                scale, shift = scale * layer.weight.double(), shift * layer.weight.double()
-            if layer.bias is not None:
-                shift = shift + layer.bias.double()
+            layer_norm = model.get_submodule(str(operand))
+            assert isinstance(layer_norm, nn.LayerNorm)
+            if layer_norm.elementwise_affine:
+                scale, shift = scale * layer_norm.weight.double(), shift * layer_norm.weight.double()
+            if layer_norm.bias is not None:
+                shift = shift + layer_norm.bias.double()
             continue
         value = tensor_of(model, operand).double().reshape(-1) if isinstance(operand, str) else operand
         if change in ("mul", "div"):
