@@ -28,10 +28,12 @@ def test_fast_step(side_by_side, quick, device, batch, precision):
         check_precision(precision, device)
     except ValueError as error:
         pytest.skip(str(error))
+    if quick and (batch, precision) != (128, "bf16"):
+        pytest.skip("at tiny size one of them shows that all run")
     batch, attack_steps = (4, 1) if quick else (batch, 10)
 
     def step(make, **how):
-        model = train_scores(sparsify(build_model("resnet18", num_classes=10, width=4 if quick else 64, seed=0), 0.9)).to(device)
+        model = train_scores(sparsify(build_model("resnet18", num_classes=10, width=8 if quick else 64, seed=0), 0.9)).to(device)
         forwards = Accelerated(model, **how) if how else model
         return Step(model, make, batch=batch, attack_steps=attack_steps, device=device, forwards=forwards, precision=precision)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 SHORT = ("pretrain.epochs=15", "prune.epochs=6", "prune.warmup_epochs=1", "finetune.epochs=8", "data.test_size=1000")
 STAGES = ("pretrain", "prune", "finetune")
 TINY = (
-    *("model.width=2", "data.name=digits", "data.train_size=32", "data.test_size=16", "data.flip=false", "attack.steps=1"),
+    *("model.width=8", "data.name=digits", "data.train_size=32", "data.test_size=16", "data.flip=false", "attack.steps=1"),
     *("evaluate.steps=1", "evaluate.images_per_epoch=8", "prune.warmup_epochs=0"),
     *(f"{stage}.{setting}" for stage in STAGES for setting in ("epochs=1", "batch_size=16")),
 )
