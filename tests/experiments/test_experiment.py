@@ -21,6 +21,7 @@ from s2ap_ext.experiments.plan import from_table, to_toml
 from s2ap_ext.experiments.runner import run
 from s2ap_ext.pipeline import RunFolder, Session, checkpoint, load_recipe, open_data, progress
 from s2ap_ext.pipeline import run as run_alone
+from s2ap_ext.pipeline.recipe import explained_keys
 from s2ap_ext.pipeline.run_folder import locked, read_metrics
 
 SETTINGS = dict(text.split("=") for text in [*TINY, "model.width=4", "prune.epochs=2", "prune.warmup_epochs=1", "prune.lr=1"])
@@ -119,25 +120,33 @@ def test_the_page_reads_a_table_as_it_says(finished, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.strip() == json.loads((finished / "summary.json").read_text())["verdict"]
 
 
-def test_what_was_stopped_goes_on_in_processes_to_the_same_table(finished, tmp_path):
-    told, out = Told(), tmp_path / "tiny"
-    plan = read_plan(finished)
-    assert not run(plan, out, workers=1, show=told, stop=lambda: len(told.lines) == 2).finished
-    left = run(plan, out, workers=2, show=told, stop=lambda: len(told.lines) >= 3)
-    assert not left.finished
-    assert not left.failed
+def begun(finished, out, *runs):
+    """A copy of an experiment in which some runs have not begun yet."""
+    shutil.copytree(finished, out)
+    (out / "table.csv").unlink()
+    for name in runs:
+        shutil.rmtree(out / "runs" / name)
+    return out
+
+
+@pytest.mark.slow  # two processes start, and import torch: that takes as long as all else here
+def test_processes_do_what_is_left_and_are_stopped(finished, tmp_path):
+    told, out = Told(), begun(finished, tmp_path / "tiny", "plain/seed-0", "s2ap/seed-0", "awp/seed-1")
     kept = {path: path.read_bytes() for path in out.glob("runs/*/*/results.json")}
-    assert run(plan, out, workers=1, show=told).finished
+    assert len(kept) == 3
+    found = run(read_plan(out), out, workers=2, show=told, stop=lambda: bool(told.lines))
+    assert not found.failed
+    assert not found.finished
+    assert run(read_plan(out), out, workers=1, show=told).finished
     assert {path: path.read_bytes() for path in kept} == kept
     assert timeless(read_table(out / "table.csv")) == timeless(read_table(finished / "table.csv"))
-    assert all("clean" in line and "robust" in line for line in told.lines)
-    assert told.lines[0].startswith("1/10  pretrain, seed 0: dense")
+    assert len(told.lines) == 3
+    assert all("finetuned  clean" in line and "robust" in line for line in told.lines)
 
 
 def test_ctrl_c_is_answered_with_the_command_that_goes_on(finished, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "tiny"
-    out.mkdir()
-    shutil.copy(finished / "plan.toml", out)
+    out = begun(finished, tmp_path / "tiny", "s2ap/seed-1")
+    shutil.rmtree(out / "shared")  # the other runs have what they need
 
     def interrupted(job, stop):
         os.kill(os.getpid(), signal.SIGINT)
@@ -146,9 +155,13 @@ def test_ctrl_c_is_answered_with_the_command_that_goes_on(finished, tmp_path, mo
     monkeypatch.setattr(workers, "do", interrupted)
     assert main(["experiment", "--resume", str(out), "--workers", "1"]) == 130
     assert f"s2ap: stopped; to go on: s2ap experiment --resume {out}" in capsys.readouterr().err
-    (begun,) = out.glob("shared/*")
-    assert (begun / "state.safetensors").exists()
-    assert not (out / "table.csv").exists()
+    (stopped,) = out.glob("shared/*/state.safetensors")
+    assert {row["arm"] for row in read_table(out / "table.csv")} == {"plain", "s2ap", "awp"}
+    monkeypatch.undo()
+    assert main(["experiment", "--resume", str(out), "--workers", "1"]) == 0
+    assert not stopped.exists()
+    assert len(list((out / "shared").iterdir())) == 2  # of one seed
+    assert timeless(read_table(out / "table.csv")) == timeless(read_table(finished / "table.csv"))
 
 
 def test_a_second_process_is_refused(finished):
@@ -198,7 +211,8 @@ def test_a_run_that_fails_stops_no_other(tmp_path, capsys):
 
 
 def test_the_last_models_are_attacked_in_other_balls(tmp_path):
-    pytest.importorskip("s2ap_ext.evaluation")
+    if not any(name == "evaluate.attacks" for name, _ in explained_keys()):
+        pytest.skip("attacks are not known by name")
     balls = {
         "wide": {"attack.eps": 0.3, "evaluate.attacks": ["pgd"]},
         "l2": {"attack": {"norm": "l2", "eps": 0.1}, "evaluate.attacks": ["pgd", "fmn"]},
