@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,11 +45,16 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def show(folder: Path) -> None:
-    """Prints the tables of the finished run in ``folder`` and draws its plots."""
+    """Prints the tables of the finished run in ``folder``, draws its plots, and says what to look at next."""
     from .. import report
 
     runs, _ = report.read_all([folder])
     _show(runs[0])
+    last = folder / f"{runs[0].results['rows'][-1]['model']}.safetensors"
+    run, page, model = (shlex.quote(str(path)) for path in (folder, folder / "report.html", last))
+    print(f"Next:  s2ap analyze {run}    # how sharp the loss is, how stable the masks are")
+    print(f"       s2ap report {run} --html {page}    # all of it on one page")
+    print(f"       s2ap evaluate {model} --attack autoattack    # stronger attacks")
 
 
 def _show(run: Run) -> None:

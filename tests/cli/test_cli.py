@@ -83,6 +83,7 @@ def test_run_prints_lines_a_table_and_the_outcome(words, labels, tmp_path, capsy
     for plot in ("curves.png", "mask_distance.png", "density.png", "perturbation.png"):
         assert (tmp_path / "run" / plot).read_bytes().startswith(b"\x89PNG")
         assert plot in out
+    assert [line.split()[1] for line in out.replace("Next:", "").splitlines()[-3:]] == ["analyze", "report", "evaluate"]
 
 
 def test_the_short_options_reach_the_recipe(finished):
