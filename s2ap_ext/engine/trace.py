@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..nn import Pruned
+from ..nn.attention import Attention
 from ..nn.pruned_weight import class_before
 
 BATCHES = (2, 3)  # images of the runs that find the shapes
@@ -82,13 +83,13 @@ def _line(error: Exception) -> str:
 
 
 class _Tracer(fx.Tracer):
-    """Goes into all modules but pruned layers and those whose forward is one of torch.nn's."""
+    """Goes into all modules but pruned layers, attention and those whose forward is one of torch.nn's."""
 
     failed = ""  # the innermost module whose forward raised
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         of_torch = class_before(module).forward.__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-        return of_torch or isinstance(module, Pruned)
+        return of_torch or isinstance(module, (Pruned, Attention))
 
     def call_module(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:

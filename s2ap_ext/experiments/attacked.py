@@ -10,6 +10,7 @@ from .. import pipeline
 from ..data import Dataset
 from ..pipeline import STAGES, Recipe, override
 from ..pipeline.checkpoint import write_text
+from ..pipeline.evaluation import attacked, check_attacks
 from ..pipeline.records import sealed, unsealed
 
 Settings = Mapping[str, str]
@@ -31,7 +32,7 @@ def check(recipe: Recipe, data: Dataset, name: str, settings: Settings) -> None:
         raise ValueError(f"attacked.{name}: expected evaluate.attacks, the names of attacks")
     changed = recipe_for(recipe, name, settings)
     try:
-        pipeline.check_prunable(changed, data)
+        check_attacks(changed, pipeline.new_model(changed, data), data)
     except ValueError as error:
         raise ValueError(f"attacked.{name}: {error}") from None
 
@@ -47,8 +48,6 @@ def attack(folder: Path, name: str, settings: Settings, recipe: Recipe, data: Da
     """
     if _file(folder, name).is_file():
         return
-    from ..pipeline.evaluation import attacked
-
     model_name = STAGES[pipeline.plan(recipe)[-1]]
     model, _, _ = pipeline.load_model(folder / f"{model_name}.safetensors", data=data, device=pipeline.pick_device(recipe.device))
     with pipeline.reproducible(recipe):

@@ -210,7 +210,7 @@ def test_version_and_doctor(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "digit"], "expected one of cifar10-resnet18, "),
+        (["run", "digit"], "expected one of cifar10-5min, cifar10-resnet18, "),
         (["run"], "expected a recipe, or --resume RUN_DIR"),
         (["run", "digits", "--set", "prune.gama=1"], "did you mean prune.gamma"),
         (["run", "digits", "--set", "prune.gamma=-1"], "prune.gamma: expected a number >= 0, got -1"),

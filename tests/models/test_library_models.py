@@ -354,5 +354,7 @@ def test_a_librarys_name_is_never_one_of_a_module(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     for name in ("timm:create_model", "torchvision:models", "hf:pipeline"):
         assert parts.find("model", name).pattern != parts.OWN
+    for name in ("timm:create_model", "hf:pipeline"):
         with pytest.raises(ValueError, match="data: expected one of"):
             parts.find("data", name)
+    assert parts.find("data", "torchvision:models").pattern != parts.OWN

@@ -41,7 +41,15 @@ def test_a_recipe_has_its_files_name_a_model_and_survives_the_way_through_toml(n
 def test_its_mask_search_takes_a_step(name, tmp_path, monkeypatch):
     monkeypatch.setattr(RunFolder, "save_state", lambda *args: None)  # hundreds of megabytes
     recipe = load_recipe(name)
-    overrides = ["attack.steps=1", "evaluate.steps=1", "prune.epochs=1", "prune.warmup_epochs=0", "device=cpu", "threads=1"]
+    overrides = [
+        "attack.steps=1",
+        "evaluate.steps=1",
+        "prune.epochs=1",
+        "prune.warmup_epochs=0",
+        "device=cpu",
+        "threads=1",
+        "compile=false",
+    ]
     overrides += [setting for model, setting in SMALLER.items() if model == recipe.model.name]
     recipe = load_recipe(name, overrides)
     data = two_images(recipe)

@@ -121,7 +121,7 @@ def test_a_wrong_file_is_answered_with_its_name_and_the_key(text, message, tmp_p
 
 def test_an_unknown_recipe_lists_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"expected one of cifar10-resnet18, .*, digits, .* or .*, got 'digit'; did you mean digits or digits-vit\?"
+        ValueError, match=r"expected one of cifar10-5min, .*, digits, .* or .*, got 'digit'; did you mean digits or digits-vit\?"
     ):
         load_recipe("digit")
 
