@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -47,7 +48,7 @@ class Seen(NamedTuple):
     view: str = PLAIN
 
 
-class Builder:
+class Builder(ABC):
     """Makes the steps, node by node. ``self.at`` tells which value a node stands for.
 
     Nodes that are no float32 tensor with the batch first (sizes, constants, tuples) have no value; dense parts that need them compute them.
@@ -164,13 +165,13 @@ class Builder:
             raise Unsupported(f"expected images (N, C, H, W), got {len(shape) + 1} dimensions")
         return shape
 
+    @abstractmethod
     def step_for(self, node: fx.Node) -> int | Seen:
         """The value that a node stands for, which the steps that are made for it compute.
 
         Raises:
             Unsupported: there is none.
         """
-        raise NotImplementedError
 
     def check_weight(self, weight: Tensor) -> None:
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
