@@ -14,41 +14,51 @@ from s2ap_ext import densify, sparsify
 from s2ap_ext.models import build_model
 from s2ap_ext.nn.shrink import size_of
 
-# name -> (model, its options for --quick, side of its images, what is removed as one)
+# name -> (model, its options, those for --quick, side of its images, what is removed as one, in this order)
 NETWORKS = {
-    "ResNet-18": ("resnet18", {"width": 8}, 32, "channel"),
-    "VGG16": ("vgg16", {}, 32, "channel"),
-    "WRN-28-4": ("wrn28_4", {}, 32, "channel"),
-    "ResNet-50": ("resnet50", {"width": 8}, 64, "channel"),
-    "ViT, heads": ("vit", {"depth": 2}, 32, "head"),
-    "ViT, neurons": ("vit", {"depth": 2}, 32, "neuron"),
+    "ResNet-18": ("resnet18", {}, {"width": 8}, 32, ("channel",)),
+    "VGG16": ("vgg16", {}, {}, 32, ("channel",)),
+    "WRN-28-4": ("wrn28_4", {}, {}, 32, ("channel",)),
+    "ResNet-50": ("resnet50", {}, {"width": 8}, 64, ("channel",)),
+    "ViT, heads": ("vit", {"heads": 6}, {"depth": 2}, 32, ("head",)),
+    "ViT, neurons": ("vit", {"heads": 6}, {"depth": 2}, 32, ("neuron",)),
+    "ViT, heads and neurons": ("vit", {"heads": 6}, {"depth": 2}, 32, ("head", "neuron")),
 }
 
 
-def masked(name, options, x, granularity):
-    """Half of it masked, with statistics and BatchNorm parameters as after training: many masked channels hold a number other than 0."""
+def trained(name, options):
+    """With statistics and BatchNorm parameters as after training: many masked channels hold a number other than 0."""
     model = build_model(name, num_classes=10, seed=0, **options)
     generator = torch.Generator().manual_seed(0)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
         nn.init.normal_(norm.bias, 0, 0.2, generator=generator)
-    tied = {"tied": True, "exclude": [":last"]} if granularity == "channel" else {}
-    sparsify(model, 0.5, granularity=granularity, example=x[:2], **tied)
-    for norm in norms:
-        norm.momentum = 1
-    with torch.no_grad():
-        model(x)
-    return model.eval().requires_grad_(False)
+    return model
+
+
+def half_removed(model, x, granularities, *, shrink):
+    """``model`` without half of its channels, heads or neurons: masked, with zeros in their place, or ``shrink``: taken out."""
+    model = copy.deepcopy(model)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for granularity in granularities:
+        tied = {"tied": True, "exclude": [":last"]} if granularity == "channel" else {}
+        sparsify(model, 0.5, granularity=granularity, example=x[:2], **tied)
+        for norm in norms:
+            norm.momentum = 1
+        with torch.no_grad():
+            model.train()(x)
+        model.eval().requires_grad_(False)
+        densify(model, shrink=shrink, example=x[:2] if shrink else None)
+    return model
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_inference(side_by_side, quick, network):
-    name, smaller, side, granularity = NETWORKS[network]
+    name, options, smaller, side, granularities = NETWORKS[network]
     x = torch.rand(2 if quick else 64, 3, side, side, generator=torch.Generator().manual_seed(0))
-    model = masked(name, smaller if quick else {}, x, granularity)
-    before = densify(copy.deepcopy(model))
-    after = densify(model, shrink=True, example=x[:2])
+    model = trained(name, options | smaller if quick else options)
+    before, after = (half_removed(model, x, granularities, shrink=shrink) for shrink in (False, True))
     last = [copy.deepcopy(net).to(memory_format=torch.channels_last) for net in (before, after)]
     xc = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():

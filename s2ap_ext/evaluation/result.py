@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NORMAL_95 = 1.959963984540054  # the normal distribution is within so many standard deviations with probability 95 %
+from ..intervals import wilson
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,10 @@ class Evaluation:
 
         Raises:
             ValueError: no such attack.
-
-        Source: Wilson, Journal of the American Statistical Association 22, 1927.
         """
         if name != "worst" and name not in self.held:
             raise ValueError(f"name: expected one of {', '.join([*self.held, 'worst'])}, got {name!r}")
-        return wilson(int((self.worst_held if name == "worst" else self.held[name]).sum()), self.n)
+        return wilson(self.worst if name == "worst" else self.accuracy[name], self.n)
 
     def per_class(self) -> Iterator[tuple[int, int, dict[str, float]]]:
         """For each class that occurs: the class, the number of its images, and the fraction that holds, by attack and ``"worst"``."""
@@ -93,11 +90,3 @@ class Evaluation:
         classes = [{"class": number, "images": count, **fractions} for number, count, fractions in self.per_class()]
         about = {"norm": self.norm, "eps": self.eps, "images": self.n, "seed": self.seed, "engine": self.engine}
         return about | {"worst": {"accuracy": self.worst, "low": low, "high": high}, "attacks": attacks, "classes": classes}
-
-
-def wilson(count: int, of: int) -> tuple[float, float]:
-    """Wilson's 95 % interval for a probability, after ``count`` of ``of`` trials."""
-    z, p = NORMAL_95, count / of
-    centre = (p + z**2 / (2 * of)) / (1 + z**2 / of)
-    half = z / (1 + z**2 / of) * math.sqrt(p * (1 - p) / of + z**2 / (4 * of**2))
-    return max(0.0, centre - half) if count else 0.0, min(1.0, centre + half) if count < of else 1.0

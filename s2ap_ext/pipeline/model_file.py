@@ -30,6 +30,7 @@ from .sections import Chosen, Recipe
 
 RECENT = 16  # batches of images, the last of an epoch, from which BatchNorm's statistics are taken anew
 MOST = 65_536  # channels, classes and pixels of a side that a checkpoint may ask for
+MOST_VALUES = 2**24  # of an image that a checkpoint may ask for
 SLACK = 1000  # parameters beyond those in its file at which counting a model's is given up at the latest
 
 
@@ -72,15 +73,18 @@ def _build(recipe: Recipe, seed: int, sizes: dict[str, Any]) -> nn.Module:
         return model
 
 
-def make_sparse(model: nn.Module, recipe: Recipe, tell: Callable[[str], None] = lambda line: None) -> Method:
+def make_sparse(model: nn.Module, recipe: Recipe, image: tuple[int, int, int], tell: Callable[[str], None] = lambda line: None) -> Method:
     """Turns the layers of ``model`` that the recipe prunes into pruned ones, in place, and returns the method that did it.
 
     Args:
+        image: the shape of an image, [channels, height, width].
         tell: takes what there is to say about layers that stay dense.
     """
     settings = recipe.prune
     method: Method = settings.method.make()
     how = {"allocation": settings.allocation.make(), "granularity": settings.granularity, "exclude": settings.exclude}
+    if settings.tied:
+        how |= {"tied": True, "example": torch.zeros(2, *image, device=next(model.parameters()).device)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         method.sparsify(model, settings.sparsity, generator=seeded_generator(recipe.seed, 0, 1), **how)
@@ -109,7 +113,7 @@ def check_prunable(recipe: Recipe, data: Dataset) -> int:
     _self_contained(recipe)  # what the files of its models hold
     model = new_model(recipe, data)
     check_attacks(recipe, model, data)
-    make_sparse(model, recipe)
+    make_sparse(model, recipe, data.shape)
     pruned: int = sum(tensor.nbytes for tensor in model.state_dict().values())
     images: int = min(len(data.train), max(getattr(recipe, stage).batch_size for stage in STAGES))
     return 3 * pruned + 3 * (3 * pruned + RECENT * 4 * math.prod(data.shape) * images)
@@ -137,7 +141,7 @@ def identity(recipe: Recipe, data: Dataset) -> str:
 def save_model(path: Path, model: nn.Module, name: str, recipe: Recipe, run: str, data: Dataset) -> None:
     """Writes ``model`` with the recipe that made it and the identity of the ``run``; ``name`` is dense, pruned or finetuned."""
     about = {"model": name, "recipe": to_table(_self_contained(recipe)), "shape": _sizes(recipe, data), "run": run}
-    checkpoint.save(path, model.state_dict(), about)
+    checkpoint.save(path, model.state_dict(), about | {"image": list(data.shape)})
 
 
 def load_model(
@@ -172,7 +176,7 @@ def load_model(
             raise ValueError(f"does not fit the model: it has {count:,} parameters, and the file holds {held:,} numbers")
         model = _build(recipe, 0, sizes)
         if about["model"] != "dense":
-            make_sparse(model, recipe)
+            make_sparse(model, recipe, _checked_image(about.get("image")))
     except ValueError as error:
         raise ValueError(f"checkpoint {path}: {error}") from None
     checkpoint.load_state(model, tensors, path)
@@ -228,6 +232,14 @@ def _checked_sizes(found: Any, recipe: Recipe, path: str | Path) -> dict[str, An
             if all(type(value) is int and 1 <= value <= MOST for value in (found["in_channels"], found["num_classes"], *size)):
                 return sizes
     raise ValueError(f"checkpoint {path}: shape: expected {' and '.join(sorted(known))} from 1 to {MOST}, got {str(found)[:80]}")
+
+
+def _checked_image(found: Any) -> tuple[int, int, int]:
+    """``found``, as JSON holds it, as the shape of an image."""
+    sizes = found if isinstance(found, list) and all(type(size) is int and size >= 1 for size in found) else []
+    if len(sizes) == 3 and math.prod(sizes) <= MOST_VALUES:
+        return (sizes[0], sizes[1], sizes[2])
+    raise ValueError(f"image: expected channels, height and width, {MOST_VALUES} values at most, got {str(found)[:80]}")
 
 
 def start_from(recipe: Recipe, stage: str, path: str | Path, data: Dataset) -> Recipe:

@@ -95,6 +95,7 @@ class Prune(Training):
     sparsity: float = key(0.9, "fraction of the weights removed", low=0, high=1)
     allocation: Chosen = part("allocation", "uniform", "how the weights that stay are spread over the layers")
     granularity: str = key("weight", "what is removed as one: weight, channel, head, neuron, or N:M such as 2:4 (N of every M inputs stay)")
+    tied: bool = key(False, "channel: layers whose results are added share one mask, so that densify(shrink=True) removes their channels")
     exclude: tuple[str, ...] = key((), "layers that stay dense: names, in which * and ? match, or :first and :last")
     s2ap: bool = key(True, "take the gradient at scores perturbed towards higher loss")
     gamma: float | str = key(

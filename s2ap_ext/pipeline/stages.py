@@ -31,20 +31,23 @@ def pretrain(session: Session, model: nn.Module) -> nn.Module:
 def prune(session: Session, model: nn.Module) -> nn.Module:
     """Makes the dense ``model`` sparse, in place, and searches its mask with the recipe's method, plain or with S2AP."""
     settings = session.recipe.prune
-    method, stepper = start_search(session.recipe, model, session.show.say)
+    method, stepper = start_search(session.recipe, model, session.data.shape, session.show.say)
     Trainer(session, "prune", settings, model, stepper, Search(method, model, stepper, settings.sampled_gradients)).fit()
     method.finish(model)
     return model
 
 
-def start_search(recipe: Recipe, model: nn.Module, tell: Callable[[str], None] = lambda line: None) -> tuple[Method, Stepper]:
+def start_search(
+    recipe: Recipe, model: nn.Module, image: tuple[int, int, int], tell: Callable[[str], None] = lambda line: None
+) -> tuple[Method, Stepper]:
     """Makes the dense ``model`` sparse, in place, and returns the recipe's method with what makes its steps.
 
     Args:
+        image: the shape of an image, [channels, height, width].
         tell: takes what there is to say about layers that stay dense.
     """
     settings = recipe.prune
-    method = make_sparse(model, recipe, tell)
+    method = make_sparse(model, recipe, image, tell)
     on_weights = settings.s2ap and settings.perturbs == "weights"
     base = _sgd(method.parameters(model, perturbed=settings.s2ap and not on_weights), settings)
     if not settings.s2ap:

@@ -124,7 +124,7 @@ class _Ours(_Step):
 
     def __init__(self, recipe: Recipe, data: Dataset, batch: int | None) -> None:
         super().__init__(recipe, data, batch)
-        self.method, self.stepper = start_search(recipe, self.model)
+        self.method, self.stepper = start_search(recipe, self.model, data.shape)
         self.stepper.set_epoch(self.settings.warmup_epochs, max(self.settings.epochs, self.settings.warmup_epochs + 1))
 
     def take(self, x: Tensor, y: Tensor) -> None:

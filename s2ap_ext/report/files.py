@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from .intervals import wilson
+from ..intervals import wilson
 from .of_experiments import tables
 from .of_runs import results_table
 from .page import Table

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..intervals import difference, wilson
 from . import plots
-from .intervals import difference, wilson
 from .page import Artist, Figure, Section, Table, percents, points, span
 from .records import Run
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from ..pipeline.step_profile import StepCost
     from ..speed import Latency, Measured
 
+BAR_WIDTH = 40  # characters
+
 
 def print_table(results: dict[str, Any]) -> None:
     """Prints the models' accuracies, sparsity and training time, each compared with the dense model, and the outcome in a sentence."""
@@ -35,10 +37,22 @@ def print_table(results: dict[str, Any]) -> None:
         )
     console = console_module.Console()
     console.print(table)
+    if console.is_terminal:
+        console.print(_bars(rows))
     if "attacks" in results:
         console.print(attack_table(results["attacks"], rows))
     if len(rows) > 1:
         console.print(verdict(results), highlight=False)
+
+
+def _bars(rows: Sequence[dict[str, Any]]) -> Any:
+    """The robust accuracy of each model as a bar, whose full length is 100 %."""
+    bar_module, table_module = optional("rich.bar"), optional("rich.table")
+    grid = table_module.Table.grid(padding=(0, 1), pad_edge=True)
+    for row in rows:
+        bar = bar_module.Bar(size=1, begin=0, end=row["robust"], width=BAR_WIDTH, color="green")
+        grid.add_row(row["model"], bar, f"{100 * row['robust']:.1f} % robust")
+    return grid
 
 
 def print_profile(rows: Sequence[Measured], batch: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .intervals import difference, wilson
+from ..intervals import difference, wilson
 from .records import Run
 
 

@@ -136,6 +136,13 @@ def test_a_header_that_says_nonsense(case, finished, here, capsys):
     assert [path.name for path in here.iterdir()] == ["x.safetensors"]
 
 
+@pytest.mark.parametrize("image", [None, 8, [8, 8], [1, 8, 0], [1, 8, 8.0], [1, True, 8], [1, 2**13, 2**13], [2**70, 1, 1], "1x8x8"])
+def test_images_of_a_pruned_model_that_are_nonsense(image, finished, here, capsys):
+    tensors, about = checkpoint.load(finished / "pruned.safetensors")
+    checkpoint.save("x.safetensors", tensors, put(image, "image")(about))
+    assert "image: expected channels, height and width" in refused(capsys, "evaluate", "x.safetensors")
+
+
 def test_a_checkpoint_chooses_neither_folder_nor_download(finished, here, monkeypatch, capsys):
     """What its data section names is read once it is named on the command line, with nothing else of that section."""
     parquet(here / "mine", {"img": [png()], "label": [9]})

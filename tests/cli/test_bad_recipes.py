@@ -110,6 +110,7 @@ OVERRIDES = [
     ("prune.granularity=1:99999999999", "granularity: expected"),
     ("prune.granularity=row", "granularity: expected"),
     ("prune.granularity=head", "expected heads to prune, found none"),
+    ("prune.tied=true", "tied: it is for granularity 'channel', got 'weight'"),
     ("prune.exclude=nothing", "exclude: no module is named 'nothing'"),
     ("prune.exclude=*", "expected a layer to prune"),
     ("prune.exclude=[", "exclude"),

@@ -49,8 +49,9 @@ def search(folder, *overrides, stop=lambda: False):
 def start(*overrides):
     """What the search starts from: the model with pruned layers, and its method."""
     recipe = load_recipe("digits", [*SMALL, *overrides])
-    model = new_model(recipe, open_data(recipe))
-    return model, make_sparse(model, recipe)
+    data = open_data(recipe)
+    model = new_model(recipe, data)
+    return model, make_sparse(model, recipe, data.shape)
 
 
 def records(folder):

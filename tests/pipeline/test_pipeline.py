@@ -8,9 +8,10 @@ import torch
 from command_line import refused
 from torch import nn
 
-from s2ap_ext import backend, sparsify
+from s2ap_ext import backend, densify, sparsify
 from s2ap_ext.methods.hydra import Hydra
 from s2ap_ext.nn import pruned_layers
+from s2ap_ext.nn.tied import TiedWeight
 from s2ap_ext.optim import Plain
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, checkpoint, evaluate, load_model, load_recipe, new_model, open_data, run
 from s2ap_ext.pipeline.run_folder import read_metrics
@@ -274,6 +275,22 @@ def test_two_of_four(tmp_path):
     assert list(pruned_layers(model)) == ["conv2", "conv3"]
     for layer in pruned_layers(model).values():
         assert (layer.mask.unflatten(1, (-1, 4)).sum(dim=2) == 2).all()
+
+
+@pytest.mark.parametrize("method", ["hydra", "harp", "magnitude"])
+def test_layers_that_are_added_may_share_a_mask(method, tmp_path):
+    how = ["prune.granularity=channel", "prune.tied=true", "prune.sparsity=0.5", "prune.exclude=:last", f"prune.method={method}"]
+    short = ["pretrain.epochs=1", "prune.epochs=1", "prune.warmup_epochs=0", "finetune.epochs=1"]
+    start(tmp_path / "run", "model.name=resnet18", *how, *short)
+    model, recipe, _ = load_model(tmp_path / "run/finetuned.safetensors")
+    dense, _, _ = load_model(tmp_path / "run/dense.safetensors")
+    assert any(isinstance(module, TiedWeight) for module in model.modules())
+    images = open_data(recipe).test.floats()[:8]
+    with torch.no_grad():
+        before = model.eval()(images)
+        after = densify(model, shrink=True, example=images[:2])(images)
+    assert sum(p.numel() for p in model.parameters()) < 0.7 * sum(p.numel() for p in dense.parameters())
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,15 @@ def test_a_single_model_is_compared_with_nothing(capsys):
     assert "against" not in out
 
 
+def test_a_terminal_gets_bars_of_robust_accuracy(capsys, monkeypatch):
+    report.print_table(RESULTS)
+    assert "█" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    report.print_table(RESULTS)
+    bars = [line for line in capsys.readouterr().out.splitlines() if line.rstrip().endswith("% robust")]
+    assert [line.count("█") for line in bars] == [int(40 * row["robust"]) for row in ROWS]
+
+
 def test_an_analysis_in_numbers(capsys):
     report.print_analysis("runs/mine", ANALYSIS)
     out = capsys.readouterr().out

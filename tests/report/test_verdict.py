@@ -1,25 +1,10 @@
-"""Intervals against SciPy, and the sentences."""
+"""The sentences."""
 
-import pytest
 from report_folders import RESULTS, ROWS, make_run
 from scipy.stats import binomtest
 
 from s2ap_ext.report import read, verdict
-from s2ap_ext.report.intervals import difference, wilson
 from s2ap_ext.report.verdict import verdict_of_runs
-
-
-@pytest.mark.parametrize(("held", "count"), [(0, 1), (1, 1), (0, 50), (50, 50), (7, 20), (327, 359), (4321, 10_000)])
-def test_wilson_is_that_of_scipy(held, count):
-    expected = binomtest(held, count).proportion_ci(method="wilson")
-    assert wilson(held / count, count) == pytest.approx((expected.low, expected.high), abs=1e-9)
-
-
-def test_the_difference_is_that_of_newcombes_paper():
-    """56 of 70 against 48 of 80, his first example: 0.0524 to 0.3339."""
-    assert difference(56 / 70, 48 / 80, 70, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
-    low, high = difference(0.5, 0.5, 100, 100)
-    assert low == pytest.approx(-high)
 
 
 def test_the_verdict_on_a_run():

@@ -14,12 +14,14 @@ def wilson(fraction: float, count: int) -> tuple[float, float]:
         fraction: of the images, in [0, 1].
         count: how many images there were, at least 1.
 
-    Source: Wilson, Journal of the American Statistical Association 1927.
+    Source: Wilson, Journal of the American Statistical Association 22, 1927.
     """
     centre = fraction + Z * Z / (2 * count)
     spread = Z * math.sqrt(fraction * (1 - fraction) / count + Z * Z / (4 * count * count))
     scale = 1 + Z * Z / count
-    return max((centre - spread) / scale, 0.0), min((centre + spread) / scale, 1.0)
+    low = (centre - spread) / scale if fraction > 0 else 0.0  # exactly, whatever rounding makes of it
+    high = (centre + spread) / scale if fraction < 1 else 1.0
+    return max(low, 0.0), min(high, 1.0)
 
 
 def difference(first: float, second: float, first_count: int, second_count: int) -> tuple[float, float]:
