@@ -63,6 +63,6 @@ def _show(run: Run) -> None:
     plots = report.write_plots(run)
     report.print_table(run.results)
     if "latency" in run.results:
-        report.print_latency(speed.Latency(**row) for row in run.results["latency"])
+        report.print_latency([speed.Latency(**row) for row in run.results["latency"]])
     if plots:
         print(f"Plots: {', '.join(str(path) for path in plots)}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +22,10 @@ from ..pipeline import STAGES, Recipe, RunFolder, Session, progress
 from ..pipeline.model_file import adopt
 from ..pipeline.recipe import from_table, to_table
 from ..pipeline.records import CONFIG
-from ..pipeline.run_folder import RESULTS, read_metrics, read_recipe, read_results
+from ..pipeline.run_folder import RESULTS, Locked, read_metrics, read_recipe, read_results
 from .attacked import Settings, attack, is_attacked
+
+PATIENCE = 30.0  # seconds: longer than a step takes, after which the process of a killed experiment ends
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,28 @@ def do(job: Job, stop: Callable[[], bool], show: progress.Silent | None = None) 
     """
     recipe = from_table(job.recipe)
     data = open_data(recipe)
-    begun = (job.folder / CONFIG).is_file()
-    with RunFolder.resume(job.folder) if begun else RunFolder.create(job.folder, recipe) as folder:
+    with _opened(job, recipe, stop) as folder:
         if job.start is not None:
             _take_over(job.start, folder, recipe, data)
         row = pipeline.run(Session(recipe, data, folder, show or progress.Silent(), stop), job.stages)[-1]
         for name, settings in job.attacked.items():
             attack(folder.path, name, settings, recipe, data, stop)
         return row
+
+
+def _opened(job: Job, recipe: Recipe, stop: Callable[[], bool]) -> RunFolder:
+    """The job's run folder, made or opened again. Another process may work there for ``PATIENCE`` seconds.
+
+    For when an experiment is killed and goes on at once, the processes that did its jobs are about to end.
+    """
+    begin = time.monotonic()
+    while True:
+        try:
+            return RunFolder.resume(job.folder) if (job.folder / CONFIG).is_file() else RunFolder.create(job.folder, recipe)
+        except Locked:
+            if stop() or time.monotonic() - begin > PATIENCE:
+                raise
+            time.sleep(0.1)
 
 
 def open_data(recipe: Recipe) -> Dataset:

@@ -45,6 +45,10 @@ CHECKSUM = "\n# checksum: "  # of config.toml, in its last line
 STATE, STATE_BEFORE = "state.safetensors", "state-before.safetensors"
 
 
+class Locked(ValueError):
+    """Another process works in the folder."""
+
+
 class RunFolder:
     """An open run folder. Use :meth:`create` or :meth:`resume`, and :meth:`close` it at the end (or use it in a ``with``).
 
@@ -66,7 +70,8 @@ class RunFolder:
         """Makes the folder with its config.toml.
 
         Raises:
-            ValueError: ``path`` is there and is not an empty folder, or another process works in it.
+            ValueError: ``path`` is there and is not an empty folder.
+            Locked: another process works in it.
         """
         path = Path(path)
         # What a process left that was killed before its config.toml was in place is nothing to lose.
@@ -82,7 +87,8 @@ class RunFolder:
         """Opens the folder of a run that was stopped.
 
         Raises:
-            ValueError: as :func:`read_recipe` and :func:`read_metrics`; another process works in it.
+            ValueError: as :func:`read_recipe` and :func:`read_metrics`.
+            Locked: another process works in it.
         """
         read_recipe(path)
         path = Path(path)
@@ -257,7 +263,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Within it no other process can work in the folder ``path``; raises ValueError if one does."""
+    """Within it no other process can work in the folder ``path``; raises :class:`Locked` if one does."""
     lock = _lock(path)
     try:
         yield
@@ -282,7 +288,7 @@ def _lock(path: Path) -> IO[str]:
             file.seek(0)
             owner = file.read().strip()
             file.close()
-            raise ValueError(f"{path}: another process works in this folder{f' (process {owner})' if owner else ''}") from None
+            raise Locked(f"{path}: another process works in this folder{f' (process {owner})' if owner else ''}") from None
         if _is_still(file, path / LOCK):
             break
         file.close()  # its owner has just removed it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..pipeline.extras import optional
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..speed import Latency, Measured
 
 BAR_WIDTH = 40  # characters
+GAIN = 1.5  # times as fast: less than that is called little
 
 
 def print_table(results: dict[str, Any]) -> None:
@@ -75,8 +76,8 @@ def print_profile(rows: Sequence[Measured], batch: int) -> None:
     console_module.Console().print(table)
 
 
-def print_latency(rows: Iterable[Latency]) -> None:
-    """Prints how long batches of images take, dense and on the kept weights."""
+def print_latency(rows: Sequence[Latency]) -> None:
+    """Prints how long batches of images take, dense and on the kept weights, and a remark if the network is too small to gain."""
     console_module, table_module = optional("rich.console"), optional("rich.table")
     table = table_module.Table(title="inference on the CPU", title_style="bold")
     for column in ("batch", "dense ms", "sparse ms", "ratio", "dense images/s", "sparse images/s"):
@@ -84,7 +85,11 @@ def print_latency(rows: Iterable[Latency]) -> None:
     for row in rows:
         rates = [f"{1e3 * row.batch / ms:,.0f}" for ms in (row.dense_ms, row.sparse_ms)]
         table.add_row(str(row.batch), f"{row.dense_ms:.2f}", f"{row.sparse_ms:.2f}", f"{row.dense_ms / row.sparse_ms:.1f}", *rates)
-    console_module.Console().print(table)
+    console = console_module.Console()
+    console.print(table)
+    if max(row.dense_ms / row.sparse_ms for row in rows) < GAIN:
+        line = "A network this small gains little from its zeros; larger ones do (docs/sparse.md, examples/deploy.py)."
+        console.print(line, highlight=False)
 
 
 def _accuracy(row: dict[str, Any], dense: dict[str, Any] | None, kind: str) -> str:

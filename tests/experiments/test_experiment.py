@@ -1,5 +1,6 @@
 """Whole experiments, tiny: sharing changes nothing, what was stopped goes on to the same table, and all figures come from the table."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,14 @@ from command_line import TINY, refused
 from scipy import stats
 
 from s2ap_ext.cli import main
-from s2ap_ext.experiments import read_plan, read_table, summarise, to_markdown, workers
-from s2ap_ext.experiments.jobs import do
+from s2ap_ext.experiments import jobs, read_plan, read_table, summarise, to_markdown, workers
+from s2ap_ext.experiments.jobs import Job, do
 from s2ap_ext.experiments.plan import from_table, to_toml
 from s2ap_ext.experiments.runner import run
 from s2ap_ext.pipeline import RunFolder, Session, checkpoint, load_recipe, open_data, progress
 from s2ap_ext.pipeline import run as run_alone
-from s2ap_ext.pipeline.run_folder import locked, read_metrics
+from s2ap_ext.pipeline.recipe import to_table
+from s2ap_ext.pipeline.run_folder import Locked, locked, read_metrics, read_recipe
 
 SETTINGS = dict(text.split("=") for text in [*TINY, "model.width=4", "prune.epochs=2", "prune.warmup_epochs=1", "prune.lr=1"])
 PLAN = from_table(
@@ -166,6 +169,18 @@ def test_ctrl_c_is_answered_with_the_command_that_goes_on(finished, tmp_path, mo
 def test_a_second_process_is_refused(finished):
     with locked(finished), pytest.raises(ValueError, match=r"tiny: another process works in this folder \(process \d+\)"):
         run(read_plan(finished), finished)
+
+
+def test_a_process_that_is_about_to_end_is_waited_for(finished, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(finished / "runs" / "plain" / "seed-0", tmp_path / "seed-0"))
+    job = Job(folder, to_table(read_recipe(folder)), ("finetune",), None, "plain", 0)
+    with contextlib.ExitStack() as other:
+        other.enter_context(locked(folder))
+        threading.Timer(0.5, other.close).start()
+        assert do(job, lambda: False)["model"] == "finetuned"
+    monkeypatch.setattr(jobs, "PATIENCE", 0.2)
+    with locked(folder), pytest.raises(Locked, match="another process works in this folder"):
+        do(job, lambda: False)
 
 
 def test_a_finished_experiment_has_nothing_to_do_and_takes_more_seeds(finished, tmp_path, capsys):
