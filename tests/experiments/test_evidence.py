@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from s2ap_ext.experiments import load_plan, summarise
 from s2ap_ext.experiments.table import read_table
 from s2ap_ext.experiments.words import percent
@@ -9,13 +11,29 @@ from s2ap_ext.experiments.words import percent
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_table_of_the_controls_is_that_of_the_rows():
-    summary = summarise(load_plan("causal"), read_table(ROOT / "benchmarks/results/causal-digits.csv"))
+def summary_of(plan, file):
+    return summarise(load_plan(plan), read_table(ROOT / "benchmarks/results" / file))
+
+
+@pytest.mark.parametrize(("plan", "file", "arms"), [("causal", "causal-digits.csv", 8), ("compare", "compare-digits.csv", 6)])
+def test_the_table_of_a_section_is_that_of_the_rows(plan, file, arms):
+    summary = summary_of(plan, file)
     page = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
-    assert len(summary["arms"]) == 8
+    section = next(part for part in page.split("\n## ") if f"s2ap experiment {plan}\n" in part)
+    assert len(summary["arms"]) == arms
     for arm in summary["arms"]:
         last, mask = arm["models"][arm["model"]], arm["models"]["pruned"]
-        assert f"| {arm['arm']} | {percent(last['clean'])} | {percent(last['robust'])} | {percent(mask['robust'])} |" in page
+        assert f"| {arm['arm']} | {percent(last['clean'])} | {percent(last['robust'])} | {percent(mask['robust'])} |" in section
+
+
+def test_what_is_said_of_the_methods():
+    summary = summary_of("compare", "compare-digits.csv")
+    clear = [(one["arm"], one["metric"]) for one in summary["comparisons"] if one["p_corrected"] < 0.05]
+    assert clear == [("rst-s2ap", "pruned.mask_distance")]
+
+
+def test_what_is_said_of_the_controls():
+    summary = summary_of("causal", "causal-digits.csv")
     last = [one for one in summary["comparisons"] if one["metric"] == "robust"]
     assert len(last) == 13
     assert min(one["p_corrected"] for one in last) > 0.05
