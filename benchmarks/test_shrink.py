@@ -13,6 +13,7 @@ from torch import nn
 from s2ap_ext import densify, sparsify
 from s2ap_ext.models import build_model
 from s2ap_ext.nn.shrink import size_of
+from s2ap_ext.nn.tracing import configured_calls
 
 # name -> (model, its options, those for --quick, side of its images, what is removed as one, in this order)
 NETWORKS = {
@@ -24,6 +25,18 @@ NETWORKS = {
     "ViT, neurons": ("vit", {"heads": 6}, {"depth": 2}, 32, ("neuron",)),
     "ViT, heads and neurons": ("vit", {"heads": 6}, {"depth": 2}, 32, ("head", "neuron")),
 }
+
+# Families of Hugging Face's transformers -> their configuration where it is not their own default.
+SMALL = {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6}
+FAMILIES = {
+    "ViT": {**SMALL, "intermediate_size": 1536},
+    "DeiT": {**SMALL, "intermediate_size": 1536},
+    "Dinov2": SMALL,
+    "Bert": {**SMALL, "intermediate_size": 1536},
+    "Swin": {},
+    "MobileViT": {},
+}
+QUICK = {"num_hidden_layers": 1}
 
 
 def trained(name, options):
@@ -77,8 +90,36 @@ def test_inference(side_by_side, quick, network):
             warm=True,
             what=f"inference, {network}, half removed, batch {len(x)} of {side}x{side}",
         )
-    old, new = (size_of(net, x[:1]) for net in (before, after))
-    ROWS[-1]["note"] = (
-        f"Parameters {old.parameters:,} -> {new.parameters:,}; FLOPs of an image {old.flops:.4g} -> {new.flops:.4g} "
+    ROWS[-1]["note"] = note(before, after, x[:1], apart)
+
+
+def note(before, after, example, apart):
+    old, new = (size_of(net, example) for net in (before, after))
+    return (
+        f"Parameters {old.parameters:,} -> {new.parameters:,}; FLOPs of an input {old.flops:.4g} -> {new.flops:.4g} "
         f"({old.flops / new.flops:.2f} times fewer); logits differ by {apart:.1g} at most."
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_of_hugging_face(side_by_side, quick, family):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    options = FAMILIES[family] | (QUICK if quick and FAMILIES[family] else {})
+    config = getattr(transformers, f"{family}Config")(**options)
+    what = "Sequence" if family == "Bert" else "Image"
+    model = getattr(transformers, f"{family}For{what}Classification")(config).eval().requires_grad_(False)
+    batch = 1 if quick else 8
+    x = {name: value[:1].repeat_interleave(batch, dim=0) for name, value in configured_calls(model)[0][1].items()}
+    sparsify(model, 0.5, granularity="head")
+    before, after = densify(copy.deepcopy(model)), densify(model, shrink=True)
+    with torch.no_grad():
+        apart = (after(**x).logits - before(**x).logits).abs().max().item()
+        assert apart <= 1e-5
+        side_by_side(
+            {"smaller": lambda: after(**x), "masked": lambda: before(**x)},
+            rounds=7,
+            warm=True,
+            what=f"inference, {family} of Hugging Face, half of the heads removed, batch {batch}",
+        )
+    ROWS[-1]["note"] = note(before, after, {name: value[:1] for name, value in x.items()}, apart)
