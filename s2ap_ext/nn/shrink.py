@@ -42,8 +42,13 @@ class Size(NamedTuple):
 def size_of(model: nn.Module, example: Any) -> Size:
     """The size of ``model`` in evaluation mode, for an input of it as :func:`shrink_channels` takes it."""
     args, kwargs = arguments(example)
-    with evaluation_mode(model, freeze=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention may be one operation then, of which the counter knows nothing
+    try:
+        with evaluation_mode(model, freeze=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
 
 

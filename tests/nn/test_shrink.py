@@ -10,6 +10,7 @@ from helpers import assert_same_state
 from torch import nn
 
 from s2ap_ext import densify, sparsify
+from s2ap_ext.models import build_model
 from s2ap_ext.nn.shrink import shrink_channels, size_of
 
 
@@ -325,3 +326,10 @@ def test_code_that_does_not_take_fewer_channels_leaves_the_model_as_it_was():
     assert_same_state(model, before)
     assert channels(model) == channels(before)
     assert repr(model) == repr(before)
+
+
+def test_attention_in_one_operation_counts_too():
+    """nn.MultiheadAttention takes a fused one where no parameter wants a gradient."""
+    model, x = build_model("vit", num_classes=10, depth=1, seed=0).eval(), torch.rand(1, 3, 32, 32)
+    assert size_of(model, x) == size_of(model.requires_grad_(False), x)
+    assert torch.backends.mha.get_fastpath_enabled()
