@@ -46,16 +46,37 @@ class Snapshot:
         return tensor._version == self.version and tensor.data_ptr() == self.alias.data_ptr()
 
 
+class ValueSnapshot(Snapshot):
+    """The same for a small tensor that may be overwritten with what it holds.
+
+    DistributedDataParallel does that to every buffer before each forward, at least with torch 2.11.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor)
+        self.value = self.alias.clone()
+
+    def matches(self, tensor: Tensor) -> bool:
+        if super().matches(tensor):
+            return True
+        if tensor.data_ptr() != self.alias.data_ptr() or not torch.equal(tensor, self.value):
+            return False
+        self.version = tensor._version
+        return True
+
+
 class Origin(NamedTuple):
     """What a masked weight was made from."""
 
     scores: Snapshot
     weight: Snapshot
-    kept: Snapshot
+    kept: ValueSnapshot
 
     @classmethod
     def of(cls, layer: PrunedLayer) -> Origin:
-        return cls(Snapshot(layer.scores), Snapshot(layer.weight), Snapshot(layer.kept))
+        return cls(Snapshot(layer.scores), Snapshot(layer.weight), ValueSnapshot(layer.kept))
 
     def matches(self, layer: PrunedLayer) -> bool:
         """Whether the layer's tensors are still what they were."""

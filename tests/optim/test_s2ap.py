@@ -441,6 +441,27 @@ def test_distributed_data_parallel(tmp_path):
     assert_same_state(net, twin)
 
 
+def test_buffers_may_be_overwritten_with_what_they_hold():
+    """As DistributedDataParallel does before each forward."""
+    layer, optimizer, backward = toy()
+    twin, other, twin_backward = toy()
+    layer.masked_weight  # noqa: B018 (it selects)
+    for move, twin_move in ((optimizer.ascend, other.ascend), (optimizer.descend, other.descend)):
+        before = layer.mask_state.selection
+        layer.kept.copy_(layer.kept.clone())
+        assert backward() == twin_backward()
+        assert layer.mask_state.selection is before is not None  # nothing was selected anew
+        move()
+        twin_move()
+    assert_same_state(layer, twin)
+    optimizer.zero_grad()
+    backward()
+    optimizer.ascend()
+    layer.kept.add_(1)
+    with pytest.raises(RuntimeError, match=r"changed between ascend\(\) and descend\(\)"):
+        backward()
+
+
 # Errors
 
 
