@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -182,8 +182,7 @@ def per_layer(values: Tensor | None, name: str, scores: Sequence[Tensor]) -> Ten
 def gammas(gamma: float | Tensor, scores: Sequence[Tensor]) -> Tensor:
     """One for each layer; values known on the host are range-checked."""
     if not isinstance(gamma, Tensor):
-        check_size("gamma", gamma)
-        return torch.full((len(scores),), gamma, dtype=torch.float64, device=_device(scores))
+        return torch.full((len(scores),), check_size("gamma", gamma), dtype=torch.float64, device=_device(scores))
     gamma = per_layer(gamma, "gamma", scores)
     if gamma.device.type != "cuda":  # reading it would synchronise
         for i, value in enumerate(gamma.tolist()):
@@ -191,9 +190,11 @@ def gammas(gamma: float | Tensor, scores: Sequence[Tensor]) -> Tensor:
     return gamma
 
 
-def check_size(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+def check_size(name: str, value: float) -> float:
+    """``value`` as a float; raises ValueError if it is negative or not finite."""
+    if not 0 <= value <= sys.float_info.max:  # an int may be larger
+        raise ValueError(f"{name}: expected a finite number >= 0, got {str(value)[:80]}")
+    return float(value)
 
 
 def _device(scores: Sequence[Tensor]) -> torch.device | None:

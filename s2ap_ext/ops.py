@@ -161,7 +161,7 @@ def perturb(
             z = gamma * s.norm() * g / (g.norm() + eps)
             masked.append(select(s + z, w, k))
     """
-    check_size("eps", eps)
+    eps = check_size("eps", eps)
     masked = outputs(out, weights)
     check_lists({"scores": scores, "grads": grads, "weights": weights, "out": masked})
     cuts = check_cuts(cuts, "cuts", scores)

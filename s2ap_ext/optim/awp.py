@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._arguments import check_size
 from ..nn.layers import pruned_layers
-from .perturbed import Perturbed, check_size
+from .perturbed import Perturbed
 
 
 class AWP(Perturbed):

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .._arguments import check_size
 from ..nn.layers import Pruned
-from .perturbed import check_size
 
 Gamma = float | Mapping[str, float] | Tensor
 

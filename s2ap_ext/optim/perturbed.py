@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._arguments import check_size
 from ..parts import make
 from .ascents import Ascent
 from .ascents.exact import Exact
@@ -272,9 +272,3 @@ class _Backward:
         finally:
             if statistics is not None:
                 statistics.restore()
-
-
-def check_size(name: str, value: float) -> None:
-    """Raises ValueError if ``value`` is negative or not finite."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")

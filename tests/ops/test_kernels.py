@@ -77,6 +77,14 @@ def test_a_gamma_for_each_layer_is_one_call_for_each_layer():
         assert same_bits(scales[i], scale[0])
 
 
+def test_a_gamma_may_be_an_integer_beyond_64_bits():
+    layers = [torch.arange(1.0, 9), torch.ones(8), torch.arange(8.0)]
+    (scores, grads, weights), (_, cuts) = ([[t] for t in layers], ops.select([layers[0]], [layers[2]], [3]))
+    whole, real = (ops.perturb(scores, grads, weights, [3], cuts, gamma=gamma) for gamma in (2**70, 2.0**70))
+    assert torch.equal(whole[0][0], real[0][0])
+    assert torch.equal(whole[2], real[2])
+
+
 def test_gamma_0_leaves_a_layer_where_it_is():
     s, g, w = randn(1000), randn(1000, seed=1), randn(1000, seed=2)
     s[7] = torch.inf  # the norm times 0 would be NaN
@@ -394,6 +402,7 @@ BAD_CALLS = {
     r"scores\[1\]: expected memory of its own, got that of grads\[1\]": lambda s, w: ops.update(s, [randn(4), s[1]], [], lr=0.1),
     r"cuts: expected contiguous int64": lambda s, w: ops.select(s, w, [1, 1], cuts=torch.zeros(2, 4, dtype=torch.int64)),
     r"gamma: expected a finite number >= 0, got -1": lambda s, w: perturb_with(s, w, -1),
+    r"gamma: expected a finite number >= 0, got 1000": lambda s, w: perturb_with(s, w, 10**400),
     r"gamma\[1\]: expected a finite number >= 0, got nan": lambda s, w: perturb_with(s, w, gamma([0.1, float("nan")])),
     r"gamma\[0\]: expected a finite number >= 0, got -0.1": lambda s, w: perturb_with(s, w, gamma([-0.1, 0.1])),
     r"gamma: expected float64 of shape \(2,\) on cpu, got torch.float64 of shape \(3,\)": lambda s, w: perturb_with(s, w, gamma([1, 1, 1])),
