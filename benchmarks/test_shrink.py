@@ -36,7 +36,10 @@ FAMILIES = {
     "Swin": {},
     "MobileViT": {},
 }
-QUICK = {"num_hidden_layers": 1}
+QUICK = {family: {"num_hidden_layers": 1} for family in ("ViT", "DeiT", "Dinov2", "Bert")} | {
+    "Swin": {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+    "MobileViT": {"image_size": 32, "hidden_sizes": [8, 12, 16], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16]},
+}
 
 
 def trained(name, options):
@@ -105,7 +108,7 @@ def note(before, after, example, apart):
 def test_heads_of_hugging_face(side_by_side, quick, family):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    options = FAMILIES[family] | (QUICK if quick and FAMILIES[family] else {})
+    options = FAMILIES[family] | (QUICK[family] if quick else {})
     config = getattr(transformers, f"{family}Config")(**options)
     what = "Sequence" if family == "Bert" else "Image"
     model = getattr(transformers, f"{family}For{what}Classification")(config).eval().requires_grad_(False)

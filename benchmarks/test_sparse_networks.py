@@ -115,7 +115,7 @@ def test_inference(side_by_side, quick, batch, tmp_path):
 
 @pytest.mark.parametrize("name", ["VGG16", "WRN-28-4", "ViT"])
 def test_inference_of_other_networks(side_by_side, quick, name, tmp_path):
-    batch = 9 if quick else 64
+    batch = 2 if quick else 64
     x, _ = images(batch)
     functions, notes = {}, {}
     for sparsity in SEARCHES:

@@ -78,8 +78,6 @@ def test_an_epoch_of_streamed_jpegs(folder, quick, benchmark, workers):
         }
     )
     assert found["resident"] < LIMIT
-    if not quick:
-        assert max(share, found["decoding"]) >= 0.9  # the share falls where other programs want the cores too
 
 
 def measure(folder, workers):
