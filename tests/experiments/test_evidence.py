@@ -15,7 +15,10 @@ def summary_of(plan, file):
     return summarise(load_plan(plan), read_table(ROOT / "benchmarks/results" / file))
 
 
-@pytest.mark.parametrize(("plan", "file", "arms"), [("causal", "causal-digits.csv", 8), ("compare", "compare-digits.csv", 6)])
+@pytest.mark.parametrize(
+    ("plan", "file", "arms"),
+    [("causal", "causal-digits.csv", 8), ("compare", "compare-digits.csv", 6), ("gamma", "gamma-digits.csv", 5)],
+)
 def test_the_table_of_a_section_is_that_of_the_rows(plan, file, arms):
     summary = summary_of(plan, file)
     page = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
@@ -30,6 +33,14 @@ def test_what_is_said_of_the_methods():
     summary = summary_of("compare", "compare-digits.csv")
     clear = [(one["arm"], one["metric"]) for one in summary["comparisons"] if one["p_corrected"] < 0.05]
     assert clear == [("rst-s2ap", "pruned.mask_distance")]
+
+
+def test_what_is_said_of_gamma():
+    summary = summary_of("gamma", "gamma-digits.csv")
+    assert min(one["p_corrected"] for one in summary["comparisons"]) > 0.05
+    robust = [100 * arm["models"]["finetuned"]["robust"]["mean"] for arm in summary["arms"][1:]]
+    assert robust == sorted(robust, reverse=True)
+    assert round(robust[0] - robust[-1], 1) == 0.8
 
 
 def test_what_is_said_of_the_controls():
