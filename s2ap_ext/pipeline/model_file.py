@@ -30,7 +30,7 @@ from .sections import Chosen, Recipe
 
 RECENT = 16  # batches of images, the last of an epoch, from which BatchNorm's statistics are taken anew
 MOST = 65_536  # channels, classes and pixels of a side that a checkpoint may ask for
-MOST_VALUES = 2**24  # of an image that a checkpoint may ask for
+MOST_VALUES = 2**20  # of an image that a checkpoint may ask for
 SLACK = 1000  # parameters beyond those in its file at which counting a model's is given up at the latest
 
 
