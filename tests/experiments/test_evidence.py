@@ -17,7 +17,12 @@ def summary_of(plan, file):
 
 @pytest.mark.parametrize(
     ("plan", "file", "arms"),
-    [("causal", "causal-digits.csv", 8), ("compare", "compare-digits.csv", 6), ("gamma", "gamma-digits.csv", 5)],
+    [
+        ("causal", "causal-digits.csv", 8),
+        ("compare", "compare-digits.csv", 6),
+        ("gamma", "gamma-digits.csv", 5),
+        ("finetune", "finetune-digits.csv", 2),
+    ],
 )
 def test_the_table_of_a_section_is_that_of_the_rows(plan, file, arms):
     summary = summary_of(plan, file)
@@ -41,6 +46,12 @@ def test_what_is_said_of_gamma():
     robust = [100 * arm["models"]["finetuned"]["robust"]["mean"] for arm in summary["arms"][1:]]
     assert robust == sorted(robust, reverse=True)
     assert round(robust[0] - robust[-1], 1) == 0.8
+
+
+def test_what_is_said_of_finetuning():
+    (robust,) = [one for one in summary_of("finetune", "finetune-digits.csv")["comparisons"] if one["metric"] == "robust"]
+    assert robust["p"] > 0.05
+    assert round(100 * max(-robust["low"], robust["high"]), 1) == 0.5
 
 
 def test_what_is_said_of_the_controls():
