@@ -47,20 +47,26 @@ def tables(found: Experiment) -> list[Table]:
             [
                 f"{row['arm']} against {row['against']}",
                 row["metric"],
-                points(row["difference"]),
-                span((row["low"], row["high"])),
+                *_difference(row),
                 f"{row['p']:.3g}",
                 f"{row['p_corrected']:.3g}",
             ]
             for row in compared
         ]
-        columns = ["comparison", "metric", "difference, points", "95 % interval", "p", "p, corrected"]
+        columns = ["comparison", "metric", "difference (of accuracies in points)", "95 % interval", "p", "p, corrected"]
         both.append(Table("Paired by seed; p is corrected for the number of comparisons", columns, rows))
     return both
 
 
 def _cells(value: Mapping[str, float]) -> list[str]:
     return [percents(value["mean"]), span((value["low"], value["high"]))]
+
+
+def _difference(row: Mapping[str, Any]) -> list[str]:
+    """The difference of two arms with its interval: that of accuracies in points, any other in the metric's own unit."""
+    if row.get("unit", "points") == "points":
+        return [points(row["difference"]), span((row["low"], row["high"]))]
+    return [f"{row['difference']:+.3g}", f"{row['low']:.3g} to {row['high']:.3g}"]
 
 
 def _mark(value: Mapping[str, float]) -> tuple[float, float, float]:

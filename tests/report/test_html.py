@@ -296,6 +296,17 @@ def test_an_experiment_in_numbers(folders):
     assert page.verdict == "A larger gamma gives more <robust> models."
 
 
+def test_differences_of_other_metrics_are_no_points(tmp_path):
+    folder = make_experiment(tmp_path / "sweep")
+    summary = json.loads((folder / "summary.json").read_text())
+    (compared,) = summary["comparisons"]
+    moved = compared | {"metric": "pruned.mask_distance", "unit": "", "difference": -0.001002, "low": -0.00136, "high": -0.000648}
+    (folder / "summary.json").write_text(json.dumps(summary | {"comparisons": [moved]}))
+    page = Page(to_html(*read_all([folder])))
+    (row,) = page.tables["Paired by seed; p is corrected for the number of comparisons"][1:]
+    assert row[1:4] == ["pruned.mask_distance", "-0.001", "-0.00136 to -0.000648"]
+
+
 def test_experiments_and_runs_share_a_page(folders):
     page = Page(to_html(*read_all([folders["sweep"], folders["two"]])))
     assert "By gamma" in page.tables
