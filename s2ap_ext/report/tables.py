@@ -77,7 +77,7 @@ def print_profile(rows: Sequence[Measured], batch: int) -> None:
 
 
 def print_latency(rows: Sequence[Latency]) -> None:
-    """Prints how long batches of images take, dense and on the kept weights, and a remark if the network is too small to gain."""
+    """Prints how long batches of images take, dense and on the kept weights, and a remark where the zeros gain little."""
     console_module, table_module = optional("rich.console"), optional("rich.table")
     table = table_module.Table(title="inference on the CPU", title_style="bold")
     for column in ("batch", "dense ms", "sparse ms", "ratio", "dense images/s", "sparse images/s"):
@@ -88,7 +88,7 @@ def print_latency(rows: Sequence[Latency]) -> None:
     console = console_module.Console()
     console.print(table)
     if max(row.dense_ms / row.sparse_ms for row in rows) < GAIN:
-        line = "A network this small gains little from its zeros; larger ones do (docs/sparse.md, examples/deploy.py)."
+        line = "The zeros gain little here; in a larger network, or with more of them, they do (docs/sparse.md, examples/deploy.py)."
         console.print(line, highlight=False)
 
 
