@@ -3,15 +3,15 @@
 ``s2ap_ext._C`` (CPU kernels) wherever there is a C++ compiler, ``s2ap_ext._C_cuda`` wherever there is nvcc, GPU or not.
 A part that cannot be built is left out with one line why, which ``s2ap_ext/_build.json`` keeps for ``s2ap doctor``.
 
-CUDA kernels are built for the GPUs of this machine. Without one they are built for the oldest generation only, and go along as PTX: the
-driver of any later GPU compiles that when they are first used, which takes it a while, once.
+CUDA kernels are built for the GPUs of this machine. Without one they go along only as PTX of the oldest generation: the driver of any GPU
+compiles that when they are first used, which takes it a while, once.
 
 Environment:
     S2AP_NO_CUDA=1         leave the CUDA library out
     S2AP_FORCE_CUDA=1      fail where the CUDA library cannot be built
     CUDA_HOME              the CUDA toolkit (default: that of the nvcc on PATH, then /usr/local/cuda)
     S2AP_ALL_ARCHS=1       build the CUDA library for every generation of GPUs, so that no driver need compile it
-    TORCH_CUDA_ARCH_LIST   e.g. "8.0;9.0+PTX" (default: the GPUs of this machine; without one, the oldest generation and PTX)
+    TORCH_CUDA_ARCH_LIST   e.g. "8.0;9.0+PTX" (default: the GPUs of this machine; without one, PTX of the oldest generation)
     CXX, MAX_JOBS          the C++ compiler; how many run at once
 """
 
@@ -88,10 +88,11 @@ def output_of(*command: str | Path) -> str:
         raise Unavailable(f"{command[0]} failed: {words[0] if words else error}") from error
 
 
-def choose_architectures(nvcc: Path) -> None:
-    """Sets TORCH_CUDA_ARCH_LIST, which torch reads, where the user did not."""
+def choose_architectures(nvcc: Path) -> tuple[str, list[str]]:
+    """The GPUs to build for, in words, and the flags of nvcc that say so. No flags where torch reads them from TORCH_CUDA_ARCH_LIST, which
+    is set here where the user did not."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return
+        return os.environ["TORCH_CUDA_ARCH_LIST"], []
     known = output_of(nvcc, "--list-gpu-arch").split()
     generations = [a for a in GENERATIONS if f"compute_{a.replace('.', '')}" in known]
     if enabled("S2AP_ALL_ARCHS"):
@@ -99,9 +100,11 @@ def choose_architectures(nvcc: Path) -> None:
     elif torch_cuda.device_count():
         capabilities = {torch_cuda.get_device_capability(i) for i in range(torch_cuda.device_count())}
         chosen = [f"{major}.{minor}" for major, minor in sorted(capabilities)]
-    else:
-        chosen = generations[:1]
+    else:  # To assemble for one generation, which may not be the user's, would take half of the build's time.
+        virtual = f"compute_{generations[0].replace('.', '')}"
+        return f"PTX of {generations[0]}", [f"-gencode=arch={virtual},code={virtual}"]
     os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(chosen) + "+PTX"
+    return os.environ["TORCH_CUDA_ARCH_LIST"], []
 
 
 def quoted(name: str, text: str) -> str:
@@ -133,7 +136,7 @@ def configure_cuda(extension: Extension, temporary: Path) -> None:
         raise Unavailable(
             f"nvcc is of CUDA {release.group(1)}, torch of CUDA {torch_versions.cuda}; set CUDA_HOME to a toolkit that fits torch"
         )
-    choose_architectures(toolkit / "bin/nvcc")
+    gpus, architecture_flags = choose_architectures(toolkit / "bin/nvcc")
     cpp_extension.CUDA_HOME = str(toolkit)  # a CPU-only torch never looks for one
     extension.include_dirs.append(str(toolkit / "include"))
     extension.library_dirs += [str(toolkit / lib) for lib in ("lib64", "lib") if (toolkit / lib).exists()]
@@ -147,8 +150,8 @@ def configure_cuda(extension: Extension, temporary: Path) -> None:
         extension.library_dirs.append(str(temporary))
     # The static CUDA runtime: it needs none of the user's CUDA libraries, only the driver.
     extension.extra_link_args += ["-ltorch_cuda", "-lcudart_static", "-lrt", "-ldl", "-Wl,--exclude-libs,libcudart_static.a"]
-    extension.extra_compile_args["cxx"].append(quoted("S2AP_GPUS", os.environ["TORCH_CUDA_ARCH_LIST"]))
-    extension.extra_compile_args["nvcc"] = list(NVCC_FLAGS)
+    extension.extra_compile_args["cxx"].append(quoted("S2AP_GPUS", gpus))
+    extension.extra_compile_args["nvcc"] = [*NVCC_FLAGS, *architecture_flags]
 
 
 @contextmanager

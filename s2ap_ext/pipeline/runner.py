@@ -184,12 +184,15 @@ def reproducible(recipe: Recipe) -> Iterator[None]:
 
     Afterwards these settings and torch's random state are the caller's again.
     """
-    algorithms, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
+    mode, cudnn = torch.get_deterministic_debug_mode(), torch.backends.cudnn.deterministic
     deterministic: Any = torch.utils.deterministic  # a module whose attributes are properties
     fill, threads = deterministic.fill_uninitialized_memory, torch.get_num_threads()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a workspace of its own
     try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        # The same as use_deterministic_algorithms(True, warn_only=True), which imports torch's compiler: seconds that only compiling needs.
+        torch.set_deterministic_debug_mode("warn")
+        if recipe.compile:
+            torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.deterministic = True
         deterministic.fill_uninitialized_memory = False  # costs time and makes no difference here
         torch.set_num_threads(recipe.threads or threads)
@@ -197,7 +200,9 @@ def reproducible(recipe: Recipe) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(algorithms)
+        if recipe.compile:
+            torch.use_deterministic_algorithms(mode > 0)
+        torch.set_deterministic_debug_mode(mode)
         torch.backends.cudnn.deterministic = cudnn
         deterministic.fill_uninitialized_memory = fill
 
