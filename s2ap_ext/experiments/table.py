@@ -18,7 +18,7 @@ from .jobs import Job
 TABLE = "table.csv"
 FIRST = ("arm", "seed", "model", "clean", "robust", "sparsity", "images", "seconds")  # columns that each table has, in front
 NAMES = {"arm", "model"}  # columns that hold texts; all others hold numbers
-LOST = {"stage", "epoch", "lr", "clean", "robust", "seconds", "steps", "flips", "passes", "gamma"}  # of a record: told in another way
+LOST = {"stage", "epoch", "lr", "clean", "robust", "seconds", "steps", "flips", "unflipped", "passes", "gamma"}  # of a record: told in another way
 Row = dict[str, Any]
 
 
@@ -30,6 +30,7 @@ def rows_of(job: Job) -> list[Row]:
 
     * ``seconds_per_step``, over all epochs;
     * ``flips`` (mask entries that a perturbation flipped, per step, relative to the kept weights), over the epochs with perturbed steps;
+    * ``unflipped``, the share of the layers in a step whose mask the perturbation did not change, over the same epochs;
     * ``passes`` (backward passes per step), over the same epochs, or over all where there are none;
     * ``gamma``, the mean over the layers and those epochs;
     * every other number in its records, such as ``mask_distance``, as the last epoch has it.
@@ -55,6 +56,7 @@ def _of_training(epochs: Sequence[Mapping[str, Any]]) -> Row:
     perturbed = [e for e in epochs if "gamma" in e]
     if perturbed:
         row["flips"] = _mean(e["flips"] for e in perturbed)
+        row["unflipped"] = _mean(e["unflipped"] for e in perturbed)
         row["gamma"] = _mean(value for e in perturbed for value in e["gamma"].values())
     if "passes" in epochs[0]:
         row["passes"] = _mean(e["passes"] for e in perturbed or epochs)

@@ -83,6 +83,7 @@ class Search(Callbacks):
         self.masks: dict[str, Tensor] = {}  # at the start of the epoch
         self.earlier: dict[str, Tensor] = {}  # what any mask has kept at the start of an epoch before
         self.steps = self.passes = 0  # of this epoch
+        self.unflipped = 0  # layers, counted in each step, whose mask no perturbation changed
         self.flips: Counter[str] = Counter()  # of this epoch and by perturbations, layer by layer
 
     def start_epoch(self) -> None:
@@ -92,7 +93,7 @@ class Search(Callbacks):
         else:
             self.earlier = {name: torch.zeros_like(mask) for name, mask in now.items()}
         self.masks = now
-        self.steps = self.passes = 0
+        self.steps = self.passes = self.unflipped = 0
         self.flips.clear()
 
     def around_step(self) -> AbstractContextManager[None]:
@@ -103,7 +104,9 @@ class Search(Callbacks):
 
     def after_step(self) -> None:
         self.steps += 1
-        self.flips.update(self.stepper.layer_flips())
+        flips = self.stepper.layer_flips()
+        self.flips.update(flips)
+        self.unflipped += sum(not count for count in flips.values())
         self.passes += self.stepper.passes
         self.method.after_step(self.model)
 
@@ -116,6 +119,7 @@ class Search(Callbacks):
             "mask_distance": mask_distance(self.masks, now),
             "flips": self.flips.total() / max(sum(kept.values()) * self.steps, 1),
             "passes": self.passes / max(self.steps, 1),  # backward passes per step
+            "unflipped": self.unflipped / max(len(now) * self.steps, 1),  # of the layers, on average over the steps
             "jaccard": jaccard(self.masks, now),
             "churn": churn(sequence),
             "layer_distance": by_layer(mask_distance, self.masks, now),
@@ -136,7 +140,7 @@ class Search(Callbacks):
         return {
             **{f"mask/{name}": mask for name, mask in self.masks.items()},
             **{f"earlier/{name}": mask for name, mask in self.earlier.items()},
-            "counts": torch.tensor([self.steps, self.passes, *(self.flips[name] for name in self.masks)]),
+            "counts": torch.tensor([self.steps, self.passes, self.unflipped, *(self.flips[name] for name in self.masks)]),
             **{f"method/{name}": t for name, t in self.method.state().items()},
         }
 
@@ -147,10 +151,10 @@ class Search(Callbacks):
         own = {name: tensor for name, tensor in state.items() if not name.startswith("method/")}
         now = layer_masks(self.model)
         masks = {f"{part}/{name}": mask for part in ("mask", "earlier") for name, mask in now.items()}
-        counts = {"counts": torch.zeros(2 + len(now), dtype=torch.int64)}
+        counts = {"counts": torch.zeros(3 + len(now), dtype=torch.int64)}
         check_tensors(own, masks | counts, "mask search: not a state of its own")
         self.masks, self.earlier = under("mask/"), under("earlier/")
-        self.steps, self.passes, *flips = state["counts"].tolist()
+        self.steps, self.passes, self.unflipped, *flips = state["counts"].tolist()
         self.flips = Counter(dict(zip(now, flips, strict=True)))
         self.method.load_state(under("method/"))
 

@@ -90,6 +90,7 @@ def test_the_table_says_what_the_runs_measured(finished):
     assert row["seconds_per_step"] == pytest.approx((first["seconds"] + last["seconds"]) / 4)
     assert row["flips"] == last["flips"] > 0  # the first epoch is the warm-up
     assert (row["passes"], row["gamma"], row["mask_distance"]) == (2, 0.5, last["mask_distance"])
+    assert row["unflipped"] == last["unflipped"] < 1
     with open(finished / "table.csv", newline="") as file:
         assert next(csv.reader(file))[:8] == ["arm", "seed", "model", "clean", "robust", "sparsity", "images", "seconds"]
 
