@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from s2ap_ext.attacks import Pgd
 from s2ap_ext.losses import PgdAt
 from s2ap_ext.nn import matmul_precision, refresh
-from s2ap_ext.optim import Plain, Stepper
+from s2ap_ext.optim import LossScale, Overflow, Plain, Stepper
 
 MakeStepper = Callable[[nn.Module, torch.optim.Optimizer], Stepper]
 
@@ -28,6 +28,7 @@ class Step:
         around: gives what the step runs in; None for nothing.
         forwards: what attack and loss call in the model's place, such as :class:`s2ap_ext.nn.Accelerated`.
         precision: ``"tf32"``: the step runs in it; any other changes nothing here.
+        loss_scale: what scales the loss, for float16; a step that overflows is not taken.
     """
 
     def __init__(
@@ -41,15 +42,16 @@ class Step:
         around: Callable[[nn.Module], AbstractContextManager] | None = None,
         forwards: nn.Module | None = None,
         precision: str = "fp32",
+        loss_scale: LossScale | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.x = torch.rand(batch, 3, 32, 32, generator=generator).to(device)
         self.y = torch.randint(10, (batch,), generator=generator).to(device)
         self.model = model.to(device)
-        self.forwards, self.precision = forwards or model, precision
+        self.forwards, self.precision, self.loss_scale = forwards or model, precision, loss_scale
         self.loss = PgdAt(adversary=Pgd(eps=8 / 255, step_size=2 / 255, steps=attack_steps))
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.stepper = make_stepper(model, torch.optim.SGD(trained, lr=1e-3, momentum=0.9, weight_decay=5e-4))
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.stepper = make_stepper(model, torch.optim.SGD(self.trained, lr=1e-3, momentum=0.9, weight_decay=5e-4))
         self.around = around
 
     def __call__(self) -> None:
@@ -64,7 +66,16 @@ class Step:
             def closure() -> Tensor:
                 self.stepper.zero_grad()
                 value, _ = self.loss(self.forwards, self.x, x_adv, self.y)
-                value.backward()
+                if self.loss_scale is None:
+                    value.backward()
+                else:
+                    self.loss_scale.backward(value, self.trained)
                 return value
 
-            self.stepper.step(closure, along)
+            overflowed = False
+            try:
+                self.stepper.step(closure, along)
+            except Overflow:
+                overflowed = True
+            if self.loss_scale is not None:
+                self.loss_scale.update(overflowed=overflowed)

@@ -461,9 +461,11 @@ def test_semi_structured_layers_compute_the_masked_logits(dtype):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself, and of operations without a deterministic form
+@pytest.mark.parametrize("cuda_graphs", ["false", "true"], ids=["", "graphs"])
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
-def test_recipes_train_in_every_precision(precision, tmp_path):
-    settings = [f"precision={precision}", "channels_last=true", "compile=true", "model.width=8", "data.train_size=256", "data.test_size=64"]
+def test_recipes_train_in_every_precision(precision, cuda_graphs, tmp_path):
+    settings = [f"precision={precision}", "channels_last=true", "compile=true", f"cuda_graphs={cuda_graphs}"]
+    settings += ["model.width=8", "data.train_size=256", "data.test_size=64"]
     settings += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=2", "batch_size=64")]
     recipe = load_recipe("digits", [*settings, "prune.warmup_epochs=1"])
     with RunFolder.create(tmp_path / "run", recipe) as folder:

@@ -90,6 +90,16 @@ def test_the_arms_of_the_comparison_start_from_one_dense_network_and_go_on(tmp_p
     assert arms[3].commands()[0].words[3:] == ["prune", "--resume", str(tmp_path / "central/harp-s2ap-90-search")]
 
 
+def test_finished_networks_of_the_comparison_are_attacked_and_analysed(tmp_path):
+    found = {p.name: p for p in parts(Setting(tmp_path, "cuda", tiny=False, data_dir=Path("/data")))}
+    attack, examine = found["autoattack/harp-s2ap-95"], found["sharpness/dense"]
+    assert (attack.after, examine.after) == (("central/harp-s2ap-95/results.json",), ("central/dense/results.json",))
+    words = attack.commands()[0].words
+    assert words[3:5] == ["evaluate", str(tmp_path / "central/harp-s2ap-95/finetuned.safetensors")]
+    assert {"autoattack", "/data", str(tmp_path / "autoattack/harp-s2ap-95-images.json")} < set(words)
+    assert examine.commands()[0].words[3:] == ["analyze", str(tmp_path / "central/dense")]
+
+
 def test_the_comparison_has_a_line_for_each_arm_that_is_there(tmp_path):
     def run(name, robust, seconds, **record):
         folder = tmp_path / "central" / name
@@ -103,11 +113,15 @@ def test_the_comparison_has_a_line_for_each_arm_that_is_there(tmp_path):
         run(f"{arm}-search", robust - 0.1, 60, mask_distance=0.125)
         run(arm, robust, 120)
     run("hydra-s2ap-99-search", 0.1, 60, mask_distance=0.1)  # not finetuned yet
+    (tmp_path / "autoattack").mkdir()
+    (tmp_path / "autoattack/harp-plain-90-images.json").write_text(json.dumps({"attacks": {"autoattack": {"accuracy": 0.35}}}))
+    spectra = [{"space": "scores", "eigenvalues": [1.5]}, {"space": "weights", "eigenvalues": [12.34567, 3.0]}]
+    (tmp_path / "central/hydra-s2ap-90/analysis.json").write_text(json.dumps({"models": [{}, {"spectra": spectra}]}))
     lines = table(tmp_path).splitlines()
     assert lines[2:5] == [
-        "| dense | 0 | 80.0% | 50.0% |  |  |  | 1.0 |",
-        "| harp-plain-90 | 90.0% | 80.0% | 40.0% | 80.0% | 30.0% | 0.250 | 3.0 |",
-        "| hydra-s2ap-90 | 90.0% | 80.0% | 45.0% | 80.0% | 35.0% | 0.250 | 3.0 |",
+        "| dense | 0 | 80.0% | 50.0% |  |  |  |  |  | 1.0 |",
+        "| harp-plain-90 | 90.0% | 80.0% | 40.0% | 35.0% | 80.0% | 30.0% | 0.250 |  | 3.0 |",
+        "| hydra-s2ap-90 | 90.0% | 80.0% | 45.0% |  | 80.0% | 35.0% | 0.250 | 12.35 | 3.0 |",
     ]
     assert lines[6].startswith("1000 test images, PGD-20.")
 

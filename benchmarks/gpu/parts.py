@@ -11,6 +11,13 @@ from pathlib import Path
 # Of an adversarial network and two trainings cut short, the same for all arms of the comparison.
 SHORT = ("pretrain.epochs=15", "prune.epochs=6", "prune.warmup_epochs=1", "finetune.epochs=8", "data.test_size=1000")
 STAGES = ("pretrain", "prune", "finetune")
+# The arms of the comparison: method, kind of steps, sparsity in per cent.
+ARMS = {
+    f"{method}-{kind}-{sparsity}": (method, kind, sparsity)
+    for sparsity in (90, 95, 99)
+    for method in ("hydra", "harp")
+    for kind in ("plain", "s2ap")
+}
 TINY = (
     *("model.width=8", "data.name=digits", "data.train_size=32", "data.test_size=16", "data.flip=false", "attack.steps=1"),
     *("evaluate.steps=1", "evaluate.images_per_epoch=8", "prune.warmup_epochs=0"),
@@ -77,6 +84,7 @@ def parts(at: Setting) -> list[Part]:
         measured("memory", 1, "the memory of an S2AP step", "test_memory.py"),
         measured("semi-structured", 3, "2:4 against dense linear layers, ViT-B, batch 1 to 256", "test_semi_structured.py"),
         *_comparison(at),
+        *_examinations(at),
         Part("five-minutes", 7, "s2ap run cifar10-5min, all of it", lambda: [_run(at, "cifar10-5min", "five-minutes", ())]),
     ]
     return [replace(part, minutes=0.1) for part in found] if at.tiny else found
@@ -86,21 +94,47 @@ def _comparison(at: Setting) -> list[Part]:
     """A robust dense network, and from it each arm of {HYDRA, HARP} x {plain, S2AP} x {90, 95, 99 %} with the same short schedule."""
     found = [Part("central/dense", 4, "the robust dense network of the comparison", lambda: [_train(at, "pretrain", "dense", ())])]
     dense = at.folder / "central/dense/dense.safetensors"
-    for sparsity in (90, 95, 99):
-        for method in ("hydra", "harp"):
-            for kind in ("plain", "s2ap"):
-                arm = f"{method}-{kind}-{sparsity}"
-                settings = (f"prune.method={method}", f"prune.s2ap={str(kind == 's2ap').lower()}", f"prune.sparsity=0.{sparsity}")
+    for arm, (method, kind, sparsity) in ARMS.items():
+        settings = (f"prune.method={method}", f"prune.s2ap={str(kind == 's2ap').lower()}", f"prune.sparsity=0.{sparsity}")
 
-                def commands(arm: str = arm, settings: tuple[str, ...] = settings) -> list[Command]:
-                    pruned = at.folder / f"central/{arm}-search/pruned.safetensors"
-                    search = _train(at, "prune", f"{arm}-search", settings, start=dense)
-                    table = Command([sys.executable, "-m", "benchmarks.gpu.table", str(at.folder)])
-                    return [search, _train(at, "finetune", arm, settings, start=pruned), table]
+        def commands(arm: str = arm, settings: tuple[str, ...] = settings) -> list[Command]:
+            pruned = at.folder / f"central/{arm}-search/pruned.safetensors"
+            search = _train(at, "prune", f"{arm}-search", settings, start=dense)
+            return [search, _train(at, "finetune", arm, settings, start=pruned), _table(at)]
 
-                what = f"{method}, {kind} steps, {sparsity} % sparse: mask search, finetuning with AWP, PGD-20"
-                found.append(Part(f"central/{arm}", 4, what, commands, after=("central/dense/dense.safetensors",)))
+        what = f"{method}, {kind} steps, {sparsity} % sparse: mask search, finetuning with AWP, PGD-20"
+        found.append(Part(f"central/{arm}", 4, what, commands, after=("central/dense/dense.safetensors",)))
     return found
+
+
+def _examinations(at: Setting) -> list[Part]:
+    """AutoAttack on the networks of the comparison, which needs ``pip install ".[eval]"``, and the sharpness of their minima."""
+    found = []
+    for arm in ("dense", *ARMS):
+        last = "dense.safetensors" if arm == "dense" else "finetuned.safetensors"
+        run = at.folder / "central" / arm
+
+        def attacked(run: Path = run, last: str = last, arm: str = arm) -> list[Command]:
+            answers = at.folder / "autoattack" / f"{arm}-images.json"
+            words = ["evaluate", str(run / last), "--attack", "autoattack", "--json", str(answers), "--device", at.device]
+            return [_program(at, *words), _table(at)]
+
+        def examined(run: Path = run) -> list[Command]:
+            return [_program(at, "analyze", str(run)), _table(at)]
+
+        after = (f"central/{arm}/results.json",)
+        found.append(Part(f"autoattack/{arm}", 2, f"{arm}: AutoAttack on the test images", attacked, after))
+        found.append(Part(f"sharpness/{arm}", 1, f"{arm}: the largest eigenvalues of the Hessian, and landscapes", examined, after))
+    return found
+
+
+def _program(at: Setting, *words: str) -> Command:
+    where = ["--data-dir", str(at.data_dir)] if at.data_dir and not at.tiny and words[0] == "evaluate" else []
+    return Command([sys.executable, "-m", "s2ap_ext.cli", *words, *where])
+
+
+def _table(at: Setting) -> Command:
+    return Command([sys.executable, "-m", "benchmarks.gpu.table", str(at.folder)])
 
 
 def _tests(at: Setting) -> Command:

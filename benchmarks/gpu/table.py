@@ -9,7 +9,10 @@ from typing import Any
 
 from measure import write
 
-HEAD = ("arm", "sparsity", "clean", "robust", "clean before finetuning", "robust before finetuning", "mask distance", "minutes")
+HEAD = (
+    *("arm", "sparsity", "clean", "robust", "AutoAttack", "clean before finetuning", "robust before finetuning"),
+    *("mask distance", "lambda_max", "minutes"),
+)
 
 
 def table(folder: Path) -> str:
@@ -17,18 +20,23 @@ def table(folder: Path) -> str:
     central = folder / "central"
     (dense,) = _rows(central / "dense")
     lines = [f"| {' | '.join(HEAD)} |", "|---" + "|---:" * (len(HEAD) - 1) + "|"]
-    lines.append(_line("dense", "0", _percent(dense["clean"]), _percent(dense["robust"]), "", "", "", _minutes(dense)))
+    accuracies = [_percent(dense["clean"]), _percent(dense["robust"]), _autoattack(folder, "dense")]
+    lines.append(_line("dense", "0", *accuracies, "", "", "", _sharpness(central / "dense"), _minutes(dense)))
     for results in sorted(central.glob("*-search/results.json")):
         arm = results.parent.name.removesuffix("-search")
         if not (central / arm / "results.json").exists():
             continue
         pruned, finetuned = _rows(results.parent)[-1], _rows(central / arm)[-1]
         moved = sum(record["mask_distance"] for record in _records(results.parent) if "mask_distance" in record)
-        accuracies = [_percent(row[kind]) for row in (finetuned, pruned) for kind in ("clean", "robust")]
-        minutes = _minutes(pruned, finetuned)
-        lines.append(_line(arm, _percent(finetuned["sparsity"]), *accuracies, f"{moved:.3f}", minutes))
+        first, last = ([_percent(row[kind]) for kind in ("clean", "robust")] for row in (pruned, finetuned))
+        accuracies = [*last, _autoattack(folder, arm), *first]
+        found = [f"{moved:.3f}", _sharpness(central / arm), _minutes(pruned, finetuned)]
+        lines.append(_line(arm, _percent(finetuned["sparsity"]), *accuracies, *found))
     attack = json.loads((central / "dense/results.json").read_text(encoding="utf-8"))["attack"]
-    note = f"{dense['images']} test images, {attack}. The mask distance is that from epoch to epoch, summed over the search."
+    note = (
+        f"{dense['images']} test images, {attack}. The mask distance is that from epoch to epoch, summed over the search; lambda_max is "
+        "the largest eigenvalue of the Hessian of the robust loss with respect to the kept weights of the last network."
+    )
     return "\n".join([*lines, "", note]) + "\n"
 
 
@@ -38,6 +46,21 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 def _records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _autoattack(folder: Path, arm: str) -> str:
+    """Empty until the arm was attacked."""
+    answers = folder / "autoattack" / f"{arm}-images.json"
+    return _percent(json.loads(answers.read_text(encoding="utf-8"))["attacks"]["autoattack"]["accuracy"]) if answers.exists() else ""
+
+
+def _sharpness(run: Path) -> str:
+    """Empty until the run was analysed."""
+    if not (run / "analysis.json").exists():
+        return ""
+    last = json.loads((run / "analysis.json").read_text(encoding="utf-8"))["models"][-1]
+    (spectrum,) = [spectrum for spectrum in last["spectra"] if spectrum["space"] == "weights"]
+    return f"{spectrum['eigenvalues'][0]:.4g}"
 
 
 def _line(*cells: str) -> str:

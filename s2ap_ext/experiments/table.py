@@ -18,7 +18,19 @@ from .jobs import Job
 TABLE = "table.csv"
 FIRST = ("arm", "seed", "model", "clean", "robust", "sparsity", "images", "seconds")  # columns that each table has, in front
 NAMES = {"arm", "model"}  # columns that hold texts; all others hold numbers
-LOST = {"stage", "epoch", "lr", "clean", "robust", "seconds", "steps", "flips", "unflipped", "passes", "gamma"}  # of a record: told in another way
+LOST = {
+    "stage",
+    "epoch",
+    "lr",
+    "clean",
+    "robust",
+    "seconds",
+    "steps",
+    "flips",
+    "unflipped",
+    "passes",
+    "gamma",
+}  # of a record: told in another way
 Row = dict[str, Any]
 
 

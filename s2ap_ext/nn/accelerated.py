@@ -35,10 +35,13 @@ class Accelerated(nn.Module):
             CUDA's (:func:`matmul_precision`).
         channels_last: the images are given in this layout, which torch's convolutions keep.
         compiled_batch: batches of so many images run compiled; 0: none do.
+        cuda_graphs: these run in CUDA graphs too (``torch.compile``'s mode ``reduce-overhead``), which spares their kernels' launches.
+            What a graph gives stays in its own memory, which its next run writes over: the logits are copied out of it, and gradients
+            must have been used by then, as they have in a step.
         backend: of ``torch.compile``.
 
     Raises:
-        ValueError: an unknown ``precision``, or a negative ``compiled_batch``.
+        ValueError: an unknown ``precision``, a negative ``compiled_batch``, or ``cuda_graphs`` without one.
 
     Equivalent to::
 
@@ -55,6 +58,7 @@ class Accelerated(nn.Module):
         precision: str = "fp32",
         channels_last: bool = False,
         compiled_batch: int = 0,
+        cuda_graphs: bool = False,
         backend: str = "inductor",
     ) -> None:
         super().__init__()
@@ -62,11 +66,15 @@ class Accelerated(nn.Module):
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
         if compiled_batch < 0:
             raise ValueError(f"compiled_batch: expected an integer >= 0, got {compiled_batch}")
+        if cuda_graphs and not compiled_batch:
+            raise ValueError("cuda_graphs: expected a compiled_batch above 0 with it, got 0")
         self.model = model
         self.dtype = AUTOCAST.get(precision)
         self.channels_last = channels_last
         self.compiled_batch = compiled_batch
-        self._compiled: Any = torch.compile(self._call, backend=backend, dynamic=False) if compiled_batch else None
+        self.cuda_graphs = cuda_graphs
+        how: dict[str, Any] = {"mode": "reduce-overhead"} if cuda_graphs else {}
+        self._compiled: Any = torch.compile(self._call, backend=backend, dynamic=False, **how) if compiled_batch else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_last and x.dim() == 4:
@@ -76,6 +84,8 @@ class Accelerated(nn.Module):
             if self.compiled_batch and len(x) == self.compiled_batch:
                 with masked_weights_made(self.model):
                     logits = self._compiled(x)
+                    if self.cuda_graphs:
+                        logits = logits.clone()
             else:
                 logits = self.model(x)
         return logits.float() if self.dtype is not None else logits
@@ -123,3 +133,11 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raises ValueError if ``device`` does not compute in ``precision``."""
     if precision in ("tf32", "fp16") and device.type != "cuda":
         raise ValueError(f"precision: {precision} needs a CUDA device, got {device.type}; bf16 and fp32 run on every one")
+
+
+def check_cuda_graphs(wanted: bool, compiled: bool, device: torch.device) -> None:
+    """Raises ValueError if CUDA graphs are ``wanted`` where nothing is ``compiled``, or on another ``device``."""
+    if wanted and not compiled:
+        raise ValueError("cuda_graphs: expected compile = true with it, since compiled models run in them, got compile = false")
+    if wanted and device.type != "cuda":
+        raise ValueError(f"cuda_graphs: needs a CUDA device, got {device.type}")

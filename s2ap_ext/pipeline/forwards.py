@@ -23,7 +23,7 @@ def forwards(recipe: Recipe, model: nn.Module, batch_size: int) -> tuple[nn.Modu
     if not recipe.compile:
         return watched, watched
     torch.compiler.reset()  # the graphs of the stage before would count towards torch's limit, and hold its memory
-    return Accelerated(model, compiled_batch=batch_size, **how), watched
+    return Accelerated(model, compiled_batch=batch_size, cuda_graphs=recipe.cuda_graphs, **how), watched
 
 
 def loss_scale(recipe: Recipe) -> LossScale | None:

@@ -21,7 +21,7 @@ from ..data import Dataset, Split, seeded_generator
 from ..data.encoded import FITTING
 from ..methods import Method
 from ..models.base import at_most
-from ..nn.accelerated import check_precision
+from ..nn.accelerated import check_cuda_graphs, check_precision
 from . import checkpoint
 from .evaluation import check_attacks
 from .plan import STAGES, plan, stage_before
@@ -52,10 +52,12 @@ def new_model(recipe: Recipe, data: Dataset) -> nn.Module:
     """The recipe's model for ``data``, untrained, on the recipe's device.
 
     Raises:
-        ValueError: a model that is larger than this machine's memory; a precision that the device does not compute in.
+        ValueError: a model that is larger than this machine's memory; a precision that the device does not compute in; CUDA graphs without
+            a CUDA device or ``compile``.
     """
     device = pick_device(recipe.device)
     check_precision(recipe.precision, device)
+    check_cuda_graphs(recipe.cuda_graphs, recipe.compile, device)
     count = recipe.model.make().count_parameters(**_sizes(recipe, data))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:

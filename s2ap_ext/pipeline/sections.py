@@ -154,6 +154,7 @@ class Recipe:
     )
     channels_last: bool = key(False, "in training, images have their channels innermost in memory, which is faster on a GPU")
     compile: bool = key(False, "in training, the model runs as torch.compile makes it, in all batches of full size")
+    cuda_graphs: bool = key(False, "what is compiled runs in CUDA graphs, which spares a GPU the launches of its kernels")
     model: Chosen = part("model", "digits_cnn", "the architecture")
     data: Data = field(default_factory=Data)
     attack: Chosen = part("attack", "pgd", "the training attack; the test images are attacked with its norm and eps too")

@@ -10,7 +10,7 @@ from s2ap_ext import S2AP, sparsify
 from s2ap_ext.attacks import pgd
 from s2ap_ext.engine import for_attack
 from s2ap_ext.nn import Accelerated, dense_kernels, matmul_precision, train_scores
-from s2ap_ext.nn.accelerated import check_precision
+from s2ap_ext.nn.accelerated import check_cuda_graphs, check_precision
 
 # torch.compile looks at .grad of every input, with the warning hidden; where warnings are errors it cannot hide it.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor")
@@ -159,3 +159,11 @@ def test_what_cannot_be_is_refused():
             check_precision(precision, torch.device("cpu"))
         check_precision(precision, torch.device("cuda"))
     check_precision("bf16", torch.device("cpu"))
+    with pytest.raises(ValueError, match="cuda_graphs: expected a compiled_batch above 0 with it, got 0"):
+        Accelerated(small_net(), cuda_graphs=True)
+    with pytest.raises(ValueError, match="cuda_graphs: expected compile = true with it"):
+        check_cuda_graphs(True, False, torch.device("cuda"))
+    with pytest.raises(ValueError, match="cuda_graphs: needs a CUDA device, got cpu"):
+        check_cuda_graphs(True, True, torch.device("cpu"))
+    check_cuda_graphs(True, True, torch.device("cuda"))
+    check_cuda_graphs(False, False, torch.device("cpu"))
