@@ -149,19 +149,37 @@ def test_a_build_in_place_clears_away_the_libraries_of_an_earlier_one(tmp_path: 
     assert "no-such-compiler" in record_of(checkout)["cpu"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-def test_a_failing_nvcc_leaves_the_cpu_library(tmp_path: Path) -> None:
+@pytest.fixture
+def compiler(tmp_path: Path) -> Path:
+    """A stand-in for a C++ compiler that makes empty objects and links the library that these tests run on: a real one takes a minute."""
+    built = list(PACKAGE.glob(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"))
+    if COMPILER is None or not built:
+        pytest.skip("needs a C++ compiler and the compiled library")
+    path = tmp_path / "c++"
+    path.write_text(f"""#!/bin/sh
+arguments="$*" out=""
+while [ $# -gt 0 ]; do
+  if [ "$1" = -o ]; then out=$2; fi
+  shift
+done
+case $out in
+  "") exec {COMPILER} $arguments ;;
+  *.o) : > "$out" ;;
+  *) cp {built[0]} "$out" ;;
+esac
+""")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_failing_nvcc_leaves_the_cpu_library(tmp_path: Path, compiler: Path) -> None:
     toolkit = tmp_path / "toolkit"
     for folder in ("bin", "include"):
         (toolkit / folder).mkdir(parents=True)
     (toolkit / "include/cuda_runtime.h").touch()
     nvcc = toolkit / "bin/nvcc"
     nvcc.write_text("#!/bin/sh\necho 'nvcc fatal: out of luck' >&2\nexit 1\n")
-    compiler = tmp_path / "c++"  # what it makes need not be fast
-    compiler.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O1\n')
-    for program in (nvcc, compiler):
-        program.chmod(0o755)
+    nvcc.chmod(0o755)
     site, result = install(tmp_path, CUDA_HOME=str(toolkit), CXX=str(compiler))
     assert result.returncode == 0, result.stderr
     assert record_of(site)["cpu"] == "built"
@@ -169,6 +187,33 @@ def test_a_failing_nvcc_leaves_the_cpu_library(tmp_path: Path) -> None:
     answer = probe(site)
     assert answer["cpu"] == "C++"
     assert answer["masked"] == MASKED
+
+
+def test_an_sdist_is_complete_and_its_wheel_runs(tmp_path: Path, compiler: Path) -> None:
+    checkout, dist, site = copy_of_checkout(tmp_path), tmp_path / "dist", tmp_path / "site"
+    dist.mkdir()
+    backend = "import sys; sys.path.insert(0, 'build_backend'); import s2ap_build; s2ap_build.build_{0}(sys.argv[1])"
+    result = run("-c", backend.format("sdist"), dist, cwd=checkout, env=environment())
+    assert result.returncode == 0, result.stderr
+    shutil.unpack_archive(next(dist.glob("*.tar.gz")), tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    for folder in ("csrc", "build_backend", "s2ap_ext", "tests", "benchmarks", "examples"):
+        sources = {
+            path.relative_to(checkout) for path in (checkout / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        }
+        assert sources
+        assert {path for path in sources if not (unpacked / path).exists()} == set()
+
+    result = run("-c", backend.format("wheel"), dist, cwd=unpacked, env=environment(CXX=str(compiler), S2AP_NO_CUDA="1"))
+    assert result.returncode == 0, result.stderr
+    shutil.unpack_archive(next(dist.glob("*.whl")), site, "zip")
+    answer = probe(site)
+    assert (answer["cpu"], answer["masked"], answer["warnings"]) == ("C++", MASKED, [])
+    packed = {path.relative_to(site) for path in (site / "s2ap_ext").rglob("*") if path.suffix != ".so"}
+    missing = {
+        path.relative_to(checkout) for path in (checkout / "s2ap_ext").rglob("*") if path.suffix in (".py", ".toml", ".html")
+    } - packed
+    assert missing == set()
 
 
 def test_sources_that_were_never_installed_work(bare: Path) -> None:
