@@ -27,6 +27,8 @@
 // 3 times more for the chunks that have to be settled. Memory per element, float32: 3/4 byte for the lists, 1/4 for the bits.
 #pragma once
 
+#include <utility>
+
 #include "bracket.cuh"
 
 namespace s2ap::cuda {
@@ -102,6 +104,10 @@ struct SelectionStorage {
 //   kFlips; bool was_kept(raw, i)  whether mask entries that change are counted; if so, whether element i stayed so far
 //   kNotes                         whether the sweep is to note that down in `stayed`; otherwise it is there already
 // args.reader(layer) makes one.
+
+// What the reader of plain layers makes its scores from.
+template <class Args>
+using RawOf = typename decltype(std::declval<const Args&>().reader(0))::Raw;
 
 // By-products, per thread; they end up in the layer's row of cuts.
 struct Tally {
@@ -211,7 +217,7 @@ S2AP_DEVICE void count_keys(const Grid& grid, const Args& args, SelectionStorage
       },
       [&](int64_t chunk) {
         int64_t first = chunk * kChunk;
-        for_each_element(
+        for_each_element<kUnrollOf<RawOf<Args>>>(
             grid, chunk_length(row.n, chunk), [&](int j) { return reader.load(first + j); },
             [&](int, bool valid, auto raw) {
               Key key = Digits<T>::of(reader.score(raw));
@@ -251,7 +257,7 @@ S2AP_DEVICE void sweep(const Grid& grid, const Args& args, SelectionStorage<T>& 
       grid.block_barrier();
       for (int64_t chunk = batch; chunk < end; ++chunk) {
         int64_t first = chunk * kChunk, at = s.chunk_of(segment, chunk);
-        for_each_element(
+        for_each_element<kUnrollOf<RawOf<Args>>>(
             grid, chunk_length(row.n, chunk), [&](int j) { return reader.load(first + j); },
             [&](int j, bool valid, auto raw) {
               auto score = reader.score(raw);
@@ -365,7 +371,7 @@ S2AP_DEVICE void mark(const Grid& grid, const Args& args, SelectionStorage<T>& s
       [&](int64_t chunk) {
         int64_t first = chunk * kChunk, at = s.chunk_of(segment, chunk);
         uint32_t ties = 0;
-        for_each_element(
+        for_each_element<kUnrollOf<RawOf<Args>>>(
             grid, chunk_length(row.n, chunk), [&](int j) { return reader.load(first + j); },
             [&](int j, bool valid, auto raw) {
               Key key = Digits<T>::of(reader.score(raw));

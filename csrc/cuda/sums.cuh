@@ -21,17 +21,18 @@ template <class Grid, class Load, class Term>
 S2AP_DEVICE double chunk_sum(const Grid& grid, int count, Load load, Term term) {
   static_assert(kLanes == 2 * kWarp);
   using V = decltype(load(0));
+  constexpr int unroll = kUnrollOf<V>;
   double low = 0, high = 0;
-  for (int base = static_cast<int>(grid.lane()); base - static_cast<int>(grid.lane()) < count; base += kUnroll * kLanes) {
-    V a[kUnroll], b[kUnroll];
+  for (int base = static_cast<int>(grid.lane()); base - static_cast<int>(grid.lane()) < count; base += unroll * kLanes) {
+    V a[unroll], b[unroll];
     S2AP_UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < unroll; ++u) {
       int i = base + u * kLanes, j = i + static_cast<int>(kWarp);
       a[u] = i < count ? load(i) : V{};
       b[u] = j < count ? load(j) : V{};
     }
     S2AP_UNROLL
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < unroll; ++u) {
       int i = base + u * kLanes, j = i + static_cast<int>(kWarp);
       low = add(low, i < count ? term(a[u]) : 0);
       high = add(high, j < count ? term(b[u]) : 0);

@@ -6,6 +6,8 @@
 // than the table holds are several launches.
 #pragma once
 
+#include <type_traits>
+
 #include "../plan.h"
 #include "grid.cuh"
 
@@ -13,6 +15,9 @@ namespace s2ap::cuda {
 
 constexpr int kMaxLayers = 256;
 constexpr int kUnroll = 8;  // loads that a thread has in flight
+// Of a struct, which takes several loads, half as many: there are as many in flight, and registers do not hold more.
+template <class V>
+constexpr int kUnrollOf = std::is_class_v<V> && sizeof(V) > sizeof(uint16_t) ? kUnroll / 2 : kUnroll;
 
 template <class Row>  // Row has n, the number of elements
 struct Table {
