@@ -22,6 +22,7 @@ def summary_of(plan, file):
         ("causal", "causal-digits.csv", 8),
         ("compare", "compare-digits.csv", 6),
         ("gamma", "gamma-digits.csv", 5),
+        ("policies", "policies-digits.csv", 11),
         ("finetune", "finetune-digits.csv", 2),
         ("compare-cifar10", "compare-cifar10-cut-down.csv", 2),
     ],
@@ -48,6 +49,30 @@ def test_what_is_said_of_gamma():
     robust = [100 * arm["models"]["finetuned"]["robust"]["mean"] for arm in summary["arms"][1:]]
     assert robust == sorted(robust, reverse=True)
     assert round(robust[0] - robust[-1], 1) == 0.8
+
+
+def test_what_is_said_of_the_policies():
+    summary = summary_of("policies", "policies-digits.csv")
+    accuracies = [one for one in summary["comparisons"] if one["metric"] in ("robust", "clean", "pruned.robust")]
+    assert len(accuracies) == 3 * 27
+    assert min(one["p_corrected"] for one in accuracies) > 0.05
+    robust = {(one["arm"], one["against"]): one for one in accuracies if one["metric"] == "robust"}
+    assert round(100 * max(max(-one["low"], one["high"]) for one in robust.values()), 1) == 1.5
+    momentum = robust["momentum", "plain"]
+    assert [round(100 * momentum[key], 1) for key in ("difference", "low", "high")] == [0.5, 0.2, 0.8]
+    assert (round(momentum["p"], 3), round(momentum["p_corrected"], 2)) == (0.009, 0.23)
+    rows = read_table(ROOT / "benchmarks/results/policies-digits.csv")
+    exact, skip = (
+        [{k: v for k, v in row.items() if k in ("clean", "robust", "mask_distance", "flips")} for row in rows if row["arm"] == arm]
+        for arm in ("exact", "skip")
+    )
+    assert exact == skip
+    moved = {
+        one["arm"]: one["p_corrected"]
+        for one in summary["comparisons"]
+        if (one["metric"], one["against"]) == ("pruned.mask_distance", "plain")
+    }
+    assert [arm for arm, p in moved.items() if p < 0.05] == ["every"]
 
 
 def test_what_is_said_of_finetuning():
