@@ -18,19 +18,8 @@ from .jobs import Job
 TABLE = "table.csv"
 FIRST = ("arm", "seed", "model", "clean", "robust", "sparsity", "images", "seconds")  # columns that each table has, in front
 NAMES = {"arm", "model"}  # columns that hold texts; all others hold numbers
-LOST = {
-    "stage",
-    "epoch",
-    "lr",
-    "clean",
-    "robust",
-    "seconds",
-    "steps",
-    "flips",
-    "unflipped",
-    "passes",
-    "gamma",
-}  # of a record: told in another way
+# Of a record, what is told in another way.
+LOST = {"stage", "epoch", "lr", "clean", "robust", "seconds", "steps", "flips", "unflipped", "passes", "gamma"}
 Row = dict[str, Any]
 
 
