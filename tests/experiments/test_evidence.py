@@ -23,6 +23,7 @@ def summary_of(plan, file):
         ("compare", "compare-digits.csv", 6),
         ("gamma", "gamma-digits.csv", 5),
         ("policies", "policies-digits.csv", 11),
+        ("flips", "flips-digits.csv", 24),
         ("finetune", "finetune-digits.csv", 2),
         ("compare-cifar10", "compare-cifar10-cut-down.csv", 2),
     ],
@@ -49,6 +50,19 @@ def test_what_is_said_of_gamma():
     robust = [100 * arm["models"]["finetuned"]["robust"]["mean"] for arm in summary["arms"][1:]]
     assert robust == sorted(robust, reverse=True)
     assert round(robust[0] - robust[-1], 1) == 0.8
+
+
+def test_what_is_said_of_the_budget_of_flips():
+    summary = summary_of("flips", "flips-digits.csv")
+    assert min(one["p_corrected"] for one in summary["comparisons"]) > 0.05
+    robust = {one["arm"]: one for one in summary["comparisons"] if one["metric"] == "robust"}
+    grid = {place: [one for arm, one in robust.items() if arm.startswith(f"{place}-0.")] for place in (80, 90, 95, 98)}
+    best = {place: max(arms, key=lambda one: one["difference"]) for place, arms in grid.items()}
+    assert [one["arm"] for one in best.values()] == ["80-0.0005", "90-0.001", "95-0.001", "98-0.002"]
+    assert [round(100 * one["difference"], 1) for one in best.values()] == [0.1, -0.2, -0.5, -0.6]
+    reach = [100 * (one["high"] - one["low"]) / 2 for one in best.values()]
+    assert (round(min(reach), 1), round(max(reach), 1)) == (0.8, 3.7)
+    assert [round(100 * robust[f"{place}-track"]["difference"], 1) for place in (95, 98)] == [-0.7, -1.2]
 
 
 def test_what_is_said_of_the_policies():
