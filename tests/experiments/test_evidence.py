@@ -24,6 +24,7 @@ def summary_of(plan, file):
         ("gamma", "gamma-digits.csv", 5),
         ("policies", "policies-digits.csv", 11),
         ("flips", "flips-digits.csv", 24),
+        ("flips-vit", "flips-vit-digits.csv", 10),
         ("finetune", "finetune-digits.csv", 2),
         ("compare-cifar10", "compare-cifar10-cut-down.csv", 2),
     ],
@@ -31,7 +32,7 @@ def summary_of(plan, file):
 def test_the_table_of_a_section_is_that_of_the_rows(plan, file, arms):
     summary = summary_of(plan, file)
     page = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
-    section = next(part for part in page.split("\n## ") if re.search(rf"^s2ap experiment {plan}( |$)", part, re.MULTILINE))
+    section = next(part for part in re.split("\n##+ ", page) if re.search(rf"^s2ap experiment {plan}( |$)", part, re.MULTILINE))
     assert len(summary["arms"]) == arms
     for arm in summary["arms"]:
         last, mask = arm["models"][arm["model"]], arm["models"]["pruned"]
@@ -63,6 +64,20 @@ def test_what_is_said_of_the_budget_of_flips():
     reach = [100 * (one["high"] - one["low"]) / 2 for one in best.values()]
     assert (round(min(reach), 1), round(max(reach), 1)) == (0.8, 3.7)
     assert [round(100 * robust[f"{place}-track"]["difference"], 1) for place in (95, 98)] == [-0.7, -1.2]
+
+
+def test_what_is_said_of_the_budget_of_flips_in_a_transformer():
+    summary = summary_of("flips-vit", "flips-vit-digits.csv")
+    assert min(one["p_corrected"] for one in summary["comparisons"]) > 0.05
+    robust = {
+        one["arm"]: [round(100 * one[key], 1) for key in ("difference", "low", "high")]
+        for one in summary["comparisons"]
+        if one["metric"] == "robust"
+    }
+    assert max(robust["90-0.0005"], robust["90-0.001"], robust["90-0.002"], robust["90-0.005"]) == robust["90-0.002"] == [0.2, -3.1, 3.5]
+    assert robust["98-0.0005"] == [3.8, -4.2, 11.8]
+    (arm,) = [arm for arm in summary["arms"] if arm["arm"] == "98-flips"]
+    assert round(100 * arm["models"]["pruned"]["flips"]["mean"], 1) == 4.0
 
 
 def test_what_is_said_of_the_policies():
