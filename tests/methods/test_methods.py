@@ -192,7 +192,7 @@ def test_harp_refuses_windows():
 
 @pytest.mark.slow
 def test_harp_meets_its_target_on_digits(tmp_path):
-    recipe = load_recipe("digits", ["data.train_size=720", "prune.method=harp", "pretrain.epochs=8", "finetune.epochs=0"])
+    recipe = load_recipe("digits-long", ["data.train_size=720", "prune.method=harp", "pretrain.epochs=8", "finetune.epochs=0"])
     with RunFolder.create(tmp_path / "run", recipe) as folder:
         rows = run(Session(recipe, open_data(recipe), folder))
     assert rows[1]["sparsity"] == pytest.approx(0.9, abs=0.001)
