@@ -96,7 +96,7 @@ def test_finished_networks_of_the_comparison_are_attacked_and_analysed(tmp_path)
     assert (attack.after, examine.after) == (("central/harp-s2ap-95/results.json",), ("central/dense/results.json",))
     words = attack.commands()[0].words
     assert words[3:5] == ["evaluate", str(tmp_path / "central/harp-s2ap-95/finetuned.safetensors")]
-    assert {"autoattack", "/data", str(tmp_path / "autoattack/harp-s2ap-95-images.json")} < set(words)
+    assert {"autoattack", "/data", str(tmp_path / "central/harp-s2ap-95/autoattack.json")} < set(words)
     assert examine.commands()[0].words[3:] == ["analyze", str(tmp_path / "central/dense")]
 
 
@@ -113,8 +113,7 @@ def test_the_comparison_has_a_line_for_each_arm_that_is_there(tmp_path):
         run(f"{arm}-search", robust - 0.1, 60, mask_distance=0.125)
         run(arm, robust, 120)
     run("hydra-s2ap-99-search", 0.1, 60, mask_distance=0.1)  # not finetuned yet
-    (tmp_path / "autoattack").mkdir()
-    (tmp_path / "autoattack/harp-plain-90-images.json").write_text(json.dumps({"attacks": {"autoattack": {"accuracy": 0.35}}}))
+    (tmp_path / "central/harp-plain-90/autoattack.json").write_text(json.dumps({"attacks": {"autoattack": {"accuracy": 0.35}}}))
     spectra = [{"space": "scores", "eigenvalues": [1.5]}, {"space": "weights", "eigenvalues": [12.34567, 3.0]}]
     (tmp_path / "central/hydra-s2ap-90/analysis.json").write_text(json.dumps({"models": [{}, {"spectra": spectra}]}))
     lines = table(tmp_path).splitlines()

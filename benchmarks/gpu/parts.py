@@ -11,6 +11,7 @@ from pathlib import Path
 # Of an adversarial network and two trainings cut short, the same for all arms of the comparison.
 SHORT = ("pretrain.epochs=15", "prune.epochs=6", "prune.warmup_epochs=1", "finetune.epochs=8", "data.test_size=1000")
 STAGES = ("pretrain", "prune", "finetune")
+AUTOATTACK = "autoattack.json"  # in the folder of a run: what evaluate --json writes
 # The arms of the comparison: method, kind of steps, sparsity in per cent.
 ARMS = {
     f"{method}-{kind}-{sparsity}": (method, kind, sparsity)
@@ -114,9 +115,8 @@ def _examinations(at: Setting) -> list[Part]:
         last = "dense.safetensors" if arm == "dense" else "finetuned.safetensors"
         run = at.folder / "central" / arm
 
-        def attacked(run: Path = run, last: str = last, arm: str = arm) -> list[Command]:
-            answers = at.folder / "autoattack" / f"{arm}-images.json"
-            words = ["evaluate", str(run / last), "--attack", "autoattack", "--json", str(answers), "--device", at.device]
+        def attacked(run: Path = run, last: str = last) -> list[Command]:
+            words = ["evaluate", str(run / last), "--attack", "autoattack", "--json", str(run / AUTOATTACK), "--device", at.device]
             return [_program(at, *words), _table(at)]
 
         def examined(run: Path = run) -> list[Command]:

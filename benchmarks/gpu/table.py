@@ -9,6 +9,8 @@ from typing import Any
 
 from measure import write
 
+from .parts import AUTOATTACK
+
 HEAD = (
     *("arm", "sparsity", "clean", "robust", "AutoAttack", "clean before finetuning", "robust before finetuning"),
     *("mask distance", "lambda_max", "minutes"),
@@ -20,7 +22,7 @@ def table(folder: Path) -> str:
     central = folder / "central"
     (dense,) = _rows(central / "dense")
     lines = [f"| {' | '.join(HEAD)} |", "|---" + "|---:" * (len(HEAD) - 1) + "|"]
-    accuracies = [_percent(dense["clean"]), _percent(dense["robust"]), _autoattack(folder, "dense")]
+    accuracies = [_percent(dense["clean"]), _percent(dense["robust"]), _autoattack(central / "dense")]
     lines.append(_line("dense", "0", *accuracies, "", "", "", _sharpness(central / "dense"), _minutes(dense)))
     for results in sorted(central.glob("*-search/results.json")):
         arm = results.parent.name.removesuffix("-search")
@@ -29,7 +31,7 @@ def table(folder: Path) -> str:
         pruned, finetuned = _rows(results.parent)[-1], _rows(central / arm)[-1]
         moved = sum(record["mask_distance"] for record in _records(results.parent) if "mask_distance" in record)
         first, last = ([_percent(row[kind]) for kind in ("clean", "robust")] for row in (pruned, finetuned))
-        accuracies = [*last, _autoattack(folder, arm), *first]
+        accuracies = [*last, _autoattack(central / arm), *first]
         found = [f"{moved:.3f}", _sharpness(central / arm), _minutes(pruned, finetuned)]
         lines.append(_line(arm, _percent(finetuned["sparsity"]), *accuracies, *found))
     attack = json.loads((central / "dense/results.json").read_text(encoding="utf-8"))["attack"]
@@ -48,9 +50,9 @@ def _records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def _autoattack(folder: Path, arm: str) -> str:
-    """Empty until the arm was attacked."""
-    answers = folder / "autoattack" / f"{arm}-images.json"
+def _autoattack(run: Path) -> str:
+    """Empty until the run's last network was attacked."""
+    answers = run / AUTOATTACK
     return _percent(json.loads(answers.read_text(encoding="utf-8"))["attacks"]["autoattack"]["accuracy"]) if answers.exists() else ""
 
 

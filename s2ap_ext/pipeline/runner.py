@@ -191,7 +191,7 @@ def reproducible(recipe: Recipe) -> Iterator[None]:
     try:
         # The same as use_deterministic_algorithms(True, warn_only=True), which imports torch's compiler: seconds that only compiling needs.
         torch.set_deterministic_debug_mode("warn")
-        if recipe.compile:
+        if recipe.compile:  # whose settings know of it too
             torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.deterministic = True
         deterministic.fill_uninitialized_memory = False  # costs time and makes no difference here
