@@ -9,10 +9,11 @@
 // they are read.
 //
 // First the norms, one pass over s and g and a grid barrier for each level of their sums (sums.cuh); then the selection of selection.cuh
-// with s + z for s. Bytes per element, float32: 8 for the norms, which must be known before the first s + z; 8 for the sweep, 8 for the
-// weights and the masked weights, which makes the floor of 24; 1/2 for two bits each, and, where a tenth is kept, 0.8 for the lists. With
-// straight_through the norms and the sweep read w as well: 8 more. Where the sums of squares of the scores are given, the norms read 4
-// less, but for straight_through, which needs the scores' signs. Windows take 8 + 16, groups 8 + 8 + 16 (pattern.cuh).
+// with s + z for s, whose brackets lie around the cuts of s. Bytes per element, float32: 8 for the norms, which must be known before the
+// first s + z; 8 for the sweep, 8 for the weights and the masked weights, which makes the floor of 24; 1/2 for two bits each, and, where a
+// tenth is kept, 0.5 for the lists. With straight_through the norms and the sweep read w as well: 8 more. Where the sums of squares of the
+// scores are given, the norms read 4 less, but for straight_through, which needs the scores' signs. Windows take 8 + 16, groups 8 + 8 + 16
+// (pattern.cuh).
 //
 // One cooperative launch for all layers, for the reasons given in select.cu.
 #include "pattern.cuh"
@@ -66,6 +67,7 @@ struct PerturbArgs {
   Groups groups;
   Cut* saved_cuts;  // [layers]
 
+  // Once the sums are complete. Every block works it out for itself, which costs less than a barrier.
   S2AP_DEVICE double scale(int layer) const {
     const Table<Layer<T>>& table = selection.table;
     double norm_g = square_root(sum_of_squares(table, sums, layer, 0));
@@ -87,15 +89,10 @@ struct PerturbArgs {
     }
   }
   S2AP_DEVICE GradientReader<T> gradients(const Layer<T>& row) const { return {row.scores, row.grads, row.weights, straight_through}; }
-  template <int kind>
-  S2AP_DEVICE auto reader_at(int layer, double scale) const {
-    auto now = mask_now<kind>(layer);
-    return PerturbedReader<T, decltype(now)>{gradients(selection.table.rows[layer]), static_cast<Compute<T>>(scale), now};
-  }
-  // Once the scales are written.
   template <int kind = kWeight>
   S2AP_DEVICE auto reader(int layer) const {
-    return reader_at<kind>(layer, scales[layer]);
+    auto now = mask_now<kind>(layer);
+    return PerturbedReader<T, decltype(now)>{gradients(selection.table.rows[layer]), static_cast<Compute<T>>(scale(layer)), now};
   }
   // Once the table is full and the options are set.
   void plan() {
@@ -103,12 +100,12 @@ struct PerturbArgs {
     sums.levels = sum_levels(selection.table);
     groups.take(selection.table, 2);
   }
-  int phases() const { return sums.levels + 1 + selection_and_pattern_phases<T>(groups); }
+  int phases() const { return sums.levels + selection_and_pattern_phases<T>(groups); }
 };
 
 template <class T, class Array>
 void for_each_array(PerturbArgs<T>& args, Array&& array) {
-  for_each_array(args.selection, true, array);
+  for_each_array(args.selection, array);
   for_each_array(args.sums, args.selection.table, array);
   for_each_array(args.groups, array);
   array(args.saved_cuts, static_cast<int64_t>(args.selection.table.layers));
@@ -128,10 +125,11 @@ S2AP_DEVICE void perturb_phases(const Grid& grid, const PerturbArgs<T>& args, in
   const Table<Layer<T>>& table = args.selection.table;
   int levels = args.sums.levels;
   run_phases(
-      grid, first, last, [&](int phase) { return selection_and_pattern_phase_is_idle(args, phase - levels - 1); },
+      grid, first, last, [&](int phase) { return selection_and_pattern_phase_is_idle(args, phase - levels); },
       [&](int phase) {
         if (phase == 0) {
           save_cuts(grid, args.cuts_now, args.saved_cuts, table.layers);
+          guess_around(grid, args.selection, [&](int layer) { return args.saved_cuts[layer].key; });
           prepare(grid, args.selection);
           sum_squares(grid, table, args.sums, [&](const Layer<T>& row, int quantity, int64_t first, int length) {
             if (quantity == 1) {
@@ -147,11 +145,9 @@ S2AP_DEVICE void perturb_phases(const Grid& grid, const PerturbArgs<T>& args, in
           }
         } else if (phase < levels) {
           sum_again(grid, table, args.sums, phase);
-        } else if (phase == levels) {
-          write_scales(grid, args);  // for the phases to come; here each block works out its own
-          guess(grid, args.selection, storage, [&](int layer) { return args.template reader_at<kWeight>(layer, args.scale(layer)); });
         } else {
-          selection_and_pattern_phase(grid, args, storage, phase - levels - 1);
+          if (phase == levels) write_scales(grid, args);
+          selection_and_pattern_phase(grid, args, storage, phase - levels);
         }
       });
 }

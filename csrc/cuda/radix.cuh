@@ -22,6 +22,7 @@ struct Digits {
   static constexpr int kCount = (kBits + kDigitBits - 1) / kDigitBits;
   static constexpr KeyOf<T> kEnd = KeyOf<T>{1} << kBits;  // beyond all
   static constexpr KeyOf<T> kInfinity = KeyTraits<KeyOf<T>>::kInfinityKey >> kZeros;
+  static constexpr int kFractionBits = sizeof(T) == 8 ? 52 : sizeof(T) == 4 ? 23 : std::is_same_v<T, Float16> ? 10 : 7;
 
   // What is searched among. Every NaN is beyond kInfinity.
   static S2AP_HD KeyOf<T> of(Compute<T> score) { return key_of(score) >> kZeros; }

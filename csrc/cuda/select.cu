@@ -28,7 +28,7 @@ struct SelectArgs {
 
 template <class T, class Array>
 void for_each_array(SelectArgs<T>& args, Array&& array) {
-  for_each_array(args.selection, false, array);
+  for_each_array(args.selection, array);
   for_each_array(args.groups, array);
 }
 

@@ -4,9 +4,9 @@
 // Update   a warp for each chunk: the arithmetic of update (step.cuh), the squares of the new scores in the pinned order (sums.cuh) while
 //          they are in registers, and one bit per element for whether it stayed so far.
 //          Where straight_through, the gradient is formed from that of the masked weight, the weight and the score's sign where the gradient
-//          was taken, which is at s + z if there are ascent gradients. It is not stored.       -- grid barrier
-// Prepare  for the selection, and guess its brackets.                                           -- grid barrier
-// Select   as in select.cu; flips are counted against the bits. The levels of the squares' sums ride on these phases.
+//          was taken, which is at s + z if there are ascent gradients. It is not stored.
+//          Prepare for the selection, with brackets around the cuts of before the step.         -- grid barrier
+// Select   as in selection.cuh; flips are counted against the bits. The levels of the squares' sums ride on these phases.
 //
 // Whether an element of a pattern stayed depends on more scores than its own. So where there are patterns, a phase in front notes down
 // the bits of windows and sums the groups as they were.
@@ -14,7 +14,7 @@
 // Bytes per element, float32: to update, scores and momentum read and written, gradients read: 20, and 1/8 for the bits; straight_through
 // reads the weights, 4 more, and the ascent gradients, 4 more. To select 13 (select.cu), and 1/8 for the bits. The floor is what the update
 // takes, and 8: the weights and the masked weights. An update and a select of their own take 33 as well, but two launches, and formed
-// gradients written and read, and the scores once more for the norm of the next perturb.
+// gradients written and read, and the scores once more for the norm of the next perturb. The bits are 1/32 of the scores' memory.
 //
 // One cooperative launch for all layers, for the reasons given in select.cu.
 #include "pattern.cuh"
@@ -25,17 +25,15 @@ namespace s2ap::cuda {
 // Mask: which elements stayed before the step.
 template <class T, class Mask>
 struct SteppedReader {
-  struct Raw {
-    T score;
-    bool was_kept;
-  };
+  using Raw = T;
   static constexpr bool kFlips = true, kNotes = false;
   const T* scores;
   Mask before;
 
-  S2AP_DEVICE Raw load(int64_t i) const { return {scores[i], before.keeps(0, i)}; }
-  S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(raw.score); }
-  S2AP_DEVICE bool was_kept(Raw raw, int64_t) const { return raw.was_kept; }
+  S2AP_DEVICE Raw load(int64_t i) const { return scores[i]; }
+  S2AP_DEVICE Compute<T> score(Raw raw) const { return widen(raw); }
+  S2AP_DEVICE bool was_kept(Raw, int64_t i) const { return before.keeps(0, i); }
+  S2AP_DEVICE uint32_t word_before(int64_t i) const { return before.words[i / 32]; }
   S2AP_DEVICE void tally(Raw, Compute<T>, Tally&) const {}
 };
 
@@ -60,10 +58,10 @@ struct UpdateSelectArgs {
   // Workspace, not initialised.
   Sums sums;
   Groups groups;
-  Cut* saved_cuts;  // [layers]
+  Cut* saved_cuts;   // [layers]
+  uint32_t* stayed;  // [chunks, kWords]: a bit for each element but those of groups, whether it stayed so far
 
-  // One for each element but those of groups.
-  S2AP_DEVICE uint32_t* bits(int layer) const { return selection.stayed + selection.table.first_chunk[layer] * kWords; }
+  S2AP_DEVICE uint32_t* bits(int layer) const { return stayed + selection.table.first_chunk[layer] * kWords; }
   S2AP_DEVICE Cut cut_now(int layer) const { return {cuts_now[layer * kCutColumns + kKey], cuts_now[layer * kCutColumns + kIndex]}; }
   template <int kind = kWeight>
   S2AP_DEVICE auto reader(int layer) const {
@@ -81,16 +79,16 @@ struct UpdateSelectArgs {
     groups.take(selection.table, 2);
     front = groups.any;
   }
-  // The sums' levels fit, and are over before a phase may be left out: layers have fewer than 2^32 elements, which is three levels.
-  int phases() const { return front + 2 + selection_and_pattern_phases<T>(groups); }
+  int phases() const { return front + 1 + selection_and_pattern_phases<T>(groups); }
 };
 
 template <class T, class Array>
 void for_each_array(UpdateSelectArgs<T>& args, Array&& array) {
-  for_each_array(args.selection, true, array);
+  for_each_array(args.selection, array);
   for_each_array(args.sums, args.selection.table, array);
   for_each_array(args.groups, array);
   array(args.saved_cuts, static_cast<int64_t>(args.selection.table.layers));
+  array(args.stayed, args.selection.table.chunks() * kWords);
 }
 
 // ---- Front
@@ -187,23 +185,22 @@ template <class Grid, class T>
 S2AP_DEVICE void update_select_phases(const Grid& grid, const UpdateSelectArgs<T>& args, int first, int last) {
   auto& storage = grid.template shared<SelectionStorage<T>>();
   run_phases(
-      grid, first, last, [&](int phase) { return selection_and_pattern_phase_is_idle(args, phase - args.front - 2); },
+      grid, first, last, [&](int phase) { return selection_and_pattern_phase_is_idle(args, phase - args.front - 1); },
       [&](int phase) {
         int level = phase - args.front;
         if (level < 0) {
           look_at_patterns(grid, args);
         } else if (level == 0) {
           save_cuts(grid, args.cuts_now, args.saved_cuts, args.selection.table.layers);
+          guess_around(grid, args.selection, [&](int layer) { return args.saved_cuts[layer].key; });
+          prepare(grid, args.selection);
           update_and_square(grid, args);
         } else {
+          // Layers have fewer than 2^32 elements, which is three levels: they are over with pass 1, the last phase before apply() that is
+          // never left out.
           if (level < args.sums.levels) sum_again(grid, args.selection.table, args.sums, level);
-          if (level == args.sums.levels) write_squares(grid, args);
-          if (level == 1) {
-            prepare(grid, args.selection);
-            guess(grid, args.selection, storage, [&](int layer) { return args.reader(layer); });
-          } else {
-            selection_and_pattern_phase(grid, args, storage, level - 2);
-          }
+          if (level - 1 == kPasses<T>) write_squares(grid, args);
+          selection_and_pattern_phase(grid, args, storage, level - 1);
         }
       });
 }

@@ -199,6 +199,28 @@ class Workspace {
   Random random_{99};
 };
 
+// The bytes of a launch's workspace for the layers of a ResNet-18, relative to those of the scores. The arguments are full otherwise.
+template <class T, class Args>
+double share_of_workspace(Args& args) {
+  int64_t scores = 0;
+  auto push = [&](int64_t n) {
+    args.selection.table.push({nullptr, nullptr, nullptr, nullptr, n, {}});
+    scores += n;
+  };
+  push(3 * 64 * 9);
+  for (int i = 0; i < 4; ++i) push(64 * 64 * 9);
+  for (int64_t width : {128, 256, 512}) {
+    push(width / 2 * width);
+    push(width / 2 * width * 9);
+    for (int i = 0; i < 3; ++i) push(width * width * 9);
+  }
+  push(512 * 10);
+  args.plan();
+  int64_t bytes = 0;
+  for_each_array(args, [&](auto*& pointer, int64_t count) { bytes += count * static_cast<int64_t>(sizeof *pointer); });
+  return static_cast<double>(bytes) / static_cast<double>(scores * static_cast<int64_t>(sizeof(T)));
+}
+
 // ---- Oracles
 
 struct CutRow {

@@ -1,6 +1,8 @@
-// The bracket of selection.cuh on the emulated grid: that ordinary layers take it and read each score once, that whatever misleads the sample
-// or overflows a list costs reads and never a bit, on many grids and schedules, in one cooperative launch and phase by phase.
+// The brackets of selection.cuh on the emulated grid, from a sample and around a cut that is known: that ordinary layers take them and read each
+// score once, that whatever misleads them or overflows a list costs reads and never a bit, on many grids and schedules, in one cooperative
+// launch and phase by phase.
 #include <atomic>
+#include <optional>
 
 #include "cuda/selection.cuh"
 #include "cuda_cases.h"
@@ -40,20 +42,21 @@ struct Course {
   int64_t overflows = 0;          // lists
 };
 
-// Selects in one layer and compares with the oracle.
+// Selects in one layer and compares with the oracle. With a cut's key the bracket lies around it.
 template <class T>
-Course check(const std::vector<T>& scores, int64_t kept, GridSize size, uint64_t seed, bool cooperative, const std::string& what) {
+Course check(const std::vector<T>& scores, int64_t kept, GridSize size, uint64_t seed, bool cooperative, const std::string& what,
+             std::optional<int64_t> known = {}) {
   Random random(seed);
   int64_t n = static_cast<int64_t>(scores.size());
-  std::vector<T> weights = numbers<T>(0, n, random), masked = weights;  // in place
+  std::vector<T> weights = numbers<T>(0, n, random), masked = weights;
   std::vector<int64_t> row(5, -1);
   Args<T> args;
   auto& s = args.selection;
-  s.table.push({scores.data(), nullptr, masked.data(), masked.data(), n, {}});
+  s.table.push({scores.data(), nullptr, weights.data(), masked.data(), n, {}});
   s.kept = &kept;
   s.cuts = row.data();
   Workspace workspace;
-  kernels::for_each_array(s, false, workspace);
+  kernels::for_each_array(s, workspace);
   auto phases = [&](const emulated::Grid& grid, int first, int last) {
     auto& storage = grid.shared<kernels::SelectionStorage<T>>();
     kernels::run_phases(
@@ -61,6 +64,7 @@ Course check(const std::vector<T>& scores, int64_t kept, GridSize size, uint64_t
         [&](int phase) {
           if (phase > 0) return kernels::selection_phase(grid, args, storage, phase - 1);
           kernels::prepare(grid, s);
+          if (known) return kernels::guess_around(grid, s, [&](int) { return *known; });
           kernels::guess(grid, s, storage, [&](int layer) { return args.reader(layer); });
         });
   };
@@ -155,6 +159,39 @@ void test_small_layers_are_their_own_sample(Random& random) {
   }
 }
 
+// The cut of scores that differ by a hundredth from those that are ranked now.
+template <class T>
+void test_a_known_cut_saves_the_sample(Random& random) {
+  const int64_t n = 40000;
+  for (double fraction : {0.1, 0.5, 0.01}) {
+    const int64_t kept = static_cast<int64_t>(fraction * n);
+    std::vector<T> scores = numbers<T>(0, n, random), moved = scores;
+    for (T& x : moved) x = make<T>(value(x) * 1.01);
+    const int64_t known = cut(scores, kept).column[0];
+    Course course = check(moved, kept, {3, 64}, random(), true, "known cut", known);
+    EXPECT(course.listed && course.overflows == 0, "%s, %g kept", kName<T>, fraction);
+    EXPECT(course.inside < n / 16, "%s, %g kept: %lld inside", kName<T>, fraction, (long long)course.inside);
+    EXPECT(sizeof(T) == 8 || course.passes == 2, "%s, %g kept: %d passes", kName<T>, fraction, course.passes);
+    EXPECT(sizeof(T) == 2 || course.reads <= n + 2 * s2ap::kChunk, "%s, %g kept: %lld reads", kName<T>, fraction, (long long)course.reads);
+  }
+}
+
+// A cut of quite other scores, the cuts that no element has, and numbers that are no keys.
+template <class T>
+void test_a_wrong_cut_costs_reads_only(Random& random) {
+  const int64_t largest = std::numeric_limits<int64_t>::max();
+  const int64_t known[] = {0, 1, key(make<T>(1e-3)), key(make<T>(1e3)), key(make<T>(INFINITY)), s2ap::kKeepNone, largest - 1, -1, -largest};
+  for (int64_t cut_key : known) {
+    for (int64_t n : {int64_t{7}, int64_t{20001}}) {
+      const int kind = static_cast<int>(random() % kKindCount);
+      check(numbers<T>(kind, n, random), some_count(n, random), kGrids[random() % kGridCount], random(), random() % 2 != 0, kKinds[kind],
+            cut_key);
+    }
+  }
+  Course course = check(numbers<T>(0, 20000, random), 5000, {3, 64}, 1, true, "far cut", key(make<T>(1e3)));
+  EXPECT(!course.listed && course.reads > 3 * 20000, "%s: %lld reads", kName<T>, (long long)course.reads);
+}
+
 // One chunk, and then one chunk after the other, of scores that are all inside the bracket.
 template <class T>
 void test_a_full_list_costs_its_chunk_only(Random& random) {
@@ -211,6 +248,8 @@ template <class T>
 void test_all(Random& random) {
   test_ordinary_layers_read_each_score_once<T>(random);
   test_a_misled_sample_costs_reads_only<T>(random);
+  test_a_known_cut_saves_the_sample<T>(random);
+  test_a_wrong_cut_costs_reads_only<T>(random);
   test_equal_scores_are_read_twice<T>(random);
   test_small_layers_are_their_own_sample<T>(random);
   test_a_full_list_costs_its_chunk_only<T>(random);

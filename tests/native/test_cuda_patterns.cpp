@@ -61,11 +61,11 @@ void expect(const Problem<T>& problem, size_t l, const CutRow& row, const std::v
 template <class T>
 void check_select(const Problem<T>& problem, GridSize size, uint64_t seed, bool cooperative, const std::string& what) {
   size_t layers = problem.scores.size();
-  std::vector<std::vector<T>> masked = problem.weights;  // in place
+  std::vector<std::vector<T>> masked = problem.weights;
   std::vector<int64_t> cuts(layers * 5, -1);
   kernels::SelectArgs<T> args;
   for (size_t l = 0; l < layers; ++l) {
-    args.selection.table.push({problem.scores[l].data(), nullptr, masked[l].data(), masked[l].data(),
+    args.selection.table.push({problem.scores[l].data(), nullptr, problem.weights[l].data(), masked[l].data(),
                                static_cast<int64_t>(problem.scores[l].size()), problem.patterns[l]});
   }
   args.selection.kept = problem.kept.data();

@@ -141,17 +141,19 @@ void test_flips(Random& random) {
   check(problem, kGrids[3], 6, true, false, "flips");
 }
 
-// Layers large enough for a bracket, beside one that is not: flips and signs are then counted from bits.
+// Large layers, perturbed a little, so that the new cuts are in the brackets around the old ones, and by half, so that they are not.
 template <class T>
 void test_layers_with_a_bracket(Random& random) {
   const int64_t n = 8 * kernels::kSample + 777;
-  Problem<T> problem;
-  problem.gamma = 0.5;
-  problem.add(numbers<T>(0, n, random), numbers<T>(0, n, random), n / 10, random);
-  problem.add(numbers<T>(1, 5000, random), numbers<T>(0, 5000, random), 500, random);
-  problem.add(numbers<T>(1, n, random), numbers<T>(3, n, random), n / 2, random);
-  check(problem, {3, 64}, random(), true, true, "brackets");
-  check(problem, {5, 32}, random(), false, false, "brackets");
+  for (double gamma : {1e-3, 0.5}) {
+    Problem<T> problem;
+    problem.gamma = gamma;
+    problem.add(numbers<T>(0, n, random), numbers<T>(0, n, random), n / 10, random);
+    problem.add(numbers<T>(1, 5000, random), numbers<T>(0, 5000, random), 500, random);
+    problem.add(numbers<T>(1, n, random), numbers<T>(3, n, random), n / 2, random);
+    check(problem, {3, 64}, random(), true, true, "brackets");
+    check(problem, {5, 32}, random(), false, false, "brackets");
+  }
 }
 
 void test_every_grid_and_schedule(Random& random) {
@@ -193,6 +195,14 @@ void test_levels_of_sums(Random& random) {
   }
 }
 
+void test_the_workspace_is_small() {
+  kernels::PerturbArgs<float> args;
+  args.squares = nullptr;
+  double share = share_of_workspace<float>(args);
+  EXPECT(share < 0.02, "%g of the scores' bytes", share);
+  std::printf("workspace: %.2f %% of the scores' bytes\n", 100 * share);
+}
+
 int main() {
   Random random(2);
   for_each_type([&]<class T>() { test_kinds<T>(random); });
@@ -201,5 +211,6 @@ int main() {
   for_each_type([&]<class T>() { test_layers_with_a_bracket<T>(random); });
   test_every_grid_and_schedule(random);
   test_levels_of_sums(random);
+  test_the_workspace_is_small();
   std::puts("perturb: the kernel agrees with the oracle");
 }

@@ -48,8 +48,8 @@ void check(const Problem<T>& problem, const Settings& settings, GridSize size, u
   kernels::UpdateSelectArgs<T> args;
   for (size_t l = 0; l < layers; ++l) {
     args.steps[l] = {scores[l].data(), has_momentum ? buffers[l].data() : nullptr, how.ascent ? problem.ascent[l].data() : nullptr};
-    args.selection.table.push({scores[l].data(), problem.grads[l].data(), masked[l].data(), masked[l].data(),
-                               static_cast<int64_t>(scores[l].size()), problem.patterns[l]});  // in place
+    args.selection.table.push({scores[l].data(), problem.grads[l].data(), problem.weights[l].data(), masked[l].data(),
+                               static_cast<int64_t>(scores[l].size()), problem.patterns[l]});
   }
   args.selection.kept = problem.kept.data();
   args.selection.cuts = cuts.data();
@@ -138,7 +138,8 @@ void test_flips(Random& random) {
   }
 }
 
-// Layers large enough for a bracket, with a pattern beside them or not: without, passes may be left out.
+// Large layers, with a pattern beside them or not: without, passes may be left out. After a small step the new cuts are in the brackets around
+// the old ones, after a large one not.
 template <class T>
 void test_layers_with_a_bracket(Random& random) {
   const int64_t n = 8 * kernels::kSample + 777;
@@ -148,6 +149,7 @@ void test_layers_with_a_bracket(Random& random) {
     problem.add(10, 5000, {}, 500, random);
     problem.add(3, n, {}, n / 2, random);
     if (patterned) problem.add(0, 4000, {s2ap::kWindow, 4, 1}, 2, random);
+    check(problem, {1e-3, 0, 0, 0, false}, {2, 96}, random(), {false, false, !patterned, patterned}, "brackets");
     check(problem, kSettings[2], {3, 64}, random(), {true, true, patterned, !patterned}, "brackets");
   }
 }
@@ -172,6 +174,13 @@ void test_as_many_layers_as_a_launch_takes(Random& random) {
   check(problem, kSettings[2], {3, 64}, 1, {true, true}, "many layers");
 }
 
+void test_the_workspace_is_small() {
+  kernels::UpdateSelectArgs<float> args;
+  double share = share_of_workspace<float>(args);
+  EXPECT(share < 0.05, "%g of the scores' bytes", share);
+  std::printf("workspace: %.2f %% of the scores' bytes\n", 100 * share);
+}
+
 int main() {
   Random random(5);
   for_each_type([&]<class T>() { test_kinds<T>(random); });
@@ -179,5 +188,6 @@ int main() {
   for_each_type([&]<class T>() { test_layers_with_a_bracket<T>(random); });
   test_every_grid_and_schedule(random);
   test_as_many_layers_as_a_launch_takes(random);
+  test_the_workspace_is_small();
   std::puts("update_select: the kernel agrees with the oracle");
 }
