@@ -1,6 +1,6 @@
-// Which memory an op reads and writes. The kernels rely on it that each tensor has the memory that its sizes tell, and that what they write is
-// written once and read by nobody else: scores that change while they are ranked, or starts of rows that are written over, would take a kernel
-// out of bounds.
+// Which memory an op reads and writes. The kernels rely on it that each tensor has the memory that its sizes tell, and that what they write
+// is written once and read by nobody else: scores that change while they are ranked, or starts of rows that are written over, would take a
+// kernel out of bounds.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

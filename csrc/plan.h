@@ -15,8 +15,8 @@ constexpr int64_t kKeepNone = INT64_MAX;  // a cut key that no element reaches
 constexpr int64_t kChunk = 4096;
 constexpr int kLanes = 64;
 
-// What a layer's `kept` counts (reference.Pattern). Element i has the place (i / block) % size. kWeight: elements of the layer; kGroup: sets
-// of all elements of one place, ranked by sum|s|; kWindow: elements among `size` ones that differ only in their place.
+// What a layer's `kept` counts (reference.Pattern). Element i has the place (i / block) % size. kWeight: elements of the layer; kGroup:
+// sets of all elements of one place, ranked by sum|s|; kWindow: elements among `size` ones that differ only in their place.
 enum PatternKind : int { kWeight = 0, kGroup = 1, kWindow = 2 };
 constexpr int kPatternNumbers = 3;  // kind, size, block: what `patterns` has for each layer
 constexpr int kLargestWindow = 32;

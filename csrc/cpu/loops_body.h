@@ -1,10 +1,12 @@
 // The loops of loops.h for one instruction set: included once for each, with S2AP_LOOPS (the namespace), S2AP_TARGET (the function
 // attribute) and S2AP_WIDTH (bytes in a vector register).
 //
-// Those that stream from memory are written on vectors (GNU vector extensions) and ask for what they will need kAhead bytes later: with several streams at once the hardware's own prefetching
-// leaves half of the bandwidth unused (seen: 5.3 -> 1.1 ms for a sweep of 45 MB). The others are plain loops that the compiler vectorises.
+// Those that stream from memory are written on vectors (GNU vector extensions) and ask for what they will need kAhead bytes later: with
+// several streams at once the hardware's own prefetching leaves half of the bandwidth unused (seen: 5.3 -> 1.1 ms for a sweep of 45 MB).
+// The others are plain loops that the compiler vectorises.
 //
-// Loops that rank are templates of the bits: they are the same for both types of 16 bits. Those that compute are templates of the element type.
+// Loops that rank are templates of the bits: they are the same for both types of 16 bits. Those that compute are templates of the element
+// type.
 
 namespace s2ap {
 namespace S2AP_LOOPS {

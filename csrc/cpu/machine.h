@@ -34,7 +34,8 @@ inline Isa best_isa() {
 // float32 numbers in a vector register.
 inline int64_t lanes(Isa isa) { return isa == Isa::kAvx512 ? 16 : isa == Isa::kAvx2 ? 8 : 4; }
 
-// Bytes of the last-level cache that this machine's cores share; 0 where that is not known. (sysconf counts the caches of all cores on some.)
+// Bytes of the last-level cache that this machine's cores share; 0 where that is not known. (sysconf counts the caches of all cores on
+// some.)
 inline int64_t last_cache() {
   static const int64_t bytes = [] {
     int64_t kilobytes = 0;
@@ -52,9 +53,9 @@ struct Machine {
   int64_t last_cache = 0;  // bytes; 0: not known
 };
 
-// Whether results are better written past the caches, given the floats that are read and written: where these do not fit the last-level cache
-// twice, results take the place of inputs that are still to be read, and every line of them is read from memory before it is written. Only
-// vectors that are whole lines are worth it.
+// Whether results are better written past the caches, given the floats that are read and written: where these do not fit the last-level
+// cache twice, results take the place of inputs that are still to be read, and every line of them is read from memory before it is written.
+// Only vectors that are whole lines are worth it.
 inline bool past_caches(const Machine& machine, int64_t floats) {
   return machine.isa == Isa::kAvx512 && machine.last_cache > 0 && 2 * static_cast<int64_t>(sizeof(float)) * floats > machine.last_cache;
 }

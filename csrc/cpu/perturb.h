@@ -3,9 +3,9 @@
 // What is computed, per layer: the two norms, the scale a, the cut of s + z, the masked weight there, and how far it is from
 // the present one: entries whose mask flips against `cuts`, and scores whose sign changes.
 //
-// How. One pass over s and g sums their squares in the order that reference.sum_of_squares fixes: 64 running sums per chunk of 4096 elements
-// (which vectorises, and is the same for any number of threads), then the chunks' sums again. From there on it is select.h, whose reads
-// of the scores compute a unit of s + z into the thread's own cache instead.
+// How. One pass over s and g sums their squares in the order that reference.sum_of_squares fixes: 64 running sums per chunk of 4096
+// elements (which vectorises, and is the same for any number of threads), then the chunks' sums again. From there on it is select.h, whose
+// reads of the scores compute a unit of s + z into the thread's own cache instead.
 //
 // A layer's present mask follows from its scores and `cuts`, but for groups: their present sums are taken beforehand.
 //

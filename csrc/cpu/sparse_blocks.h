@@ -45,8 +45,8 @@ class Window {
     }
   }
 
-  // Where the lines of so many channels lie that a tile reads, from its first input on; without those that the tile above has read, if there is
-  // one.
+  // Where the lines of so many channels lie that a tile reads, from its first input on; without those that the tile above has read, if
+  // there is one.
   std::vector<int32_t> lines(const Blocks<const float>& in, int64_t channels, bool topmost, int64_t height, int64_t width) const {
     const int64_t end = (height - 1) * y_.in_step + y_.most() + 1;
     const int64_t start = topmost ? y_.least() : std::max(y_.least(), end - height * y_.in_step);
@@ -65,9 +65,9 @@ class Window {
   Axis y_, x_;
 };
 
-// The outputs of several passes, which are each other's neighbours and read the same inputs: tile by tile they take turns, while both are in
-// the cache. What a kept weight reads is too short for the machine to foresee, so a tile, or a run of it, asks for the next one's inputs: few at
-// a time, for more than the machine can wait for would hold up the arithmetic.
+// The outputs of several passes, which are each other's neighbours and read the same inputs: tile by tile they take turns, while both are
+// in the cache. What a kept weight reads is too short for the machine to foresee, so a tile, or a run of it, asks for the next one's
+// inputs: few at a time, for more than the machine can wait for would hold up the arithmetic.
 inline void block_passes(const Machine& machine, const ConvShape& shape, const std::vector<Pass>& passes, const Entries& entries,
                          int64_t count, const Blocks<const float>& in, const Epilogue<Blocks<const float>>& epilogue,
                          const Blocks<float>& out) {

@@ -52,9 +52,9 @@ inline ConvShape conv_shape(const Tensor& in, const char* in_name, const Tensor&
   return s;
 }
 
-// Every column decides where an op reads or writes, so each is looked at, in every call: a fraction of what finding their inputs takes (place).
-// Of a pass there are only taps that belong to it; otherwise they would read beyond what it reaches. That columns ascend is not looked at, for
-// nothing but the order of the sums depends on it.
+// Every column decides where an op reads or writes, so each is looked at, in every call: a fraction of what finding their inputs takes
+// (place). Of a pass there are only taps that belong to it; otherwise they would read beyond what it reaches. That columns ascend is not
+// looked at, for nothing but the order of the sums depends on it.
 inline void check_columns(const int32_t* columns, int64_t count, int64_t row_length) {
   uint32_t largest = 0;  // which a negative one is
   for (int64_t j = 0; j < count; ++j) largest = std::max(largest, static_cast<uint32_t>(columns[j]));

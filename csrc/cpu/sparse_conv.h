@@ -1,26 +1,28 @@
-// sparse_conv: convolution with the kept weights of a layer, its gradient with respect to the input, and that with respect to those weights.
+// sparse_conv: convolution with the kept weights of a layer, its gradient with respect to the input, and that with respect to those
+// weights.
 //
 // What is computed is torch's conv2d with a weight most of whose entries are 0: any kernel size, stride, padding, dilation and groups, a
 // linear layer being the case of one position. The kept entries come in rows, one for each output channel, as in a CSR matrix whose columns
 // are flat indices into the weight of that channel (input channel, then kernel row and column).
 //
-// How. Nothing is skipped and nothing is looked up per position: every kept entry becomes an offset into a packed copy of the input and a value
-// (tiles.h), and each tile of output positions runs through the entries of one output channel after the other. The packed copy holds a piece of
-// the input that fits the second-level cache, with the padding around it as zeros, so that there are no borders. Input positions that a stride
-// skips between two outputs are apart in it ("phases"), so that neighbouring outputs read neighbouring vectors whatever the stride. A tile takes
-// the entries in runs of input channels (sparse_pattern.h), so that a run's inputs stay near; between two runs its sums wait.
+// How. Nothing is skipped and nothing is looked up per position: every kept entry becomes an offset into a packed copy of the input and a
+// value (tiles.h), and each tile of output positions runs through the entries of one output channel after the other. The packed copy holds
+// a piece of the input that fits the second-level cache, with the padding around it as zeros, so that there are no borders. Input positions
+// that a stride skips between two outputs are apart in it ("phases"), so that neighbouring outputs read neighbouring vectors whatever the
+// stride. A tile takes the entries in runs of input channels (sparse_pattern.h), so that a run's inputs stay near; between two runs its
+// sums wait.
 //
 // Vectors are made in one of two ways:
 //   Images     a vector is the same position of as many images as it has lanes. Activations whose strides have the batch innermost
 //              (logical shape (N, C, H, W), memory C, H, W, N) are packed and written by whole vectors.
-//   Positions  a vector is consecutive positions of the padded plane, image after image: for few images, down to one, and for linear layers.
+//   Positions  a vector is consecutive positions of the padded plane, image after image: for few images, or one, and for linear layers.
 //              Those positions that are padding are computed too, and dropped.
 //
 // The gradient with respect to the input is the same with rows and columns of the weight exchanged. With a stride, the input's positions
 // of each residue are an output of their own, that some of the kernel's entries reach ("passes"); they share what is packed.
 //
-// The gradient of a kept weight is a dot product over all positions and images, tile by tile. Slices of these are added up in a fixed order, and
-// every output is one sum in a fixed order, so that the bits do not depend on the number of threads.
+// The gradient of a kept weight is a dot product over all positions and images, tile by tile. Slices of these are added up in a fixed
+// order, and every output is one sum in a fixed order, so that the bits do not depend on the number of threads.
 //
 // Bytes: input read, and packed again (1 + halo) times into the cache; output written; 8 bytes for an entry and tile.
 #pragma once
@@ -88,8 +90,8 @@ struct Results {
   }
 };
 
-// What a thread packs at once: the inputs of a few outputs, all channels of them. Where a kernel reaches extremely far that is too much, and a
-// thread that finds no memory cannot say so.
+// What a thread packs at once: the inputs of a few outputs, all channels of them. Where a kernel reaches extremely far that is too much,
+// and a thread that finds no memory cannot say so.
 inline void check_packed(int64_t floats) {
   constexpr int64_t kMost = int64_t{1} << 28;
   if (floats > kMost) {
@@ -220,8 +222,8 @@ void sparse_conv_input_grad(const Machine& machine, const ConvShape& shape, cons
   conv_passes<T>(machine, shape, passes, shape.out_channels, entries, entries.count(shape.passes()), grad, epilogue, out);
 }
 
-// The gradient with respect to the kept weights: `out` is [output channels][input channels of a group][taps], 0 at the others. `entries` has a
-// row for each output channel.
+// The gradient with respect to the kept weights: `out` is [output channels][input channels of a group][taps], 0 at the others. `entries`
+// has a row for each output channel.
 template <class T>
 void sparse_conv_weight_grad(const Machine& machine, const ConvShape& shape, const Entries& entries, const Images<const T>& in,
                              const Images<const T>& grad, float* out) {

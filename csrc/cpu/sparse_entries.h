@@ -52,8 +52,8 @@ inline std::vector<Pass> backward_passes(const ConvShape& shape, const Entries& 
   return passes;
 }
 
-// Where the inputs of each entry lie, [entries]; it holds until the next call on this thread. offset(dy, dx): of what a tap with these shifts
-// reads; channel: from one channel to the next.
+// Where the inputs of each entry lie, [entries]; it holds until the next call on this thread. offset(dy, dx): of what a tap with these
+// shifts reads; channel: from one channel to the next.
 template <class F>
 const int32_t* place(const Machine& machine, const ConvShape& shape, const std::vector<Pass>& passes, const Entries& entries, int64_t count,
                      int64_t channel, const F& offset) {
@@ -80,8 +80,8 @@ inline Range read_by_run(int64_t run, const Entries& entries, int64_t channels) 
   return {run * each, std::min(channels, (run + 1) * each)};
 }
 
-// A tile of `size` floats for each channel, run by run; ahead(run): what to ask for during a run. `args` has the first run's starts. Sums wait
-// for the next run where they lie close together; what follows them comes with the last run, which writes them to where they belong.
+// A tile of `size` floats for each channel, run by run; ahead(run): what to ask for during a run. `args` has the first run's starts. Sums
+// wait for the next run where they lie close together; what follows them comes with the last run, which writes them to where they belong.
 template <class F>
 void tile_in_runs(TileLoop tile, int64_t size, TileArgs args, const Entries& entries, const F& ahead) {
   const TileArgs last = args;

@@ -1,5 +1,5 @@
-// The packed input of a sparse convolution: how the outputs are cut into pieces whose inputs fit the second-level cache, how those inputs are
-// copied there, with the padding as zeros, and how a piece is cut into tiles. sparse_conv.h says what for.
+// The packed input of a sparse convolution: how the outputs are cut into pieces whose inputs fit the second-level cache, how those inputs
+// are copied there, with the padding as zeros, and how a piece is cut into tiles. sparse_conv.h says what for.
 #pragma once
 
 #include <algorithm>

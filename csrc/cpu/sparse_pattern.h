@@ -7,8 +7,9 @@
 // (sparse_conv.h). Parts of the rows of outputs are runs of inputs. Parts of the rows of inputs are, for each pass of the gradient with
 // respect to the input, runs of outputs; a tap's entries belong to one pass.
 //
-// One pass over the weight counts all entries, which decides on the runs, one those of each part, and one writes the rows of outputs, of which the
-// threads take one after the other; the rows of inputs then come from these. Bytes per element: 12 (with a mask 3), and 20 per kept entry.
+// One pass over the weight counts all entries, which decides on the runs, one those of each part, and one writes the rows of outputs, of
+// which the threads take one after the other; the rows of inputs then come from these. Bytes per element: 12 (with a mask 3), and 20 per
+// kept entry.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +29,8 @@ struct WeightShape {
   int64_t group_outputs() const { return outputs / groups; }
 };
 
-// So many channels of `channels` make a run that a row has 20 entries there, for fewer are not worth loading and storing its sums again; and 8
-// at least. `entries`: of all `rows` in all `passes`.
+// So many channels of `channels` make a run that a row has 20 entries there, for fewer are not worth loading and storing its sums again;
+// and 8 at least. `entries`: of all `rows` in all `passes`.
 inline int64_t channels_of_run(int64_t entries, int64_t rows, int64_t channels, int64_t passes) {
   constexpr int64_t kEntries = 20, kChannels = 8;
   const int64_t all = kEntries * rows * channels * passes;

@@ -26,8 +26,9 @@ struct Images {
   int64_t n = 0, c = 0, h = 0, w = 0;
 };
 
-// The kept entries, part after part (sparse_pattern.h): `runs` of the channels that are read, and for the gradient with respect to the input
-// so many for each pass. Rows are the channels that are written, columns flat indices into (channels that are read within the group, taps).
+// The kept entries, part after part (sparse_pattern.h): `runs` of the channels that are read, and for the gradient with respect to the
+// input so many for each pass. Rows are the channels that are written, columns flat indices into (channels that are read within the group,
+// taps).
 struct Entries {
   const int32_t* starts;   // [parts * rows + 1]
   const int32_t* columns;  // [entries], ascending within a row of a part

@@ -1,8 +1,9 @@
 // The inner loops of the sparse convolutions, compiled for three instruction sets and chosen when the program runs, as in loops.h.
 //
-// A tile is `rows` x `columns` output positions, each a vector register of sums, of one output channel after the other. For every kept weight
-// there is one broadcast of its value, one look-up of where its inputs lie, and a multiply-add with an operand from memory for each position.
-// The loads are the limit: a machine does as many multiply-adds as it does loads from its first-level cache, and fewer from the second.
+// A tile is `rows` x `columns` output positions, each a vector register of sums, of one output channel after the other. For every kept
+// weight there is one broadcast of its value, one look-up of where its inputs lie, and a multiply-add with an operand from memory for each
+// position. The loads are the limit: a machine does as many multiply-adds as it does loads from its first-level cache, and fewer from the
+// second.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +17,8 @@
 
 namespace s2ap {
 
-// Asks for the line at p, wherever that is, into the second-level cache. (GCC deletes calls of functions that do nothing but ask, unless there
-// is an asm in them.)
+// Asks for the line at p, wherever that is, into the second-level cache. (GCC deletes calls of functions that do nothing but ask, unless
+// there is an asm in them.)
 S2AP_INLINE void ask_for(const void* p) {
   __builtin_prefetch(p, 0, 2);
   asm volatile("");
@@ -42,8 +43,8 @@ struct Ahead {
 constexpr int kWidest = 14;  // sums that 16 registers have room for, beside a value and an operand
 constexpr int kShort = 6;    // columns of a short row: sums enough to keep the machine busy
 
-// How outputs are cut into tiles: rows of a tile, tiles side by side. Short rows, and two of them where they share inputs, have fewer neighbours than
-// a long one, so that more channels' inputs fit the first-level cache. `step`: from an output's inputs to the next one's,
+// How outputs are cut into tiles: rows of a tile, tiles side by side. Short rows, and two of them where they share inputs, have fewer
+// neighbours than a long one, so that more channels' inputs fit the first-level cache. `step`: from an output's inputs to the next one's,
 // along either axis.
 struct Tiling {
   int64_t tall, across;

@@ -218,8 +218,8 @@ S2AP_TARGET S2AP_INLINE void add_lanes(const Floats (&vectors)[kFloats], int64_t
   store_first(sums, load_first(sums, count) + all, count);
 }
 
-// A gradient's vectors stay in registers while an entry after the other takes its products; what these add up to waits until there is a vector
-// of them. The entries of a run follow each other, whatever output channel they are of.
+// A gradient's vectors stay in registers while an entry after the other takes its products; what these add up to waits until there is a
+// vector of them. The entries of a run follow each other, whatever output channel they are of.
 template <int rows, int columns>
 S2AP_TARGET void products(const ProductArgs& given) {
   const ProductArgs args = given;

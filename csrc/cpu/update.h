@@ -1,7 +1,7 @@
 // update: one SGD step on the scores of all layers, in place.
 //
-// What is computed is torch.optim.SGD's arithmetic, operation for operation (s2ap_ext/reference.py, function update), but in one sweep: torch's
-// own foreach form reads and writes the momentum three times. Elements are independent, so there is nothing more to it.
+// What is computed is torch.optim.SGD's arithmetic, operation for operation (s2ap_ext/reference.py, function update), but in one sweep:
+// torch's own foreach form reads and writes the momentum three times. Elements are independent, so there is nothing more to it.
 //
 // Bytes per element (float32): s, g and the momentum read, s and the momentum written: 20.
 #pragma once

@@ -1,19 +1,19 @@
 // update_select: one SGD step on the scores of all layers, in place, and the masked weights at the new scores.
 //
-// What is computed: update.h, then select.h; which entries of the masks the step flipped; and the new scores' sums of squares, which the next
-// perturb would take otherwise. The step is what select.h calls a measurement: a batch of layers that fits the cache is stepped, searched
-// and masked before the next one is read, so the selection finds the scores where the step left them.
+// What is computed: update.h, then select.h; which entries of the masks the step flipped; and the new scores' sums of squares, which the
+// next perturb would take otherwise. The step is what select.h calls a measurement: a batch of layers that fits the cache is stepped,
+// searched and masked before the next one is read, so the selection finds the scores where the step left them.
 //
 // The old masks are needed after the old scores are gone. They wait as bits, one for each element, made from the cuts just before
 // the step, in the memory of the masked weights, which nothing else needs until they are written; so that memory must not be that of the
 // weights. Bits of layers with a pattern wait in memory of their own, and those of groups as the groups' old sums.
 //
-// The gradient may be given as that of the masked weight, as in perturb.h; its sign is then that of the scores where it was taken, s + z, which
-// are formed once more from the first gradient.
+// The gradient may be given as that of the masked weight, as in perturb.h; its sign is then that of the scores where it was taken, s + z,
+// which are formed once more from the first gradient.
 //
 // Bytes per element (float32): s, g and the momentum read, s and the momentum written, w read, masked written: 28, the scores twice more
-// from the cache. update and select one after the other: 32. With gradients of masked weights w is read a second time, from the cache too, and the
-// first gradient: 32.
+// from the cache. update and select one after the other: 32. With gradients of masked weights w is read a second time, from the cache too,
+// and the first gradient: 32.
 #pragma once
 
 #include "perturb.h"

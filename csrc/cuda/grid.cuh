@@ -82,8 +82,8 @@ S2AP_DEVICE int bit_length(V x) {
 
 #endif
 
-// Runs the phases first to last - 1 of a kernel with grid barriers between them. One that is idle, which must be the same to all threads from
-// the barrier in front of it on, costs no barrier of its own.
+// Runs the phases first to last - 1 of a kernel with grid barriers between them. One that is idle, which must be the same to all threads
+// from the barrier in front of it on, costs no barrier of its own.
 template <class Grid, class IsIdle, class Run>
 S2AP_DEVICE void run_phases(const Grid& grid, int first, int last, IsIdle is_idle, Run run) {
   bool separated = true;  // from what the last phase did

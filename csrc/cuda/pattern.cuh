@@ -256,8 +256,8 @@ S2AP_DEVICE void cut_groups(const Grid& grid, const Selection<T>& s, const Group
 
 // ---- Apply
 
-// Writes what stays of the layers of one kind. make_mask(layer, reader) makes the mask. The reader is that of selection.cuh, but for patterns
-// of this kind.
+// Writes what stays of the layers of one kind. make_mask(layer, reader) makes the mask. The reader is that of selection.cuh, but for
+// patterns of this kind.
 template <int kind, class Grid, class Args, class MakeMask>
 S2AP_DEVICE void apply_pattern(const Grid& grid, const Args& args, MakeMask make_mask) {
   const auto& s = args.selection;

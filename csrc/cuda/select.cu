@@ -1,5 +1,5 @@
-// select: the masked weights of all layers at once, out[l] = weights[l] where |scores[l]| is among the kept[l] largest, else +0; or what the
-// layer's pattern says.
+// select: the masked weights of all layers at once, out[l] = weights[l] where |scores[l]| is among the kept[l] largest, else +0; or what
+// the layer's pattern says.
 //
 // The algorithm is that of selection.cuh: exact for every input. Bytes per element, float32: the scores, the weights and the masked weights
 // once each, which is the floor of 12; 1/4 for a bit each; and, where a tenth is kept, 0.8 for the lists. Where the sample misleads, the

@@ -1,5 +1,5 @@
-// Exact selection of the `kept` largest keys of every plain layer, and the masked weights. select.cu, perturb.cu and update_select.cu are this
-// with three ways to read a score.
+// Exact selection of the `kept` largest keys of every plain layer, and the masked weights. select.cu, perturb.cu and update_select.cu are
+// this with three ways to read a score.
 //
 // Prepare  zero the counts.
 // Guess    a bracket [lo, hi) around the kept-th largest key, the cut key, of each layer (bracket.cuh): from a sample, which is that key
@@ -21,13 +21,13 @@
 // Blocks carry nothing in registers or shared memory from one phase to the next, so a phase may as well be a launch of its own.
 // What one phase writes and a later one reads has a single writer: the block that holds the chunk, or the layer's first chunk.
 //
-// Until a chunk's masked weights are written, their memory is free: the lists and the bits lie there (Scratch). So the workspace has next to
-// nothing for each element; masked weights must not share memory with anything else.
+// Until a chunk's masked weights are written, their memory is free: the lists and the bits lie there (Scratch). So the workspace has next
+// to nothing for each element; masked weights must not share memory with anything else.
 //
-// Bytes per element beside those of the reader, float32: 1/8 written and 1/8 read for the bits, 4 + 4 for the weights and the masked weights;
-// for each element inside the bracket, 4 % of those of a layer that keeps 10 % where a sample guesses, 2.5 % where the cut is known, 6 written
-// and at most 14 read. The reader's bytes come once, but up to 5 times for layers without a bracket that holds: with the sweep, with each digit
-// of pass 1 and later, and with the bits; and 2 or 3 times more for the chunks that have to be settled.
+// Bytes per element beside those of the reader, float32: 1/8 written and 1/8 read for the bits, 4 + 4 for the weights and the masked
+// weights; for each element inside the bracket, 4 % of those of a layer that keeps 10 % where a sample guesses, 2.5 % where the cut is
+// known, 6 written and at most 14 read. The reader's bytes come once, but up to 5 times for layers without a bracket that holds: with the
+// sweep, with each digit of pass 1 and later, and with the bits; and 2 or 3 times more for the chunks that have to be settled.
 #pragma once
 
 #include <utility>
@@ -258,7 +258,8 @@ S2AP_DEVICE void count_keys(const Grid& grid, const Args& args, SelectionStorage
       });
 }
 
-// Adds the block's bins to the layer's. No barrier after this: the thread that reads a bin here is the one that clears it for the next segment.
+// Adds the block's bins to the layer's. No barrier after this: the thread that reads a bin here is the one that clears it for the next
+// segment.
 template <class Grid, class T>
 S2AP_DEVICE void add_bins(const Grid& grid, const Selection<T>& s, SelectionStorage<T>& storage, int layer, int pass) {
   grid.block_barrier();

@@ -71,7 +71,8 @@ inline int sum_levels(const Table<Row>& table) {
   return levels;
 }
 
-// Level 0: each block sums the chunks of its own range. square_chunk(row, quantity, first, length) is the sum of squares of a chunk, in lane 0.
+// Level 0: each block sums the chunks of its own range. square_chunk(row, quantity, first, length) is the sum of squares of a chunk, in
+// lane 0.
 template <class Grid, class Row, class SquareChunk>
 S2AP_DEVICE void sum_squares(const Grid& grid, const Table<Row>& table, const Sums& sums, SquareChunk square_chunk) {
   for_each_segment(grid, table, [&](Segment segment) {

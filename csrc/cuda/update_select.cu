@@ -3,8 +3,8 @@
 //
 // Update   a warp for each chunk: the arithmetic of update (step.cuh), the squares of the new scores in the pinned order (sums.cuh) while
 //          they are in registers, and one bit per element for whether it stayed so far.
-//          Where straight_through, the gradient is formed from that of the masked weight, the weight and the score's sign where the gradient
-//          was taken, which is at s + z if there are ascent gradients. It is not stored.
+//          Where straight_through, the gradient is formed from that of the masked weight, the weight and the score's sign where the
+//          gradient was taken, which is at s + z if there are ascent gradients. It is not stored.
 //          Prepare for the selection, with brackets around the cuts of before the step.         -- grid barrier
 // Select   as in selection.cuh; flips are counted against the bits. The levels of the squares' sums ride on these phases.
 //

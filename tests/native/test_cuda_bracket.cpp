@@ -1,6 +1,6 @@
-// The brackets of selection.cuh on the emulated grid, from a sample and around a cut that is known: that ordinary layers take them and read each
-// score once, that whatever misleads them or overflows a list costs reads and never a bit, on many grids and schedules, in one cooperative
-// launch and phase by phase.
+// The brackets of selection.cuh on the emulated grid, from a sample and around a cut that is known: that ordinary layers take them and read
+// each score once, that whatever misleads them or overflows a list costs reads and never a bit, on many grids and schedules, in one
+// cooperative launch and phase by phase.
 #include <atomic>
 #include <optional>
 

@@ -1,5 +1,5 @@
-// update_select.cu on the emulated grid against SGD, a sort and sums written down element by element: scores, momentum, masks, cuts, flips and
-// sums of squares bit for bit, for plain layers and patterns.
+// update_select.cu on the emulated grid against SGD, a sort and sums written down element by element: scores, momentum, masks, cuts, flips
+// and sums of squares bit for bit, for plain layers and patterns.
 #include "cuda/update_select.cu"
 
 #include "step_cases.h"
@@ -138,8 +138,8 @@ void test_flips(Random& random) {
   }
 }
 
-// Large layers, with a pattern beside them or not: without, passes may be left out. After a small step the new cuts are in the brackets around
-// the old ones, after a large one not.
+// Large layers, with a pattern beside them or not: without, passes may be left out. After a small step the new cuts are in the brackets
+// around the old ones, after a large one not.
 template <class T>
 void test_layers_with_a_bracket(Random& random) {
   const int64_t n = 8 * kernels::kSample + 777;
