@@ -164,6 +164,17 @@ def test_a_misled_sample_changes_no_bit(value, dtype):
     assert_same_bits(masked, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key", [0, 1 << 30, -1, torch.iinfo(torch.int64).max])
+def test_a_cut_that_is_far_off_changes_no_bit(key, dtype):
+    scores, grads, weights, kept = layers_of("normal", dtype)
+    far = torch.full((len(scores), CUT_COLUMNS), key)
+    expected, expected_cuts, _ = ops.perturb(scores, grads, weights, kept, far, gamma=0.05)
+    masked, cuts, _ = ops.perturb(cuda(scores), cuda(grads), cuda(weights), kept, far.cuda(), gamma=0.05)
+    assert torch.equal(cuts.cpu(), expected_cuts)
+    assert_same_bits(masked, expected)
+
+
 def test_more_layers_than_one_launch_takes():
     sizes = [7 + i % 90 for i in range(600)]
     scores, grads, weights, kept = layers_of("few values", torch.float32, sizes=sizes)

@@ -27,6 +27,7 @@ def run(dtype: torch.dtype, device: str) -> None:
     scores, grads, weights, buffers = randn(), randn(), randn(), randn()
     kept = [n // 10 for n in SIZES] + [2, 30]
     _, cuts = ops.select(scores, weights, kept, patterns=patterns)
+    ops.perturb(scores, grads, weights, kept, torch.zeros_like(cuts), gamma=0.05, patterns=patterns)  # the cuts are not near these
     for straight_through in (False, True):
         how = {"patterns": patterns, "straight_through": straight_through}
         _, _, scales = ops.perturb(scores, grads, weights, kept, cuts, gamma=0.05, **how)

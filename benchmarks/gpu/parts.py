@@ -12,6 +12,8 @@ from pathlib import Path
 SHORT = ("pretrain.epochs=15", "prune.epochs=6", "prune.warmup_epochs=1", "finetune.epochs=8", "data.test_size=1000")
 STAGES = ("pretrain", "prune", "finetune")
 AUTOATTACK = "autoattack.json"  # in the folder of a run: what evaluate --json writes
+APART = {"S2AP_PHASES_APART": "1"}  # each phase of an op is a launch of its own
+BITS = "cpus or reference or as_the_cpu_does or three_levels or changes_no_bit"  # tests of the ops' results
 # The arms of the comparison: method, kind of steps, sparsity in per cent.
 ARMS = {
     f"{method}-{kind}-{sparsity}": (method, kind, sparsity)
@@ -77,12 +79,14 @@ def parts(at: Setting) -> list[Part]:
         checked("memcheck", 2, "compute-sanitizer looks for wrong accesses in every op and dtype"),
         checked("racecheck", 3, "compute-sanitizer looks for races in every op and dtype"),
         measured("ops", 2, "the ops on ResNet-18 against their floors and torch", "test_ops.py", "-k", "ResNet-18"),
+        Part("phases", 1, "how long each phase of a launch takes, and a grid barrier", lambda: [_phases(at)]),
         measured("step", 2, "a mask search step: S2AP, plain, and the sort form", "test_step.py", "-k", "test_step"),
         measured("precision", 3, "steps by precision, channels_last and compile, batch 128 and 512", "test_fast_step.py"),
         measured("scaling", 3, "the ops on 1e3 to 1e8 scores, and on many layers", "test_scaling.py"),
         measured("ops-large", 3, "the ops on WRN-28-4, ResNet-50 and ViT-B", "test_ops.py", "-k", "not ResNet-18"),
         measured("ascents", 3, "what each ascent adds to a step", "test_step.py", "-k", "ascents and dense"),
         measured("memory", 1, "the memory of an S2AP step", "test_memory.py"),
+        Part("tests-apart", 2, "the ops' bits again, with a launch for each phase", lambda: [_tests_apart(at)]),
         measured("semi-structured", 3, "2:4 against dense linear layers, ViT-B, batch 1 to 256", "test_semi_structured.py"),
         *_comparison(at),
         *_examinations(at),
@@ -137,9 +141,13 @@ def _table(at: Setting) -> Command:
     return Command([sys.executable, "-m", "benchmarks.gpu.table", str(at.folder)])
 
 
-def _tests(at: Setting) -> Command:
-    tests = ["tests/test_import.py"] if at.tiny else ["-m", "cuda"]
+def _tests(at: Setting, *which: str) -> Command:
+    tests = ["tests/test_import.py"] if at.tiny else ["-m", "cuda", *which]
     return Command([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests])
+
+
+def _tests_apart(at: Setting) -> Command:
+    return replace(_tests(at, "tests/test_cuda.py", "-k", BITS), environment=APART)
 
 
 def _sanitized(at: Setting, tool: str) -> Command:
@@ -148,6 +156,11 @@ def _sanitized(at: Setting, tool: str) -> Command:
         return Command(ops)
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     return Command([program, "--tool", tool, "--error-exitcode", "1", *ops], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def _phases(at: Setting) -> Command:
+    words = [sys.executable, "-m", "benchmarks.gpu.phases", "--device", at.device, *(["--scores", "10000"] if at.tiny else [])]
+    return Command(words)
 
 
 def _benchmark(at: Setting, name: str, *tests: str) -> Command:

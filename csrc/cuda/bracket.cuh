@@ -1,9 +1,9 @@
 // A guess where the kept-th largest key of a layer is: a bracket [lo, hi). Counting the layer's keys proves or disproves it
 // (selection.cuh); so whether it is right affects only the speed.
 //
-// Where the layer's cut is known for scores that differ little, those before a step or a perturbation, the bracket reaches 3 % of the cut
-// to either side of it (bracket_around): further than a cut was seen to move in one step of training, and about 2.5 % of the scores lie
-// inside (benchmarks/cuts_moved.py).
+// Where the layer's cut is known for scores that differ little, those before a step or a perturbation, the bracket reaches a 32nd of
+// an octave to either side of it, 1.6 to 3.1 % (bracket_around): cuts were seen to move by at most 0.7 % in one step of training, and about
+// 2.5 % of the scores lie inside (benchmarks/results/cuts-moved.md).
 //
 // Otherwise it comes from a small sample, four standard deviations of the sample's rank to either side (guess_bracket). The sample has one
 // score of each of 4096 equal parts of the layer, at a fixed, irregular place. One block takes it: 8 loads of each of 512 threads, all in

@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -120,6 +121,12 @@ inline cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Whether the environment asks for a launch for each phase, so that a profiler sees how long each takes (benchmarks/gpu/phases.py).
+inline bool phases_are_apart() {
+  static const bool apart = std::getenv("S2AP_PHASES_APART") != nullptr;
+  return apart;
+}
+
 // kernel(args, first, last) runs phases first to last - 1 with grid barriers between them. All phases go in one cooperative launch of
 // as many blocks as the GPU holds at once, or, where that is refused (no support, a share of a GPU under MPS), in one launch each.
 template <class Args>
@@ -132,7 +139,7 @@ void launch_phases(const char* op, void (*kernel)(Args, int, int), const Args& a
   STD_TORCH_CHECK(resident > 0, op, ": the kernel does not fit this GPU");
   unsigned blocks = static_cast<unsigned>(std::clamp<int64_t>(chunks, 1, static_cast<int64_t>(resident) * multiprocessors));
 
-  if (cooperative) {
+  if (cooperative && !phases_are_apart()) {
     int first = 0;
     void* parameters[] = {const_cast<Args*>(&args), &first, &phases};
     cudaError_t error = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), blocks, kThreads, parameters, 0, stream);
