@@ -104,6 +104,7 @@ def test_backend_names_what_the_kernels_were_built_with() -> None:
     assert build["python"].split(".")[:2] == [str(v) for v in sys.version_info[:2]]
 
 
+@pytest.mark.slow
 def test_install_without_a_compiler_is_pure_pytorch_and_says_why(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     site, result = install(tmp_path, PATH=str(tmp_path / "empty"))
@@ -119,6 +120,7 @@ def test_install_without_a_compiler_is_pure_pytorch_and_says_why(tmp_path: Path)
     assert list((site / "s2ap_ext/recipes").glob("*.toml"))
 
 
+@pytest.mark.slow
 def test_cxx_that_does_not_exist_and_no_cuda_by_request(tmp_path: Path) -> None:
     site, result = install(tmp_path, CXX="no-such-compiler", S2AP_NO_CUDA="1")
     assert result.returncode == 0, result.stderr
@@ -126,18 +128,21 @@ def test_cxx_that_does_not_exist_and_no_cuda_by_request(tmp_path: Path) -> None:
     assert record_of(site)["cuda"] == "not built: left out by S2AP_NO_CUDA"
 
 
+@pytest.mark.slow
 def test_force_cuda_makes_a_missing_cuda_library_an_error(tmp_path: Path) -> None:
     _, result = install(tmp_path, CXX="no-such-compiler", S2AP_FORCE_CUDA="1")
     assert result.returncode != 0
     assert "S2AP_FORCE_CUDA is set, but the CUDA kernels were not built: no C++ compiler found" in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_force_and_no_cuda_together_are_an_error(tmp_path: Path) -> None:
     _, result = install(tmp_path, S2AP_FORCE_CUDA="1", S2AP_NO_CUDA="1")
     assert result.returncode != 0
     assert "S2AP_NO_CUDA and S2AP_FORCE_CUDA are both set" in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_a_build_in_place_clears_away_the_libraries_of_an_earlier_one(tmp_path: Path) -> None:
     checkout = copy_of_checkout(tmp_path)
     library = checkout / "s2ap_ext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -173,6 +178,7 @@ esac
     return path
 
 
+@pytest.mark.slow
 def test_a_failing_nvcc_leaves_the_cpu_library(tmp_path: Path, compiler: Path) -> None:
     toolkit = tmp_path / "toolkit"
     for folder in ("bin", "include"):
@@ -190,6 +196,7 @@ def test_a_failing_nvcc_leaves_the_cpu_library(tmp_path: Path, compiler: Path) -
     assert answer["masked"] == MASKED
 
 
+@pytest.mark.slow
 def test_an_sdist_is_complete_and_its_wheel_runs(tmp_path: Path, compiler: Path) -> None:
     checkout, dist, site = copy_of_checkout(tmp_path), tmp_path / "dist", tmp_path / "site"
     dist.mkdir()
@@ -217,6 +224,7 @@ def test_an_sdist_is_complete_and_its_wheel_runs(tmp_path: Path, compiler: Path)
     assert missing == set()
 
 
+@pytest.mark.slow
 def test_sources_that_were_never_installed_work(bare: Path) -> None:
     answer = probe(bare)
     assert answer["masked"] == MASKED
@@ -224,6 +232,7 @@ def test_sources_that_were_never_installed_work(bare: Path) -> None:
     assert "never installed" in answer["warnings"][0]
 
 
+@pytest.mark.slow
 def test_a_library_for_another_interface_is_not_even_loaded(bare: Path) -> None:
     (bare / "s2ap_ext/_C.py").write_text("import os\nos._exit(7)\n")
     write_record(bare, interface="0")
@@ -235,6 +244,7 @@ def test_a_library_for_another_interface_is_not_even_loaded(bare: Path) -> None:
     assert "pip install" in answer["warnings"][0]
 
 
+@pytest.mark.slow
 def test_a_library_that_belies_its_record_loses_its_kernels(bare: Path) -> None:
     (bare / "s2ap_ext/_C.py").write_text(
         "import torch\n"
@@ -249,6 +259,7 @@ def test_a_library_that_belies_its_record_loses_its_kernels(bare: Path) -> None:
     assert "stale" in answer["why"][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["broken library", "lost library", "truncated record"])
 def test_a_damaged_installation_falls_back(bare: Path, damage: str) -> None:
     write_record(bare)
@@ -262,6 +273,7 @@ def test_a_damaged_installation_falls_back(bare: Path, damage: str) -> None:
     assert len(answer["warnings"]) == 1
 
 
+@pytest.mark.slow
 def test_disabled_by_the_environment_is_told_without_a_warning(bare: Path) -> None:
     answer = probe(bare, S2AP_DISABLE_EXT="1")
     assert answer["why"][0] == "C++ kernels disabled by S2AP_DISABLE_EXT"
@@ -269,6 +281,7 @@ def test_disabled_by_the_environment_is_told_without_a_warning(bare: Path) -> No
     assert answer["warnings"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disabled", ["0", "1"])
 def test_doctor_tells_what_runs_and_checks_it(tmp_path: Path, disabled: str) -> None:
     env = environment(PYTHONPATH=str(PACKAGE.parent), S2AP_DISABLE_EXT=disabled)

@@ -48,6 +48,7 @@ def parsed(words):
     return commands.parser.parse_args(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [0, 1])
 def test_a_method_of_ones_own_is_one_file(line, tmp_path):
     (tmp_path / "taylor.py").write_text(blocks("your-own-method.md", "python")[0])
@@ -235,6 +236,7 @@ def test_its_settings_are_a_class_like_this_one(tmp_path):
     assert space["Settings"]().memory == 0.99
 
 
+@pytest.mark.slow
 def test_every_kind_of_part_may_come_from_a_file_outside(tmp_path):
     (tmp_path / "mine.py").write_text(
         """

@@ -50,6 +50,7 @@ def test_a_network_is_deployed(run):
     assert [line.split(" ms ")[1] for line in lines[2:]] == ["for 2 images"] * 2
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own(tmp_path):
     command = [sys.executable, str(EXAMPLES / "taylor.py"), *settings(), "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -62,6 +63,7 @@ def test_the_method_is_that_of_the_page():
     assert page.strip() in (EXAMPLES / "taylor.py").read_text()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(monkeypatch, capsys):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

@@ -18,6 +18,7 @@ OPS = torch.ops.s2ap
 kernels = pytest.mark.skipif(backend().cpu != "C++", reason="the checks of the kernels")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuzzer", ["fuzz_native.py", "fuzz_files.py"])
 def test_some_seconds_of_the_fuzzers(fuzzer, capsys):
     result = subprocess.run(

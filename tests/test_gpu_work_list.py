@@ -125,6 +125,7 @@ def test_the_comparison_has_a_line_for_each_arm_that_is_there(tmp_path):
     assert lines[6].startswith("1000 test images, PGD-20.")
 
 
+@pytest.mark.slow
 def test_the_command_runs_from_a_checkout_at_tiny_size(tmp_path):
     words = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--out", str(tmp_path), "--commit", "abc"]
     done = subprocess.run([*words, "--only", "memcheck"], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300)

@@ -50,6 +50,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     for name in ("json", "out"):
         if getattr(arguments, name) is not None and not arguments.attack:
             raise ValueError(f"--{name}: expected --attack NAME too")
+    if arguments.json is not None and not arguments.json.parent.is_dir():  # told before the attack and not after it
+        raise ValueError(f"--json: expected a file in a folder that exists, got {arguments.json}")
     model, _, name = load_model(arguments.checkpoint, data=data, device=device)
     network = None
     if arguments.engine == "sparse":

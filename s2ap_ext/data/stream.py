@@ -105,17 +105,20 @@ class Stream:
             # Of forks beside threads, though the new processes touch nothing that a thread may have locked; of more processes than cores.
             warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-            batches = iter(self._loader(self._batches(order, batch_size, start, key)))
-        for batch in batches:
-            if isinstance(batch, ValueError):
-                raise batch
-            images, labels = batch
-            yield images.permute(0, 3, 1, 2), labels
+            batches = iter(self._loader(_told(self._batches(order, batch_size, start, key))))
+        try:
+            for batch in batches:
+                if isinstance(batch, ValueError):
+                    raise ValueError(str(batch))
+                images, labels = batch
+                yield images.permute(0, 3, 1, 2), labels
+        finally:
+            del batches  # its processes end now, and not when somebody lets go of the error
 
-    def _loader(self, batches: Iterator[Batch]) -> DataLoader[Any]:
+    def _loader(self, batches: Iterator[Batch | ValueError]) -> DataLoader[Any]:
         return DataLoader(
             _Decoding(self.source, self.decoder),
-            batch_sampler=batches,  # of rows, where others hand out indices
+            batch_sampler=batches,  # type: ignore[arg-type] # of rows, where others hand out indices; or an error
             num_workers=self.workers,
             prefetch_factor=AHEAD if self.workers else None,
             collate_fn=_collated,
@@ -166,6 +169,14 @@ class Stream:
                     blocks[block] = opened
 
 
+def _told(batches: Iterator[Batch]) -> Iterator[Batch | ValueError]:
+    """An error in reading comes like a batch too, after those before it: raised while processes start, each would keep us for 5 s."""
+    try:
+        yield from batches
+    except ValueError as error:
+        yield error
+
+
 class _Block:
     """A block that is read from its beginning to its end, as far as it is asked for."""
 
@@ -191,8 +202,10 @@ class _Decoding(Dataset[Sample]):
         row, key = index
         return self.source.decode(row, self.decoder, key)
 
-    def __getitems__(self, batch: Batch) -> list[Sample] | ValueError:
+    def __getitems__(self, batch: Batch | ValueError) -> list[Sample] | ValueError:
         """An error is handed back like a batch: raised in another process it would lose its type and its one line."""
+        if isinstance(batch, ValueError):
+            return batch
         try:
             return [self[index] for index in batch]
         except ValueError as error:

@@ -146,6 +146,7 @@ def test_report_draws_and_prints_again(finished, capsys):
     assert sorted(path.name for path in finished.glob("*.png")) == ["curves.png", "density.png", "mask_distance.png", "perturbation.png"]
 
 
+@pytest.mark.slow
 def test_an_analysis_is_kept_in_the_folder_and_shown_in_the_report(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(analyze, "POINTS", {"line": 3, "plane": 3})
     folder = shutil.copytree(finished, tmp_path / "run")
@@ -300,6 +301,7 @@ def test_a_defect_is_not_hidden(finished, monkeypatch):
         main(["report", str(finished)])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bits(tmp_path, capsys):
     longer = settings("prune.epochs=20", "finetune.epochs=0", "prune.batch_size=16")

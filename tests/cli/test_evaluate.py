@@ -109,6 +109,7 @@ def test_the_same_command_goes_on(finished, tmp_path, monkeypatch, capsys):
         (["--attack", "pgd", "--norm", "l3"], "attack.norm: expected one of linf, l2, l1, got 'l3'"),
         (["--attack", "pgd", "--eps", "x"], "attack.eps: expected a number, got 'x'"),
         (["--json", "x"], "--json: expected --attack NAME too"),
+        (["--attack", "pgd", "--json", "no/such/folder/x"], "--json: expected a file in a folder that exists, got no/such/folder/x"),
         (["--out", "x"], "--out: expected --attack NAME too"),
     ],
 )

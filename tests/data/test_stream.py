@@ -1,6 +1,8 @@
 """Streamed images: the same batches for any number of processes and from any place on, in little memory."""
 
 import io
+import itertools
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -187,6 +189,25 @@ def test_a_file_that_ends_early_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("s2ap_ext.data.parquet._cells", lambda path, group, images: iter([({"bytes": b""}, 0)]))
     with pytest.raises(ValueError, match=r"train-00000-of-00002.parquet: truncated or corrupt \(1 rows where 7 were promised\)"):
         list(data.train.read(torch.arange(20), 4))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_read_before_an_error_is_handed_out(folder, monkeypatch, workers):
+    stream = streaming.replace(opened(folder).train, workers=workers)
+    own = streaming.Stream._encoded
+
+    def ends(self, order):
+        yield from itertools.islice(own(self, order), 9)
+        raise ValueError("the disk is gone")
+
+    monkeypatch.setattr(streaming.Stream, "_encoded", ends)
+    monkeypatch.setattr(streaming.Stream, "buffer", 1)
+    batches = stream.read(torch.arange(20), 4)
+    sizes = []
+    with pytest.raises(ValueError, match="the disk is gone"):
+        sizes.extend(len(labels) for _, labels in batches)
+    assert sizes == [4, 4]
+    assert not multiprocessing.active_children(), "they would keep whoever lets go of the error for seconds"
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def test_by_default_steps_call_the_model_itself_and_no_loss_is_scaled():
     assert forwards.loss_scale(recipe) is None
 
 
+@pytest.mark.slow
 def test_five_minutes_for_cifar10_takes_steps_at_tiny_size(tmp_path):
     """But for the compilation, which takes longer than all else at this size, and is tested above. Not below width 8: torch's own 1x1
     convolution with stride 2 writes where it must not on a CPU, in channels_last with 4 channels."""

@@ -72,6 +72,7 @@ def test_records_that_are_none_are_named(line, tmp_path):
         read_metrics(tmp_path)
 
 
+@pytest.mark.slow
 def test_nobody_needs_to_read_the_output(tmp_path):
     words = command("run", "digits", "--out", "run")
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # not where the sources may lie

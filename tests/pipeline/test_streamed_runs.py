@@ -78,6 +78,7 @@ def test_a_run_that_is_stopped_again_and_again_arrives_at_the_same_bits(finished
     assert same_models(finished, folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_arrives_at_the_same_bits(finished, images, tmp_path):
     """The process is killed in the middle of an epoch, which leaves its lock and its decoding processes no time."""
     words = [word for setting in SMALL for word in ("--set", setting)]

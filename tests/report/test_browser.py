@@ -72,6 +72,7 @@ def opened(page, profile, width, dark):
     return json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1440, False)])
 def test_the_page_in_chromium(page, tmp_path, width, dark):
     path, figures = page
