@@ -11,7 +11,7 @@ from typing import Any
 
 from ..pipeline import STAGES
 from ..pipeline.checkpoint import write_text
-from ..pipeline.run_folder import read_metrics, read_results
+from ..pipeline.run_folder import read_analysis, read_metrics, read_results
 from .attacked import read_attacked
 from .jobs import Job
 
@@ -36,16 +36,21 @@ def rows_of(job: Job) -> list[Row]:
     * ``gamma``, the mean over the layers and those epochs;
     * every other number in its records, such as ``mask_distance``, as the last epoch has it.
 
+    Where ``s2ap analyze`` was asked about the run, ``lambda_max.scores`` and ``lambda_max.weights`` are the largest eigenvalues of the
+    Hessian of the robust loss in the model's scores and in its kept weights.
+
     The row of the last model has the accuracies under the plan's further attacks too, as ``NAME.ATTACK`` and, under all of them,
     ``NAME.worst``.
     """
     records = read_metrics(job.folder)
+    spectra = {model["model"]: model["spectra"] for model in (read_analysis(job.folder) or {"models": []})["models"]}
     stages = {model: stage for stage, model in STAGES.items()}
     rows = []
     for evaluated in read_results(job.folder)["rows"]:
         epochs = [record for record in records if record["stage"] == stages[evaluated["model"]] and "epoch" in record]
         about = {name: value for name, value in _numbers(evaluated).items() if name not in ("stage", "model")}
-        rows.append({"arm": job.arm, "seed": job.seed, "model": evaluated["model"]} | about | _of_training(epochs))
+        sharpness = {f"lambda_max.{one['space']}": one["eigenvalues"][0] for one in spectra.get(evaluated["model"], [])}
+        rows.append({"arm": job.arm, "seed": job.seed, "model": evaluated["model"]} | about | _of_training(epochs) | sharpness)
     rows[-1] |= read_attacked(job.folder, job.attacked)
     return rows
 

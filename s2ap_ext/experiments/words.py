@@ -14,6 +14,8 @@ SEARCH = {
     "passes": "passes",
     "mask_distance": "mask moved",
     "gamma": "gamma",
+    "lambda_max.scores": "lambda_max, scores",
+    "lambda_max.weights": "lambda_max, weights",
     "seconds_per_step": "seconds per step",
 }
 

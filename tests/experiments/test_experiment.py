@@ -24,7 +24,7 @@ from s2ap_ext.experiments.runner import run
 from s2ap_ext.pipeline import RunFolder, Session, checkpoint, load_recipe, open_data, progress
 from s2ap_ext.pipeline import run as run_alone
 from s2ap_ext.pipeline.recipe import to_table
-from s2ap_ext.pipeline.run_folder import Locked, locked, read_metrics, read_recipe
+from s2ap_ext.pipeline.run_folder import Locked, locked, read_analysis, read_metrics, read_recipe
 
 SETTINGS = dict(text.split("=") for text in [*TINY, "model.width=4", "prune.epochs=2", "prune.warmup_epochs=1", "prune.lr=1"])
 PLAN = from_table(
@@ -93,6 +93,22 @@ def test_the_table_says_what_the_runs_measured(finished):
     assert row["unflipped"] == last["unflipped"] < 1
     with open(finished / "table.csv", newline="") as file:
         assert next(csv.reader(file))[:8] == ["arm", "seed", "model", "clean", "robust", "sparsity", "images", "seconds"]
+
+
+def test_the_table_has_the_sharpness_of_runs_that_were_analysed(finished, tmp_path, capsys):
+    folder = tmp_path / "experiment"
+    shutil.copytree(finished, folder)
+    for path in (folder / "runs").glob("*/seed-0"):
+        if path.parent.name != "awp":
+            assert main(["analyze", str(path), "--images", "16"]) == 0
+    assert main(["experiment", "--resume", str(folder)]) == 0
+    rows = {(row["arm"], row["seed"], row["model"]): row for row in read_table(folder / "table.csv")}
+    spectra = read_analysis(folder / "runs/s2ap/seed-0")["models"][1]["spectra"]
+    found = rows["s2ap", 0, "pruned"]
+    assert [found["lambda_max.scores"], found["lambda_max.weights"]] == [one["eigenvalues"][0] for one in spectra]
+    assert "lambda_max.scores" not in rows["plain", 0, "dense"]  # a dense model has none
+    assert "lambda_max.weights" not in rows["awp", 0, "pruned"].keys() | rows["plain", 1, "pruned"].keys()
+    assert "lambda_max, scores" in (folder / "summary.md").read_text()
 
 
 def test_the_summary_comes_from_the_table_alone(finished, tmp_path):
