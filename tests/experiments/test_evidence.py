@@ -23,6 +23,8 @@ def summary_of(plan, file):
         ("compare", "compare-digits.csv", 6),
         ("gamma", "gamma-digits.csv", 5),
         ("policies", "policies-digits.csv", 11),
+        ("policies --set prune.method=harp", "policies-harp-digits.csv", 11),
+        ("policies --set prune.sparsity=0.98", "policies-98-digits.csv", 11),
         ("flips", "flips-digits.csv", 24),
         ("flips-vit", "flips-vit-digits.csv", 10),
         ("finetune", "finetune-digits.csv", 2),
@@ -30,13 +32,16 @@ def summary_of(plan, file):
     ],
 )
 def test_the_table_of_a_section_is_that_of_the_rows(plan, file, arms):
-    summary = summary_of(plan, file)
+    summary = summary_of(plan.partition(" ")[0], file)
     page = (ROOT / "docs/evidence.md").read_text(encoding="utf-8")
     section = next(part for part in re.split("\n##+ ", page) if re.search(rf"^s2ap experiment {plan}( |$)", part, re.MULTILINE))
     assert len(summary["arms"]) == arms
     for arm in summary["arms"]:
         last, mask = arm["models"][arm["model"]], arm["models"]["pruned"]
         assert f"| {arm['arm']} | {percent(last['clean'])} | {percent(last['robust'])} | {percent(mask['robust'])} |" in section
+        for name in ("lambda_max.scores", "lambda_max.weights"):
+            if name in mask:
+                assert "| {mean:.1f} [{low:.1f}, {high:.1f}] |".format(**mask[name]) in section
 
 
 def test_what_is_said_of_the_methods():
@@ -102,6 +107,23 @@ def test_what_is_said_of_the_policies():
         if (one["metric"], one["against"]) == ("pruned.mask_distance", "plain")
     }
     assert [arm for arm, p in moved.items() if p < 0.05] == ["every"]
+
+
+@pytest.mark.parametrize(
+    ("file", "reach", "moved"),
+    [
+        ("policies-harp-digits.csv", 1.8, {("every", "exact"): 0.01, ("every", "plain"): 0.02}),
+        ("policies-98-digits.csv", 2.3, {("momentum", "exact"): 0.05, ("momentum", "random"): 0.03}),
+    ],
+)
+def test_what_is_said_of_the_policies_elsewhere(file, reach, moved):
+    summary = summary_of("policies", file)
+    shown = {(one["metric"], one["arm"], one["against"]): one for one in summary["comparisons"] if one["p_corrected"] < 0.05}
+    assert {(one["arm"], one["against"]): round(one["p_corrected"], 2) for one in shown.values()} == moved
+    assert {metric for metric, *_ in shown} == {"pruned.mask_distance"}
+    robust = [one for one in summary["comparisons"] if one["metric"] == "robust"]
+    assert round(100 * max(max(-one["low"], one["high"]) for one in robust), 1) == reach
+    assert sum(one["metric"] == "pruned.lambda_max.scores" for one in summary["comparisons"]) == 12
 
 
 def test_what_is_said_of_finetuning():
