@@ -92,7 +92,7 @@ def measure(folder, workers):
         for number, row in enumerate(rows):
             split.source.decode(row, split.decoder, (0, 0, number))
         alone.append((time.perf_counter() - start) / len(rows))
-        decoding.append((time.process_time() - busy) / len(rows))
+        here = (time.process_time() - busy) / len(rows)
         for _ in range(AHEAD * workers + 1):  # which were made while this process decoded
             next(batches, None)
         images, start, busy = 0, time.perf_counter(), _busy()
@@ -102,8 +102,11 @@ def measure(folder, workers):
                 resident = max(resident, sum(_resident(process) for process in (os.getpid(), *_decoders())))
         if images:
             streamed.append((time.perf_counter() - start) / images)
-            decoding[-1] /= (_busy() - busy) / images
-    median = {name: float(np.median(values)) for name, values in {"alone": alone, "streamed": streamed, "decoding": decoding}.items()}
+            if (spent := _busy() - busy) > 0:  # it is counted in hundredths of a second, and batches may have been made before
+                decoding.append(here * images / spent)
+    median = {
+        name: float(np.median(values or [np.nan])) for name, values in {"alone": alone, "streamed": streamed, "decoding": decoding}.items()
+    }
     found = {"images": len(split), "rounds": len(alone), "resident": resident, "decoding": median["decoding"]}
     print(json.dumps({**found, "alone": 1 / median["alone"], "streamed": 1 / median["streamed"]}))
 
