@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -56,8 +56,8 @@ class Watch:
         self.missed += abs(new - old) > REACH
 
 
-def watched(recipe_name: str, settings: Sequence[str]) -> Iterator[tuple[str, Watch]]:
-    """Searches a mask, and gives each op with what was seen of it."""
+def watched(recipe_name: str, settings: Sequence[str]) -> dict[str, Watch]:
+    """Searches a mask, and gives what was seen of each op."""
     recipe = load_recipe(recipe_name, settings)
     data = open_data(recipe)
     watches = {"perturb": Watch(ops.perturb, 3), "update_select": Watch(ops.update_select, 4)}
@@ -72,7 +72,7 @@ def watched(recipe_name: str, settings: Sequence[str]) -> Iterator[tuple[str, Wa
         finally:
             for name, op in own.items():
                 setattr(ops, name, op)
-    yield from watches.items()
+    return watches
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def main() -> None:
             settings = (*CIFAR, f"data.dir={data_dir}", f"prune.method={method}")
             runs.append((f"CIFAR-10, 2,000 images, ResNet-18 of width 16, {method.upper()}", "cifar10-resnet18", settings))
     for title, recipe, settings in runs:
-        for op, watch in watched(recipe, settings):
+        for op, watch in watched(recipe, settings).items():
             cells = [statistics.median(watch.moved), max(watch.moved), statistics.median(watch.inside), max(watch.inside)]
             shown = " | ".join(f"{100 * cell:.2g} %" for cell in cells)
             print(f"| {title} | `{op}` | {len(watch.moved)} | {shown} | {watch.missed} |", flush=True)

@@ -170,7 +170,10 @@ class Stream:
 
 
 def _told(batches: Iterator[Batch]) -> Iterator[Batch | ValueError]:
-    """An error in reading comes like a batch too, after those before it: raised while processes start, each would keep us for 5 s."""
+    """Hands an error in reading out like a batch, after the batches before it.
+
+    Raised while the DataLoader starts its processes, it would leave them waiting, and whoever ends them would wait 5 s for each.
+    """
     try:
         yield from batches
     except ValueError as error:
