@@ -13,6 +13,7 @@ ROWS = [
     {"model": "pruned", "clean": 0.90, "robust": 0.70, "images": 100, "weights": 1000, "kept": 100, "sparsity": 0.9, "seconds": 5.0},
     {"model": "finetuned", "clean": 0.94, "robust": 0.79, "images": 100, "weights": 1000, "kept": 100, "sparsity": 0.9, "seconds": 7.0},
 ]
+LARGER = [{"batch": 8, "dense_ms": 160.0, "sparse_ms": 40.0}]
 LATENCY = [{"batch": 1, "dense_ms": 4.0, "sparse_ms": 2.0}, {"batch": 64, "dense_ms": 40.0, "sparse_ms": 10.0}]
 RESULTS = {
     "recipe": "mine",
@@ -21,6 +22,7 @@ RESULTS = {
     "rows": ROWS,
     "density": {"a": 0.1, "b": 0.05},
     "latency": LATENCY,
+    "latency_at_scale": {"network": "ResNet-18", "sparsity": 0.9, "threads": 2, "rows": LARGER},
     "environment": {"torch": "2.13.0", "device": "cpu", "threads": 1},
 }
 ATTACKS = {"pgd": 0.79, "apgd_ce": 0.78, "square": 0.85, "worst": 0.76}

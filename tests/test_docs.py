@@ -23,7 +23,15 @@ from s2ap_ext.pipeline import check_prunable, load_recipe, open_data
 from s2ap_ext.pipeline.recipe_files import read_table
 
 DOCS = Path(__file__).parent.parent / "docs"
-TINY = ["model.width=2", "data.train_size=64", "data.test_size=16", "attack.steps=1", "evaluate.steps=1", "evaluate.images_per_epoch=8"]
+TINY = [
+    "model.width=2",
+    "data.train_size=64",
+    "data.test_size=16",
+    "attack.steps=1",
+    "evaluate.steps=1",
+    "evaluate.images_per_epoch=8",
+    "evaluate.latency_at_scale=false",
+]
 TINY += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=1", "batch_size=32")]
 
 

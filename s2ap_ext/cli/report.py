@@ -64,5 +64,9 @@ def _show(run: Run) -> None:
     report.print_table(run.results)
     if "latency" in run.results:
         report.print_latency([speed.Latency(**row) for row in run.results["latency"]])
+    if "latency_at_scale" in run.results:
+        found = run.results["latency_at_scale"]
+        title = f"inference of a {report.scale_of(found)}"
+        report.print_latency([speed.Latency(**row) for row in found["rows"]], title)
     if plots:
         print(f"Plots: {', '.join(str(path) for path in plots)}")

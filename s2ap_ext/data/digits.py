@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .._extras import optional
 from ..parts import register
@@ -22,9 +25,7 @@ def load_digits() -> Dataset:
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (its test part).
     """
-    bunch = optional("sklearn.datasets").load_digits()
-    images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    labels = torch.from_numpy(bunch.target).long()
+    images, labels = _read()
     generator = torch.Generator().manual_seed(DIGITS_SPLIT_SEED)
     order = torch.randperm(len(labels), generator=generator)
     # An image's rank among those of its class decides: the first fifth of every class is for testing.
@@ -34,6 +35,13 @@ def load_digits() -> Dataset:
     is_test = rank < share[labels[order]]
     train, test = (Split(images[index], labels[index]) for index in (order[~is_test], order[is_test]))
     return Dataset("digits", train, test, classes=tuple("0123456789"))
+
+
+@functools.cache  # scikit-learn parses a compressed text file, which takes as long as some training steps on it
+def _read() -> tuple[Tensor, Tensor]:
+    """All images, as float32 in [0, 1], and their labels. Both are shared: nobody may change them."""
+    bunch = optional("sklearn.datasets").load_digits()
+    return torch.from_numpy(bunch.images).float().div(16).unsqueeze(1), torch.from_numpy(bunch.target).long()
 
 
 @register("digits")

@@ -135,6 +135,9 @@ class Evaluate:
     batch_size: int = key(256, "images per batch", low=1, high=10**7)
     images_per_epoch: int = key(256, "test images for the robust accuracy after each training epoch", low=1)
     attacks: tuple[str, ...] = key((), "more attacks on the test images of each finished model, by name, such as autoattack")
+    latency_at_scale: bool = key(
+        False, "measure on the CPU how fast a ResNet-18 of prune.sparsity runs too, where the recipe's own network is too small to show it"
+    )
 
 
 @dataclass(frozen=True)

@@ -217,13 +217,24 @@ def cost(runs: Sequence[Run], artist: Artist) -> Section:
         figure = artist.figure(plots.bars, seconds, "seconds", title=title, text=text, alt=f"Training time: {alt}.", numbers=numbers)
         section.figures.append(figure)
         if latency := run.results.get("latency"):
-            cells = [
-                [f"{row['batch']}", f"{row['dense_ms']:.2f}", f"{row['sparse_ms']:.2f}", f"{row['dense_ms'] / row['sparse_ms']:.1f}"]
-                for row in latency
-            ]
-            caption = titled(runs, run, "inference on the CPU, dense and on the kept weights alone")
-            section.tables.append(Table(caption, ["images at once", "dense, ms", "sparse, ms", "ratio"], cells))
+            section.tables.append(_latency(titled(runs, run, "inference on the CPU, dense and on the kept weights alone"), latency))
+        if larger := run.results.get("latency_at_scale"):
+            section.tables.append(_latency(titled(runs, run, f"the same of a {scale_of(larger)}"), larger["rows"]))
     return section
+
+
+def _latency(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    cells = [
+        [f"{row['batch']}", f"{row['dense_ms']:.2f}", f"{row['sparse_ms']:.2f}", f"{row['dense_ms'] / row['sparse_ms']:.1f}"]
+        for row in rows
+    ]
+    return Table(caption, ["images at once", "dense, ms", "sparse, ms", "ratio"], cells)
+
+
+def scale_of(larger: Mapping[str, Any]) -> str:
+    """What the ``latency_at_scale`` of a run's results was measured on, such as ``"ResNet-18 at 90.0 % sparsity, 2 threads"``."""
+    threads = larger["threads"]
+    return f"{larger['network']} at {percents(larger['sparsity'])} % sparsity, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _passes(run: Run, stage: str) -> str:

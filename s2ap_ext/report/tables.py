@@ -76,10 +76,14 @@ def print_profile(rows: Sequence[Measured], batch: int) -> None:
     console_module.Console().print(table)
 
 
-def print_latency(rows: Sequence[Latency]) -> None:
-    """Prints how long batches of images take, dense and on the kept weights, and a remark where the zeros gain little."""
+def print_latency(rows: Sequence[Latency], of: str = "inference on the CPU") -> None:
+    """Prints how long batches of images take, dense and on the kept weights, and a remark where the zeros gain little.
+
+    Args:
+        of: the table's title.
+    """
     console_module, table_module = optional("rich.console"), optional("rich.table")
-    table = table_module.Table(title="inference on the CPU", title_style="bold")
+    table = table_module.Table(title=of, title_style="bold")
     for column in ("batch", "dense ms", "sparse ms", "ratio", "dense images/s", "sparse images/s"):
         table.add_column(column, justify="right")
     for row in rows:

@@ -30,6 +30,7 @@ SMALL = [
     "finetune.epochs=1",
     "evaluate.steps=2",
     "evaluate.images_per_epoch=16",
+    "evaluate.latency_at_scale=false",
 ]
 
 

@@ -34,6 +34,7 @@ SMALL = [
     "finetune.batch_size=32",
     "evaluate.steps=1",
     "evaluate.images_per_epoch=16",
+    "evaluate.latency_at_scale=false",
 ]
 FROZEN = ("hydra", "harp", "random", "rst")  # methods that leave the weights alone
 

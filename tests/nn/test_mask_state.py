@@ -50,6 +50,7 @@ def new_scores(model, seed):
 # Threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_threads_that_come_first_together_all_get_the_whole_weight(grad):
     layer, x = train_scores(S2APLinear(400, 300)), torch.rand(2, 400)

@@ -12,7 +12,15 @@ from s2ap_ext.nn import Accelerated
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, forwards, load_recipe, model_file, open_data, run, trainer
 from s2ap_ext.pipeline.run_folder import read_metrics
 
-TINY = ["model.width=4", "data.train_size=40", "data.test_size=16", "attack.steps=1", "evaluate.steps=1", "evaluate.images_per_epoch=16"]
+TINY = [
+    "model.width=4",
+    "data.train_size=40",
+    "data.test_size=16",
+    "attack.steps=1",
+    "evaluate.steps=1",
+    "evaluate.images_per_epoch=16",
+    "evaluate.latency_at_scale=false",
+]
 TINY += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=1", "batch_size=16")]
 TINY += ["prune.warmup_epochs=0", "prune.gamma=0.05", "pretrain.loss=pgd_at", "finetune.loss=pgd_at"]
 

@@ -14,7 +14,7 @@ from s2ap_ext.nn import pruned_layers
 from s2ap_ext.nn.tied import TiedWeight
 from s2ap_ext.optim import Plain
 from s2ap_ext.pipeline import RunFolder, Session, Stopped, checkpoint, evaluate, load_model, load_recipe, new_model, open_data, run
-from s2ap_ext.pipeline.run_folder import read_metrics
+from s2ap_ext.pipeline.run_folder import read_metrics, read_results
 from s2ap_ext.pipeline.stages import Search
 from s2ap_ext.sparsity import kept_count
 
@@ -33,6 +33,7 @@ SMALL = [
     "finetune.batch_size=32",
     "evaluate.steps=2",
     "evaluate.images_per_epoch=16",
+    "evaluate.latency_at_scale=false",
 ]
 MODELS = ("dense", "pruned", "finetuned")
 
@@ -87,6 +88,21 @@ def test_a_run_leaves_a_complete_folder(finished):
         assert all(row["dense_ms"] > 0 and row["sparse_ms"] > 0 for row in results["latency"])
     else:
         assert "latency" not in results
+    assert "latency_at_scale" not in results
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(backend().cpu != "C++", reason="the sparse engine needs the kernels")
+def test_the_speed_of_a_larger_network(tmp_path):
+    how = [*SMALL, "pretrain.epochs=0", "prune.epochs=0", "finetune.epochs=0", "prune.sparsity=0.95", "evaluate.latency_at_scale=true"]
+    recipe = load_recipe("digits", how)
+    threads = torch.get_num_threads()
+    with RunFolder.create(tmp_path / "run", recipe) as folder:
+        run(Session(recipe, open_data(recipe), folder))
+    found = read_results(tmp_path / "run")["latency_at_scale"]
+    assert (found["network"], found["sparsity"], found["threads"]) == ("ResNet-18", 0.95, threads)
+    assert [row["batch"] for row in found["rows"]] == [1, 8]
+    assert all(row["dense_ms"] > 0 and row["sparse_ms"] > 0 for row in found["rows"])
 
 
 def test_rows_tell_the_sparsity_and_the_time(finished):

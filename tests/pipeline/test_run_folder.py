@@ -18,7 +18,15 @@ from s2ap_ext.pipeline import RunFolder, Session, Stopped, checkpoint, load_reci
 from s2ap_ext.pipeline.records import sealed
 from s2ap_ext.pipeline.run_folder import LOCK, read_metrics
 
-TINY = ["model.width=2", "data.train_size=64", "data.test_size=16", "attack.steps=1", "evaluate.steps=1", "evaluate.images_per_epoch=8"]
+TINY = [
+    "model.width=2",
+    "data.train_size=64",
+    "data.test_size=16",
+    "attack.steps=1",
+    "evaluate.steps=1",
+    "evaluate.images_per_epoch=8",
+    "evaluate.latency_at_scale=false",
+]
 TINY += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=2", "batch_size=16")]
 
 

@@ -18,7 +18,15 @@ from s2ap_ext.pipeline.model_file import identity
 
 pytest.importorskip("pyarrow")
 
-SMALL = ["model.width=2", "attack.steps=1", "evaluate.steps=1", "evaluate.images_per_epoch=8", "data.flip=true", "save_every=0"]
+SMALL = [
+    "model.width=2",
+    "attack.steps=1",
+    "evaluate.steps=1",
+    "evaluate.images_per_epoch=8",
+    "evaluate.latency_at_scale=false",
+    "data.flip=true",
+    "save_every=0",
+]
 SMALL += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=1", "batch_size=16")]
 SMALL += ["pretrain.epochs=2"]
 MODELS = ("dense", "pruned", "finetuned")

@@ -19,6 +19,13 @@ def test_the_table_of_latencies(capsys):
     assert "gain little" not in out
 
 
+def test_the_table_of_a_larger_network_has_its_name(capsys):
+    larger = {"network": "ResNet-18", "sparsity": 0.9, "threads": 2}
+    report.print_latency([Latency(batch=1, dense_ms=40.0, sparse_ms=10.0)], f"inference of a {report.scale_of(larger)}")
+    assert "inference of a ResNet-18 at 90.0 % sparsity, 2 threads" in " ".join(capsys.readouterr().out.split())
+    assert report.scale_of({**larger, "threads": 1}).endswith("1 thread")
+
+
 def test_where_zeros_gain_little_it_is_told(capsys):
     report.print_latency([Latency(batch=1, dense_ms=1.0, sparse_ms=1.0), Latency(batch=8, dense_ms=7.0, sparse_ms=5.0)])
     assert "The zeros gain little here" in capsys.readouterr().out
