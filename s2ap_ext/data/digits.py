@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def load_digits() -> Dataset:
 
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998 (its test part).
     """
-    images, labels = _read()
+    images, labels = _read(optional("sklearn.datasets"))
     generator = torch.Generator().manual_seed(DIGITS_SPLIT_SEED)
     order = torch.randperm(len(labels), generator=generator)
     # An image's rank among those of its class decides: the first fifth of every class is for testing.
@@ -38,9 +39,9 @@ def load_digits() -> Dataset:
 
 
 @functools.cache  # scikit-learn parses a compressed text file, which takes as long as some training steps on it
-def _read() -> tuple[Tensor, Tensor]:
-    """All images, as float32 in [0, 1], and their labels. Both are shared: nobody may change them."""
-    bunch = optional("sklearn.datasets").load_digits()
+def _read(datasets: Any) -> tuple[Tensor, Tensor]:
+    """All images, as float32 in [0, 1], and their labels, from ``sklearn.datasets``. Both are shared: nobody may change them."""
+    bunch = datasets.load_digits()
     return torch.from_numpy(bunch.images).float().div(16).unsqueeze(1), torch.from_numpy(bunch.target).long()
 
 
