@@ -25,6 +25,7 @@ def summary_of(plan, file):
         ("policies", "policies-digits.csv", 11),
         ("policies --set prune.method=harp", "policies-harp-digits.csv", 11),
         ("policies --set prune.sparsity=0.98", "policies-98-digits.csv", 11),
+        ("policies --set prune.sparsity=0.9", "policies-90-digits.csv", 11),
         ("flips", "flips-digits.csv", 24),
         ("flips-vit", "flips-vit-digits.csv", 10),
         ("finetune", "finetune-digits.csv", 2),
@@ -110,20 +111,21 @@ def test_what_is_said_of_the_policies():
 
 
 @pytest.mark.parametrize(
-    ("file", "reach", "moved"),
+    ("file", "sharpness", "reach", "moved"),
     [
-        ("policies-harp-digits.csv", 1.8, {("every", "exact"): 0.01, ("every", "plain"): 0.02}),
-        ("policies-98-digits.csv", 2.3, {("momentum", "exact"): 0.05, ("momentum", "random"): 0.03}),
+        ("policies-90-digits.csv", 0, 1.2, {("every", "exact"): 0.05, ("every", "plain"): 0.05, ("late", "random"): 0.01}),
+        ("policies-harp-digits.csv", 12, 1.8, {("every", "exact"): 0.01, ("every", "plain"): 0.02}),
+        ("policies-98-digits.csv", 12, 2.3, {("momentum", "exact"): 0.05, ("momentum", "random"): 0.03}),
     ],
 )
-def test_what_is_said_of_the_policies_elsewhere(file, reach, moved):
+def test_what_is_said_of_the_policies_elsewhere(file, sharpness, reach, moved):
     summary = summary_of("policies", file)
     shown = {(one["metric"], one["arm"], one["against"]): one for one in summary["comparisons"] if one["p_corrected"] < 0.05}
     assert {(one["arm"], one["against"]): round(one["p_corrected"], 2) for one in shown.values()} == moved
     assert {metric for metric, *_ in shown} == {"pruned.mask_distance"}
     robust = [one for one in summary["comparisons"] if one["metric"] == "robust"]
     assert round(100 * max(max(-one["low"], one["high"]) for one in robust), 1) == reach
-    assert sum(one["metric"] == "pruned.lambda_max.scores" for one in summary["comparisons"]) == 12
+    assert sum(one["metric"] == "pruned.lambda_max.scores" for one in summary["comparisons"]) == sharpness
 
 
 def test_what_is_said_of_finetuning():
