@@ -26,6 +26,7 @@ def summary_of(plan, file):
         ("policies --set prune.method=harp", "policies-harp-digits.csv", 11),
         ("policies --set prune.sparsity=0.98", "policies-98-digits.csv", 11),
         ("policies --set prune.sparsity=0.9", "policies-90-digits.csv", 11),
+        ("policies-cifar10", "policies-cifar10-cut-down.csv", 6),
         ("flips", "flips-digits.csv", 24),
         ("flips-vit", "flips-vit-digits.csv", 10),
         ("finetune", "finetune-digits.csv", 2),
@@ -126,6 +127,16 @@ def test_what_is_said_of_the_policies_elsewhere(file, sharpness, reach, moved):
     robust = [one for one in summary["comparisons"] if one["metric"] == "robust"]
     assert round(100 * max(max(-one["low"], one["high"]) for one in robust), 1) == reach
     assert sum(one["metric"] == "pruned.lambda_max.scores" for one in summary["comparisons"]) == sharpness
+
+
+def test_what_is_said_of_the_policies_on_cifar10():
+    comparisons = summary_of("policies-cifar10", "policies-cifar10-cut-down.csv")["comparisons"]
+    assert min(one["p_corrected"] for one in comparisons) > 0.05
+    robust = {(one["arm"], one["against"]): one for one in comparisons if one["metric"] == "robust"}
+    assert round(100 * max(max(-one["low"], one["high"]) for one in robust.values()), 1) == 2.0
+    flips = robust["flips", "plain"]
+    assert [round(100 * flips[key], 1) for key in ("difference", "low", "high")] == [-0.5, -0.7, -0.3]
+    assert (round(flips["p"], 2), round(flips["p_corrected"], 2)) == (0.01, 0.16)
 
 
 def test_what_is_said_of_finetuning():
