@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import TINY as SMALLEST
 from evaluation_models import cut_down, images_of, small_network
 from gpu.parts import Setting, parts
 
@@ -23,16 +24,7 @@ from s2ap_ext.pipeline import check_prunable, load_recipe, open_data
 from s2ap_ext.pipeline.recipe_files import read_table
 
 DOCS = Path(__file__).parent.parent / "docs"
-TINY = [
-    "model.width=2",
-    "data.train_size=64",
-    "data.test_size=16",
-    "attack.steps=1",
-    "evaluate.steps=1",
-    "evaluate.images_per_epoch=8",
-    "evaluate.latency_at_scale=false",
-]
-TINY += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=1", "batch_size=32")]
+TINY = [*SMALLEST, "data.train_size=64", *(f"{stage}.batch_size=32" for stage in ("pretrain", "prune", "finetune"))]
 
 
 def blocks(page, language):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import TINY as SMALLEST
 from command_line import refused, settings
 
 import s2ap_ext
@@ -18,16 +19,7 @@ from s2ap_ext.pipeline import RunFolder, Session, Stopped, checkpoint, load_reci
 from s2ap_ext.pipeline.records import sealed
 from s2ap_ext.pipeline.run_folder import LOCK, read_metrics
 
-TINY = [
-    "model.width=2",
-    "data.train_size=64",
-    "data.test_size=16",
-    "attack.steps=1",
-    "evaluate.steps=1",
-    "evaluate.images_per_epoch=8",
-    "evaluate.latency_at_scale=false",
-]
-TINY += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=2", "batch_size=16")]
+TINY = [*SMALLEST, "data.train_size=64", *(f"{stage}.epochs=2" for stage in ("pretrain", "prune", "finetune"))]
 
 
 def command(*words, settings=TINY):
