@@ -10,6 +10,7 @@ TINY = [
     "evaluate.steps=1",
     "evaluate.images_per_epoch=8",
     "evaluate.latency_at_scale=false",
+    "prune.control=false",
     *(f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=1", "batch_size=16")),
 ]
 

@@ -55,6 +55,8 @@ def show(folder: Path) -> None:
     print(f"Next:  s2ap analyze {run}    # how sharp the loss is, how stable the masks are")
     print(f"       s2ap report {run} --html {page}    # all of it on one page")
     print(f"       s2ap evaluate {model} --attack autoattack    # stronger attacks")
+    if "plain" in runs[0].results:
+        print("       s2ap experiment compare    # with S2AP and without it, over five seeds")
 
 
 def _show(run: Run) -> None:

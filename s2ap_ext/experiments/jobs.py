@@ -19,10 +19,9 @@ from typing import Any
 from .. import pipeline
 from ..data import Dataset
 from ..pipeline import STAGES, Recipe, RunFolder, Session, progress
-from ..pipeline.model_file import adopt
 from ..pipeline.recipe import from_table, to_table
 from ..pipeline.records import CONFIG
-from ..pipeline.run_folder import RESULTS, Locked, read_metrics, read_recipe, read_results
+from ..pipeline.run_folder import RESULTS, Locked, read_recipe, read_results
 from .attacked import Settings, attack, is_attacked
 
 PATIENCE = 30.0  # seconds: longer than a step takes, after which the process of a killed experiment ends
@@ -125,7 +124,7 @@ def do(job: Job, stop: Callable[[], bool], show: progress.Silent | None = None) 
     data = open_data(recipe)
     with _opened(job, recipe, stop) as folder:
         if job.start is not None:
-            _take_over(job.start, folder, recipe, data)
+            pipeline.take_over(job.start, folder, recipe, data)
         row = pipeline.run(Session(recipe, data, folder, show or progress.Silent(), stop), job.stages)[-1]
         for name, settings in job.attacked.items():
             attack(folder.path, name, settings, recipe, data, stop)
@@ -140,7 +139,7 @@ def _opened(job: Job, recipe: Recipe, stop: Callable[[], bool]) -> RunFolder:
     begin = time.monotonic()
     while True:
         try:
-            return RunFolder.resume(job.folder) if (job.folder / CONFIG).is_file() else RunFolder.create(job.folder, recipe)
+            return RunFolder.open(job.folder, recipe)
         except Locked:
             if stop() or time.monotonic() - begin > PATIENCE:
                 raise
@@ -157,14 +156,3 @@ def open_data(recipe: Recipe) -> Dataset:
 
 
 _data: dict[str, Dataset] = {}
-
-
-def _take_over(start: Path, folder: RunFolder, recipe: Recipe, data: Dataset) -> None:
-    """Copies records and models from the run in ``start``; what ``folder`` has already stays as it is."""
-    models = [name for name in STAGES.values() if (start / f"{name}.safetensors").is_file()]
-    missing = [name for name in models if not (folder.path / f"{name}.safetensors").is_file()]
-    if missing:
-        for record in read_metrics(start):
-            folder.log(record)
-    for name in missing:
-        adopt(start / f"{name}.safetensors", folder.path / f"{name}.safetensors", recipe, data)

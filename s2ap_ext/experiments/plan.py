@@ -87,7 +87,10 @@ class Plan:
         return list(pairs.values())
 
     def recipe_of(self, arm: str, seed: int = 0) -> Recipe:
-        """The recipe of one run. On a CPU it has one thread where the plan does not say how many, since runs are made side by side.
+        """The recipe of one run.
+
+        Where the plan does not say otherwise it has no control of its own, since the arms are each other's, and on a CPU one thread, since
+        runs are made side by side.
 
         Args:
             arm: a full name, as in :meth:`all_arms`.
@@ -95,7 +98,7 @@ class Plan:
         Raises:
             ValueError: as :func:`s2ap_ext.pipeline.load_recipe`, naming the arm.
         """
-        changes = self.settings | self.all_arms()[arm] | {"seed": str(seed), "name": f"{self.name}-{arm}"}
+        changes = {"prune.control": "false"} | self.settings | self.all_arms()[arm] | {"seed": str(seed), "name": f"{self.name}-{arm}"}
         try:
             recipe = load_recipe(self.recipe, [f"{name}={text}" for name, text in changes.items()])
         except ValueError as error:

@@ -88,7 +88,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A valid sweep: a recipe, and the parameters as the command line has them."""
+    """A valid sweep: a recipe, and the parameters as the command line has them. Trials have no control of their own (``prune.control``)."""
 
     recipe: Recipe
     params: tuple[str, ...]
@@ -192,7 +192,7 @@ def _trial(optuna: ModuleType, study: Any, sweep: Sweep, out: Path, stop: Callab
     """One trial; a line that tells of it, or None if it was stopped."""
     trial, states = study.ask(), optuna.trial.TrialState
     values = {param.key: param.suggest(trial) for param in map(Param.parse, sweep.params)}
-    recipe = override(sweep.recipe, [f"{name}={value}" for name, value in values.items()])
+    recipe = override(sweep.recipe, [*(f"{name}={value}" for name, value in values.items()), "prune.control=false"])
     first, (_, digest) = chain_of(recipe)[0], chain_of(recipe)[-1]
     folder, start = out / "trials" / digest, None
     trial.set_user_attr(FOLDER, str(folder))

@@ -7,7 +7,7 @@ from .progress import Stopped
 from .recipe import load_recipe, override
 from .recipe_files import known_recipes
 from .run_folder import RunFolder
-from .runner import describe_attack, evaluate, open_data, reproducible, run
+from .runner import describe_attack, evaluate, open_data, reproducible, run, take_over
 from .sections import Recipe
 from .stages import finetune, pretrain, prune
 from .trainer import Session
@@ -38,4 +38,5 @@ __all__ = [
     "reproducible",
     "run",
     "start_from",
+    "take_over",
 ]

@@ -101,7 +101,7 @@ def check_prunable(recipe: Recipe, data: Dataset) -> int:
     That is a granularity, excluded layers or attacks to evaluate with that the model has not, or a loss that does not go with the attack.
 
     Returns:
-        About how many bytes the files of a run take at most: three models and, while one is written, three states of up to three times
+        About how many bytes the files of a run take at most: its models and, while one is written, three states of up to three times
         a pruned model (itself, its momentum and its average) and the last images.
     """
     for stage in plan(recipe):
@@ -118,7 +118,8 @@ def check_prunable(recipe: Recipe, data: Dataset) -> int:
     make_sparse(model, recipe, data.shape)
     pruned: int = sum(tensor.nbytes for tensor in model.state_dict().values())
     images: int = min(len(data.train), max(getattr(recipe, stage).batch_size for stage in STAGES))
-    return 3 * pruned + 3 * (3 * pruned + RECENT * 4 * math.prod(data.shape) * images)
+    models = 5 if recipe.prune.control else 3  # a control has a dense and a pruned one of its own
+    return models * pruned + 3 * (3 * pruned + RECENT * 4 * math.prod(data.shape) * images)
 
 
 def identity(recipe: Recipe, data: Dataset) -> str:

@@ -92,7 +92,7 @@ class Bars(Silent):
 
         columns = ("{task.description}", BarColumn(bar_width=24), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
         self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), refresh_per_second=4)
-        self._task = self._bar.add_task(f"{label:<15}", total=total, completed=done, note="")
+        self._task = self._bar.add_task(f"{label:<18}", total=total, completed=done, note="")
         self._bar.start()
 
     def epoch(self, record: dict[str, Any], epochs: int) -> None:
@@ -101,7 +101,7 @@ class Bars(Silent):
 
     def advance(self, label: str, note: str) -> None:
         assert self._bar is not None  # start() comes first
-        self._bar.update(self._task, advance=1, description=f"{label:<15}", note=note)
+        self._bar.update(self._task, advance=1, description=f"{label:<18}", note=note)
 
     def stop(self, note: str = "") -> None:
         if self._bar is not None:
@@ -112,6 +112,28 @@ class Bars(Silent):
 
     def say(self, line: str) -> None:
         say(line)
+
+
+class Prefixed(Silent):
+    """Shows what belongs to another run as ``show`` does, with ``prefix`` before each label."""
+
+    def __init__(self, prefix: str, show: Silent) -> None:
+        self._prefix, self._show = prefix, show
+
+    def start(self, label: str, total: int, done: int = 0) -> None:
+        self._show.start(f"{self._prefix} {label}", total, done)
+
+    def advance(self, label: str, note: str) -> None:
+        self._show.advance(f"{self._prefix} {label}", note)
+
+    def epoch(self, record: dict[str, Any], epochs: int) -> None:
+        self._show.epoch(record | {"stage": f"{self._prefix} {record['stage']}"}, epochs)
+
+    def stop(self, note: str = "") -> None:
+        self._show.stop(note)
+
+    def say(self, line: str) -> None:
+        self._show.say(line)
 
 
 def say(line: str) -> None:
@@ -150,6 +172,6 @@ def describe(record: dict[str, Any], epochs: int) -> str:
         f"robust {percent(record['train_robust'])} (train)",
     ]
     parts += [f"{percent(record['robust'])} (test)", f"clean {percent(record['clean'])} (test)"]
-    if "mask_distance" in record and record["stage"] == "prune":
+    if "mask_distance" in record:
         parts.append(f"mask moved {percent(record['mask_distance'])}")
     return "  ".join(parts)

@@ -9,6 +9,7 @@ pruned.safetensors
 finetuned.safetensors
 state.safetensors      while a stage trains: model, optimizer and place in the stage;
 state-before.safetensors  and the last one before it, for the case that it gets damaged
+plain                  where the recipe asks for it: the run of the same search without S2AP
 evaluations            finished batches of attacks on the models
 results.json           the table
 analysis.json          what s2ap analyze found, where it was asked
@@ -41,6 +42,7 @@ from .records import CONFIG, sealed, unsealed
 from .sections import Recipe
 
 METRICS, RESULTS, ANALYSIS, FILES, LOCK = "metrics.jsonl", "results.json", "analysis.json", "data.json", ".lock"
+PLAIN = "plain"
 CHECKSUM = "\n# checksum: "  # of config.toml, in its last line
 STATE, STATE_BEFORE = "state.safetensors", "state-before.safetensors"
 
@@ -99,6 +101,11 @@ class RunFolder:
             (path / LOCK).unlink(missing_ok=True)
             lock.close()
             raise
+
+    @classmethod
+    def open(cls, path: Path, recipe: Recipe) -> RunFolder:
+        """:meth:`resume` for a folder in which a run has begun, which must be that of ``recipe``; else :meth:`create`."""
+        return cls.resume(path) if (path / CONFIG).is_file() else cls.create(path, recipe)
 
     def __enter__(self) -> RunFolder:
         return self

@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from ..nn import pruned_layers, sparsify, sparsity_table
 from ..speed import latency
 from . import checkpoint, progress
 from .evaluation import attacked, check_attacks, radius
-from .model_file import load_model, new_model, pick_device, save_model
+from .model_file import adopt, load_model, model_before, new_model, pick_device, save_model
 from .plan import STAGES, plan, stage_before
 from .progress import Stopped
-from .run_folder import check_run
+from .run_folder import PLAIN, RunFolder, check_run, read_metrics
 from .sections import Recipe
 from .stages import TRAIN
 from .trainer import Session, evaluation_attack, seed
@@ -62,7 +62,7 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
     """
     recipe, folder = session.recipe, session.folder
     stages = plan(recipe) if stages is None else tuple(stages)
-    model, rows = None, []
+    model, rows, plain = None, [], None
     if session.data.files.bytes >= REMEMBERED:
         session.show.say(f"checksums of the data's files ({session.data.files.bytes / 1e9:.1f} GB), which are read once for it")
     folder.check_files(session.data.files)
@@ -89,9 +89,13 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
                     row |= _attacked(session, model, name)
                 folder.log({"stage": "evaluate", **row, "seconds": seconds})
             rows += folder.find("evaluate", model=name)
+            if stage == "prune" and stage in stages and recipe.prune.s2ap and recipe.prune.control:
+                plain = _search_plainly(session)
         assert model is not None  # of the last stage
         layers = {name: int(mask.sum()) / mask.numel() for name, mask in layer_masks(model).items()}
         results = {"recipe": recipe.name, "attack": describe_attack(recipe), "images": rows[-1]["images"], "rows": rows, "density": layers}
+        if plain is not None:
+            results["plain"] = plain
         if whose := check_attacks(recipe, model, session.data):
             results["attacks"] = whose
         results["environment"] = environment(next(model.parameters()).device)
@@ -101,6 +105,38 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
         results["latency_at_scale"] = _latency_at_scale(recipe.prune.sparsity)  # on as many threads as torch takes
     folder.save_results(results)
     return rows
+
+
+def _search_plainly(session: Session) -> dict[str, Any]:
+    """The row of the model that the same search without S2AP gives: that of a run of its own, in the folder ``plain`` of this one."""
+    recipe, folder = session.recipe, session.folder
+    plain = replace(
+        recipe,
+        name=f"{recipe.name}-{PLAIN}",
+        prune=replace(recipe.prune, s2ap=False, control=False),
+        evaluate=replace(recipe.evaluate, latency_at_scale=False),
+    )
+    with RunFolder.open(folder.path / PLAIN, plain) as own:
+        before = model_before(recipe, "prune")
+        if before is not None:
+            take_over(folder.path, own, plain, session.data, (before,))
+        return run(Session(plain, session.data, own, progress.Prefixed(PLAIN, session.show), session.stop), ("prune",))[-1]
+
+
+def take_over(start: Path, folder: RunFolder, recipe: Recipe, data: Dataset, models: Iterable[str] = tuple(STAGES.values())) -> None:
+    """Copies ``models``, as far as the run in ``start`` has them, and their records into ``folder``, as those of the run of ``recipe``.
+
+    What ``folder`` has already stays as it is.
+    """
+    present = [name for name in models if (start / f"{name}.safetensors").is_file()]
+    missing = [name for name in present if not (folder.path / f"{name}.safetensors").is_file()]
+    if missing:
+        trained = {stage for stage, name in STAGES.items() if name in present}
+        for record in read_metrics(start):
+            if record["stage"] in trained or record.get("model") in present:
+                folder.log(record)
+    for name in missing:
+        adopt(start / f"{name}.safetensors", folder.path / f"{name}.safetensors", recipe, data)
 
 
 def _attacked(session: Session, model: nn.Module, name: str) -> dict[str, Any]:

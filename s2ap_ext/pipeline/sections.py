@@ -108,6 +108,10 @@ class Prune(Training):
     )
     ascent: Chosen = part("ascent", "exact", "S2AP: in which steps the scores are perturbed, and along what")
     warmup_epochs: int = key(5, "S2AP: epochs of plain steps at the start", low=0)
+    control: bool = key(
+        False,
+        "S2AP: search without it too, from the same model and with the same random numbers, to compare with (folder plain of the run)",
+    )
     sampled_gradients: float = key(
         1.0,
         "the share of the output channels, drawn anew in each step, in which pruned weights get gradients where convolutions run on their "

@@ -204,7 +204,7 @@ def cost(runs: Sequence[Run], artist: Artist) -> Section:
         "cost", "Cost", "Seconds of training, without the evaluations between epochs. Times of different machines do not compare."
     )
     for run in runs:
-        seconds = {TRAINED_BY.get(row["model"], row["model"]): row["seconds"] for row in run.rows}
+        seconds = {TRAINED_BY.get(row["model"], row["model"]): row["seconds"] for row in run.results["rows"]}
         total = sum(seconds.values())
         epochs = {stage: sum(record["stage"] == stage for record in run.epochs) for stage in seconds}
         rows = [

@@ -34,8 +34,8 @@ class Run:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each model, in the order of the stages."""
-        return list(self.results["rows"])
+        """One row for each model (:func:`rows_of`)."""
+        return rows_of(self.results)
 
     @property
     def search(self) -> list[dict[str, Any]]:
@@ -49,6 +49,14 @@ class Run:
     def config(self) -> str:
         """The recipe as TOML."""
         return to_toml(read_recipe(self.path))
+
+
+def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each model in results.json, in the order of the stages; the plain search's before that of the search with S2AP."""
+    rows = list(results["rows"])
+    if "plain" in results:
+        rows.insert([row["model"] for row in rows].index("pruned"), results["plain"] | {"model": "pruned plain"})
+    return rows
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..pipeline.extras import optional
 from .evaluations import attack_table
+from .records import rows_of
 from .verdict import verdict
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ GAIN = 1.5  # times as fast: less than that is called little
 def print_table(results: dict[str, Any]) -> None:
     """Prints the models' accuracies, sparsity and training time, each compared with the dense model, and the outcome in a sentence."""
     console_module, table_module = optional("rich.console"), optional("rich.table")
-    rows = results["rows"]
+    rows = rows_of(results)
     dense = next((row for row in rows if row["model"] == "dense"), None)
     table = table_module.Table(title=f"{results['recipe']}: {rows[-1]['images']} test images, {results['attack']}", title_style="bold")
     table.add_column("model")

@@ -22,9 +22,19 @@ def verdict(results: dict[str, Any]) -> str:
     robust = f"{percent(last['robust'])} robust accuracy (95 % interval {100 * low:.1f} to {100 * high:.1f})"
     if dense is None or dense is last:
         return f"The {last['model']} model has {robust} and {percent(last['clean'])} clean accuracy on {last['images']:,} test images."
-    return (
+    found = (
         f"At {percent(last['sparsity'])} sparsity the {last['model']} model has {robust}, {_against(last, dense, 'robust')} the dense one, "
         f"{_told(last, dense)}; its clean accuracy is {percent(last['clean'])}, {_against(last, dense, 'clean')} the dense one's."
+    )
+    return f"{found} {_without_s2ap(results)}" if "plain" in results else found
+
+
+def _without_s2ap(results: dict[str, Any]) -> str:
+    """How the mask of the search with S2AP compares with that of the same search without it."""
+    plain, pruned = results["plain"], next(row for row in results["rows"] if row["model"] == "pruned")
+    return (
+        f"The mask found with S2AP has {percent(pruned['robust'])} robust accuracy, {_against(pruned, plain, 'robust')} the one found "
+        f"without it, {_told(pruned, plain)}."
     )
 
 

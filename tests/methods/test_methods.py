@@ -35,6 +35,7 @@ SMALL = [
     "evaluate.steps=1",
     "evaluate.images_per_epoch=16",
     "evaluate.latency_at_scale=false",
+    "prune.control=false",
 ]
 FROZEN = ("hydra", "harp", "random", "rst")  # methods that leave the weights alone
 

@@ -20,6 +20,7 @@ TINY = [
     "evaluate.steps=1",
     "evaluate.images_per_epoch=16",
     "evaluate.latency_at_scale=false",
+    "prune.control=false",
 ]
 TINY += [f"{stage}.{key}" for stage in ("pretrain", "prune", "finetune") for key in ("epochs=1", "batch_size=16")]
 TINY += ["prune.warmup_epochs=0", "prune.gamma=0.05", "pretrain.loss=pgd_at", "finetune.loss=pgd_at"]

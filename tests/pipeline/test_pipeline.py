@@ -34,6 +34,7 @@ SMALL = [
     "evaluate.steps=2",
     "evaluate.images_per_epoch=16",
     "evaluate.latency_at_scale=false",
+    "prune.control=false",
 ]
 MODELS = ("dense", "pruned", "finetuned")
 

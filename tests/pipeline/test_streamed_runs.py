@@ -24,6 +24,7 @@ SMALL = [
     "evaluate.steps=1",
     "evaluate.images_per_epoch=8",
     "evaluate.latency_at_scale=false",
+    "prune.control=false",
     "data.flip=true",
     "save_every=0",
 ]

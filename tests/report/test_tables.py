@@ -41,6 +41,17 @@ def test_the_table_compares_with_the_dense_model(capsys):
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
+def test_a_control_stands_before_what_it_is_compared_with(capsys):
+    report.print_table(RESULTS | {"plain": ROWS[1] | {"robust": 0.69, "clean": 0.91}})
+    out = capsys.readouterr().out
+    models = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
+    assert models == ["dense", "pruned plain", "pruned", "finetuned"]
+    assert "69.0 (-11.0)" in out
+    sentence = "The mask found with S2AP has 70.0 % robust accuracy, 1.0 points above the one found without it, which 100 test images do not"
+    assert sentence in " ".join(out.split())
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
 def test_a_single_model_is_compared_with_nothing(capsys):
     report.print_table(RESULTS | {"rows": ROWS[2:]})
     out = capsys.readouterr().out
