@@ -10,53 +10,63 @@ run that nobody killed. Prints how many kills fell where.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from command_line import TINY, settings
 
+from s2ap_ext.cli import main
 from s2ap_ext.pipeline.run_folder import read_metrics
 
 SETTINGS = [*TINY, "data.train_size=64", "save_every=0", *(f"{stage}.epochs=2" for stage in ("pretrain", "prune", "finetune"))]
 TIMEOUT = 300  # seconds
 
-# Runs the command line, and dies before or after the replacement of a file of which the environment tells the number.
-DYING = """
-import os, signal, sys
-replace, left = os.replace, int(os.environ["DIES_AT"])
-def dying(*arguments):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*arguments)
-    if left == -1:
-        os.kill(os.getpid(), signal.SIGKILL)
-os.replace = dying
-from s2ap_ext.cli import main
-sys.exit(main())
-"""
+# Processes begin as copies of one that has imported all that a run needs, so that what is killed is runs and not their imports.
+copies = multiprocessing.get_context("forkserver")
+copies.set_forkserver_preload([__name__, "matplotlib.figure", "rich.progress", "sklearn.datasets", "torch.utils.tensorboard"])
 
 
-def start(words: list[str], dies_at: int = 0) -> subprocess.Popen:
-    program = ["-c", DYING] if dies_at else ["-m", "s2ap_ext.cli"]
-    environment = {**os.environ, "DIES_AT": str(dies_at)}
-    return subprocess.Popen([sys.executable, *program, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+def command_line(words: list[str], dies_at: int, errors: str) -> None:
+    """Runs the command line; where ``dies_at`` is not 0, dies before or after the replacement of a file of which it is the number."""
+    out, err = os.open(os.devnull, os.O_WRONLY), os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    replace, left = os.replace, dies_at
+
+    def dying(*arguments: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*arguments)
+        if left == -1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if dies_at:
+        os.replace = dying
+    sys.exit(main(words))
 
 
-def ended(process: subprocess.Popen) -> bool:
+def start(words: list[str], errors: Path, dies_at: int = 0) -> multiprocessing.context.ForkServerProcess:
+    process = copies.Process(target=command_line, args=(words, dies_at, str(errors)))
+    process.start()
+    return process
+
+
+def ended(process: multiprocessing.context.ForkServerProcess, errors: Path) -> bool:
     """Waits; whether the run is over. Raises AssertionError where it neither ended well nor was killed."""
-    errors = process.communicate(timeout=TIMEOUT)[1].decode()
-    assert process.returncode in (0, -signal.SIGKILL), f"exit code {process.returncode}: {errors}"
-    return process.returncode == 0
+    process.join(TIMEOUT)
+    assert process.exitcode in (0, -signal.SIGKILL), f"exit code {process.exitcode}: {errors.read_text()}"
+    return process.exitcode == 0
 
 
 def result(folder: Path) -> tuple:
@@ -74,7 +84,7 @@ def place(folder: Path) -> str:
     return "between two states" if any(folder.glob("*.safetensors")) else "before there was a state"
 
 
-def main() -> int:
+def kill() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -83,10 +93,10 @@ def main() -> int:
     places: Counter[str] = Counter()
     runs = 0
     with tempfile.TemporaryDirectory() as temporary:
-        whole, folder = Path(temporary, "whole"), Path(temporary, "killed")
+        whole, folder, errors = (Path(temporary, name) for name in ("whole", "killed", "errors"))
         begun = time.monotonic()
         new = ["run", "digits", *settings(base=SETTINGS), "--out"]
-        assert ended(start([*new, str(whole)]))
+        assert ended(start([*new, str(whole)], errors), errors)
         seconds = time.monotonic() - begun
         while sum(places.values()) < options.times:
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,13 +106,11 @@ def main() -> int:
                 words = ["run", "--resume", str(folder)] if resumes else [*new, str(folder)]
                 wants = sum(places.values()) < options.times
                 at_a_file = wants and generator.random() < 0.5
-                process = start(words, generator.randint(1, 40) if at_a_file else 0)
+                process = start(words, errors, generator.randint(1, 40) if at_a_file else 0)
                 if wants and not at_a_file:
-                    try:
-                        process.wait(generator.uniform(0, 1.2 * seconds))
-                    except subprocess.TimeoutExpired:
-                        process.kill()
-                over = ended(process)
+                    process.join(generator.uniform(0, 1.2 * seconds))
+                    process.kill()  # which does nothing to a process that is over
+                over = ended(process, errors)
                 if not over:
                     places[place(folder) + (", at a file" if at_a_file else "")] += 1
             assert result(folder) == result(whole), f"run {runs + 1} ended with other bits, after kills {dict(places)}"
@@ -114,4 +122,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(kill())
