@@ -55,7 +55,7 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each model in results.json, in the order of the stages; the plain search's before that of the search with S2AP."""
     rows = list(results["rows"])
     if "plain" in results:
-        rows.insert([row["model"] for row in rows].index("pruned"), results["plain"] | {"model": "pruned plain"})
+        rows.insert([row["model"] for row in rows].index("pruned"), results["plain"] | {"model": "no S2AP"})
     return rows
 
 

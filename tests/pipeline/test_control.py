@@ -52,7 +52,7 @@ def test_the_control_is_a_run_like_others(controlled):
 
 def test_reports_set_the_control_beside_the_search(controlled):
     run = read(controlled[0])
-    assert [row["model"] for row in run.rows] == ["dense", "pruned plain", "pruned", "finetuned"]
+    assert [row["model"] for row in run.rows] == ["dense", "no S2AP", "pruned", "finetuned"]
     plain, pruned = run.rows[1]["robust"], run.rows[2]["robust"]
     sentence = verdict(run.results)
     assert f"The mask found with S2AP has {100 * pruned:.1f} % robust accuracy, " in sentence
@@ -82,7 +82,7 @@ def test_there_is_none_where_none_is_wanted(tmp_path, how):
 
 def test_a_method_without_pretraining_has_one_too(tmp_path):
     train(tmp_path / "run", "prune.method=rst", "prune.control=true")
-    assert [row["model"] for row in read(tmp_path / "run").rows][:2] == ["pruned plain", "pruned"]
+    assert [row["model"] for row in read(tmp_path / "run").rows][:2] == ["no S2AP", "pruned"]
 
 
 def test_a_stage_that_does_not_search_starts_none(controlled, tmp_path):
