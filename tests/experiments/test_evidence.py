@@ -26,6 +26,8 @@ def summary_of(plan, file):
         ("policies --set prune.method=harp", "policies-harp-digits.csv", 11),
         ("policies --set prune.sparsity=0.98", "policies-98-digits.csv", 11),
         ("policies --set prune.sparsity=0.9", "policies-90-digits.csv", 11),
+        ("policies --set prune.method=harp --set prune.sparsity=0.9", "policies-harp-90-digits.csv", 11),
+        ("policies --set prune.method=harp --set prune.sparsity=0.98", "policies-harp-98-digits.csv", 11),
         ("policies-cifar10", "policies-cifar10-cut-down.csv", 6),
         ("flips", "flips-digits.csv", 24),
         ("flips-vit", "flips-vit-digits.csv", 10),
@@ -117,16 +119,37 @@ def test_what_is_said_of_the_policies():
         ("policies-90-digits.csv", 0, 1.2, {("every", "exact"): 0.05, ("every", "plain"): 0.05, ("late", "random"): 0.01}),
         ("policies-harp-digits.csv", 12, 1.8, {("every", "exact"): 0.01, ("every", "plain"): 0.02}),
         ("policies-98-digits.csv", 12, 2.3, {("momentum", "exact"): 0.05, ("momentum", "random"): 0.03}),
+        ("policies-harp-90-digits.csv", 0, 1.2, {}),
+        ("policies-harp-98-digits.csv", 0, 2.0, {("every", "plain"): 0.0, ("momentum", "plain"): 0.0}),
     ],
 )
 def test_what_is_said_of_the_policies_elsewhere(file, sharpness, reach, moved):
     summary = summary_of("policies", file)
     shown = {(one["metric"], one["arm"], one["against"]): one for one in summary["comparisons"] if one["p_corrected"] < 0.05}
-    assert {(one["arm"], one["against"]): round(one["p_corrected"], 2) for one in shown.values()} == moved
-    assert {metric for metric, *_ in shown} == {"pruned.mask_distance"}
+    found = {
+        (one["arm"], one["against"]): round(one["p_corrected"], 2) for one in shown.values() if one["metric"] == "pruned.mask_distance"
+    }
+    assert found == moved
+    others = {place for place in shown if place[0] != "pruned.mask_distance"}
+    assert others == ({("robust", "previous", "exact")} if file == "policies-harp-90-digits.csv" else set())
     robust = [one for one in summary["comparisons"] if one["metric"] == "robust"]
     assert round(100 * max(max(-one["low"], one["high"]) for one in robust), 1) == reach
     assert sum(one["metric"] == "pruned.lambda_max.scores" for one in summary["comparisons"]) == sharpness
+
+
+def test_what_is_said_of_previous():
+    """The one difference in accuracy that a table of the policies shows, against the tables of the digits together."""
+    files = [f"policies-{name}digits.csv" for name in ("", "harp-", "98-", "90-", "harp-98-", "harp-90-")]
+    robust = [[one for one in summary_of("policies", file)["comparisons"] if one["metric"] == "robust"] for file in files]
+    *others, harp = [next(one for one in table if (one["arm"], one["against"]) == ("previous", "exact")) for table in robust]
+    assert [round(100 * harp[key], 1) for key in ("difference", "low", "high")] == [-0.7, -0.9, -0.5]
+    assert (round(harp["p"], 4), round(harp["p_corrected"], 3)) == (0.0006, 0.016)
+    assert sum(map(len, robust)) == 162
+    assert round(162 * harp["p"], 2) == 0.10
+    assert sorted(round(100 * one["difference"], 1) for one in others)[:: len(others) - 1] == [0.1, 0.7]
+    every = next(one for one in robust[4] if (one["arm"], one["against"]) == ("every", "plain"))
+    assert [round(100 * every[key], 1) for key in ("difference", "low", "high")] == [-1.1, -1.5, -0.6]
+    assert (round(every["p"], 3), round(every["p_corrected"], 2)) == (0.003, 0.08)
 
 
 def test_what_is_said_of_the_policies_on_cifar10():

@@ -47,7 +47,9 @@ def test_a_control_stands_before_what_it_is_compared_with(capsys):
     models = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert models == ["dense", "no S2AP", "pruned", "finetuned"]
     assert "75.0 (-5.0)" in out
-    sentence = "The mask found with S2AP has 70.0 % robust accuracy, 5.0 points below the one found without it, which 100 test images do not"
+    sentence = (
+        "The mask found with S2AP has 70.0 % robust accuracy, 5.0 points below the one found without it, which 100 test images do not"
+    )
     assert sentence in " ".join(out.split())
     assert all(len(line) <= 80 for line in out.splitlines())
 
