@@ -1,6 +1,6 @@
 """Prunes half of the heads of a Hugging Face ViT on handwritten digits, with S2AP, and takes them away.
 
-``pip install transformers scikit-learn``, then ``python examples/prune_hf_vit.py``. It takes about a minute on one core.
+``pip install transformers``, then ``python examples/prune_hf_vit.py``. It takes about a minute on one core.
 """
 
 import argparse

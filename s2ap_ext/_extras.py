@@ -7,7 +7,7 @@ import importlib.util
 from types import ModuleType
 
 # Import name -> name on the package index, where the two differ.
-PROJECTS = {"tomli_w": "tomli-w", "sklearn": "scikit-learn", "PIL": "pillow"}
+PROJECTS = {"tomli_w": "tomli-w", "PIL": "pillow"}
 # Import name -> the extra that brings it; the others come with "train".
 EXTRAS = {"optuna": "sweep", "pyautoattack": "eval", "timm": "timm", "torchvision": "torchvision", "transformers": "hf"}
 

@@ -32,7 +32,7 @@ TIMEOUT = 300  # seconds
 
 # Processes begin as copies of one that has imported all that a run needs, so that what is killed is runs and not their imports.
 copies = multiprocessing.get_context("forkserver")
-copies.set_forkserver_preload([__name__, "matplotlib.figure", "rich.progress", "sklearn.datasets", "torch.utils.tensorboard"])
+copies.set_forkserver_preload([__name__, "matplotlib.figure", "rich.progress", "torch.utils.tensorboard"])
 
 
 def command_line(words: list[str], dies_at: int, errors: str) -> None:

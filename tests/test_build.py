@@ -219,7 +219,9 @@ def test_an_sdist_is_complete_and_its_wheel_runs(tmp_path: Path, compiler: Path)
     assert (answer["cpu"], answer["masked"], answer["warnings"]) == ("C++", MASKED, [])
     packed = {path.relative_to(site) for path in (site / "s2ap_ext").rglob("*") if path.suffix != ".so"}
     missing = {
-        path.relative_to(checkout) for path in (checkout / "s2ap_ext").rglob("*") if path.suffix in (".py", ".toml", ".html")
+        path.relative_to(checkout)
+        for path in (checkout / "s2ap_ext").rglob("*")
+        if path.suffix in (".py", ".toml", ".html", ".safetensors")
     } - packed
     assert missing == set()
 

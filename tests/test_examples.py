@@ -12,7 +12,7 @@ from command_line import settings
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
 
 
 @pytest.fixture

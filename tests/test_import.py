@@ -39,7 +39,7 @@ def fresh(code):
 def test_import_brings_nothing_that_only_some_need():
     loaded = set(fresh("import sys, s2ap_ext\nanswer = list(sys.modules)"))
     assert {"torch", "s2ap_ext.nn"} <= loaded
-    assert not {"PIL", "huggingface_hub", "matplotlib", "pyarrow", "rich", "safetensors", "sklearn", "tensorboard"} & loaded
+    assert not {"PIL", "huggingface_hub", "matplotlib", "pyarrow", "rich", "safetensors", "tensorboard"} & loaded
     assert not {f"s2ap_ext.{name}" for name in ("attacks", "data", "models", "pipeline", "cli")} & loaded
 
 

@@ -1,4 +1,4 @@
-"""Images by name: scikit-learn's digits, sets of the Hugging Face hub, folders of images, torchvision's sets, and a user's own.
+"""Images by name: handwritten digits, sets of the Hugging Face hub, folders of images, torchvision's sets, and a user's own.
 
 A :class:`Split` holds all its images as one tensor and :class:`Batches` moves it to the device once, so an epoch reads no file and
 copies nothing but indices. A :class:`Stream` is for sets that do not fit into memory: it decodes them during the training.

@@ -14,7 +14,7 @@ from s2ap_ext.data import Batches, Split, augmented, load_data, seeded_generator
 
 
 def test_digits():
-    pytest.importorskip("sklearn")
+    pytest.importorskip("safetensors")
     digits = load_data("digits")
     assert (len(digits.train), len(digits.test)) == (1438, 359)
     assert digits.shape == (1, 8, 8)
@@ -47,7 +47,7 @@ def test_digits_are_all_of_them_split_once_and_for_all():
 
 
 def test_digits_limits():
-    pytest.importorskip("sklearn")
+    pytest.importorskip("safetensors")
     whole, part = load_data(), load_data(limit=100, test_limit=20)
     assert (len(part.train), len(part.test)) == (100, 20)
     assert torch.equal(part.train.images, whole.train.images[:100])

@@ -181,7 +181,7 @@ def test_hub_out_of_reach(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "package", "arguments"),
     [
-        ("sklearn", "scikit-learn", {"name": "digits"}),
+        ("safetensors", "safetensors", {"name": "digits"}),
         ("pyarrow", "pyarrow", {"name": "uoft-cs/cifar10", "data_dir": "FOLDER"}),
         ("PIL", "pillow", {"name": "uoft-cs/cifar10", "data_dir": "FOLDER"}),
         ("huggingface_hub", "huggingface_hub", {"name": "uoft-cs/cifar10"}),
