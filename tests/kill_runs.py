@@ -27,7 +27,8 @@ from command_line import TINY, settings
 from s2ap_ext.cli import main
 from s2ap_ext.pipeline.run_folder import read_metrics
 
-SETTINGS = [*TINY, "data.train_size=64", "save_every=0", *(f"{stage}.epochs=2" for stage in ("pretrain", "prune", "finetune"))]
+STAGES = ("pretrain", "prune", "finetune")
+SETTINGS = [*TINY, "data.train_size=64", "save_every=0", "prune.control=true", *(f"{stage}.epochs=2" for stage in STAGES)]
 TIMEOUT = 300  # seconds
 
 # Processes begin as copies of one that has imported all that a run needs, so that what is killed is runs and not their imports.
@@ -70,16 +71,16 @@ def ended(process: multiprocessing.context.ForkServerProcess, errors: Path) -> b
 
 
 def result(folder: Path) -> tuple:
-    """All that a run's result consists of."""
-    models = {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
-    return models, [{**record, "seconds": 0} for record in read_metrics(folder)]
+    """All that a run's result consists of, and that of its control."""
+    models = {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
+    return models, [{**record, "seconds": 0} for path in (folder, folder / "plain") for record in read_metrics(path)]
 
 
 def place(folder: Path) -> str:
     """Where the run stands that was killed."""
     if not (folder / "config.toml").exists():
         return "before there was a recipe"
-    if (folder / "state.safetensors").exists():
+    if any(folder.rglob("state.safetensors")):
         return "within a stage, with a state"
     return "between two states" if any(folder.glob("*.safetensors")) else "before there was a state"
 
