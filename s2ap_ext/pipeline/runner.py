@@ -27,6 +27,7 @@ from .evaluation import attacked, check_attacks, radius
 from .model_file import adopt, load_model, model_before, new_model, pick_device, save_model
 from .plan import STAGES, plan, stage_before
 from .progress import Stopped
+from .records import CONFIG
 from .run_folder import PLAIN, RunFolder, check_run, read_metrics
 from .sections import Recipe
 from .stages import TRAIN
@@ -89,7 +90,8 @@ def run(session: Session, stages: Iterable[str] | None = None) -> list[dict[str,
                     row |= _attacked(session, model, name)
                 folder.log({"stage": "evaluate", **row, "seconds": seconds})
             rows += folder.find("evaluate", model=name)
-            if stage == "prune" and stage in stages and recipe.prune.s2ap and recipe.prune.control:
+            begun = (folder.path / PLAIN / CONFIG).is_file()
+            if stage == "prune" and recipe.prune.s2ap and recipe.prune.control and (begun or stage in stages):
                 plain = _search_plainly(session)
         assert model is not None  # of the last stage
         layers = {name: int(mask.sum()) / mask.numel() for name, mask in layer_masks(model).items()}

@@ -96,6 +96,16 @@ def test_a_stage_that_does_not_search_starts_none(controlled, tmp_path):
     assert not (tmp_path / "run/plain").exists()
 
 
+def test_one_stage_at_a_time_gives_the_same_results(controlled, tmp_path):
+    for stages in (("pretrain",), ("prune",), ("finetune",)):
+        train(tmp_path / "run", "prune.control=true", stages=stages)
+    found, whole = (
+        [{**row, "seconds": 0} for row in (*results["rows"], results["plain"])]
+        for results in (read_results(tmp_path / "run"), read_results(controlled[0]))
+    )
+    assert found == whole
+
+
 def test_arms_of_an_experiment_have_none_unless_they_say_so():
     plan = replace(load_plan("compare"), recipe="digits")
     assert load_recipe("digits").prune.control
