@@ -120,8 +120,8 @@ def test_what_is_said_of_the_policies():
         ("policies-90-digits.csv", 0, 1.2, {("every", "exact"): 0.05, ("every", "plain"): 0.05, ("late", "random"): 0.01}),
         ("policies-harp-digits.csv", 12, 1.8, {("every", "exact"): 0.01, ("every", "plain"): 0.02}),
         ("policies-98-digits.csv", 12, 2.3, {("momentum", "exact"): 0.05, ("momentum", "random"): 0.03}),
-        ("policies-harp-90-digits.csv", 0, 1.2, {}),
-        ("policies-harp-98-digits.csv", 0, 2.0, {("every", "plain"): 0.0, ("momentum", "plain"): 0.0}),
+        ("policies-harp-90-digits.csv", 12, 1.2, {}),
+        ("policies-harp-98-digits.csv", 12, 2.0, {("every", "plain"): 0.0, ("momentum", "plain"): 0.0}),
     ],
 )
 def test_what_is_said_of_the_policies_elsewhere(file, sharpness, reach, moved):
@@ -132,7 +132,8 @@ def test_what_is_said_of_the_policies_elsewhere(file, sharpness, reach, moved):
     }
     assert found == moved
     others = {place for place in shown if place[0] != "pruned.mask_distance"}
-    assert others == ({("robust", "previous", "exact")} if file == "policies-harp-90-digits.csv" else set())
+    of_harp = {("robust", "previous", "exact"), ("pruned.lambda_max.scores", "flips", "random")}
+    assert others == (of_harp if file == "policies-harp-90-digits.csv" else set())
     robust = [one for one in summary["comparisons"] if one["metric"] == "robust"]
     assert round(100 * max(max(-one["low"], one["high"]) for one in robust), 1) == reach
     assert sum(one["metric"] == "pruned.lambda_max.scores" for one in summary["comparisons"]) == sharpness
@@ -148,6 +149,9 @@ def test_what_is_said_of_previous():
     assert sum(map(len, robust)) == 162
     assert round(162 * harp["p"], 2) == 0.10
     assert sorted(round(100 * one["difference"], 1) for one in others)[:: len(others) - 1] == [0.1, 0.7]
+    sharpness = [one for one in summary_of("policies", files[5])["comparisons"] if one["metric"] == "pruned.lambda_max.scores"]
+    flips = next(one for one in sharpness if (one["arm"], one["against"]) == ("flips", "random"))
+    assert [round(flips[key], 2) for key in ("difference", "low", "high")] == [-0.14, -0.20, -0.07]
     every = next(one for one in robust[4] if (one["arm"], one["against"]) == ("every", "plain"))
     assert [round(100 * every[key], 1) for key in ("difference", "low", "high")] == [-1.1, -1.5, -0.6]
     assert (round(every["p"], 3), round(every["p_corrected"], 2)) == (0.003, 0.08)
