@@ -117,7 +117,7 @@ def test_what_is_said_of_the_policies():
 @pytest.mark.parametrize(
     ("file", "sharpness", "reach", "moved"),
     [
-        ("policies-90-digits.csv", 0, 1.2, {("every", "exact"): 0.05, ("every", "plain"): 0.05, ("late", "random"): 0.01}),
+        ("policies-90-digits.csv", 12, 1.2, {("every", "exact"): 0.05, ("every", "plain"): 0.05, ("late", "random"): 0.01}),
         ("policies-harp-digits.csv", 12, 1.8, {("every", "exact"): 0.01, ("every", "plain"): 0.02}),
         ("policies-98-digits.csv", 12, 2.3, {("momentum", "exact"): 0.05, ("momentum", "random"): 0.03}),
         ("policies-harp-90-digits.csv", 12, 1.2, {}),
